@@ -1,0 +1,166 @@
+"""One frozen dataclass configures a run. The command line and the page are built from its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradinv.types import GradinvError
+
+
+def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """Everything that decides what an inversion does. The defaults are the `paper` preset.
+
+    Numbers follow arXiv 2104.07586 (its Eqns 1–12) where a field has a counterpart there. Lengths of time are in
+    iterations, weights multiply the term they are named after, and images are optimised in normalised space.
+    """
+
+    seeds: int = _option(8, "independent reconstructions, |G| in the paper", least=1)
+    iterations: int = _option(20_000, "optimisation steps of each seed", least=1)
+    seed: int = _option(0, "where all randomness comes from", least=0)
+
+    match: str = _option(
+        "l2",
+        "how gradients are compared: l2 per layer (Eqn 3), one cosine over all, or the mean of the layers' cosines",
+        choices=("l2", "cosine", "layer-cosine"),
+    )
+    gradient: float = _option(1e-3, "weight of gradient matching, α_G (0: control without the gradient)", least=0)
+    layers: str = _option(
+        "all", "which parameters are matched: all, or without the last residual stage", choices=("all", "early")
+    )
+    errors: str = _option(
+        "predicted",
+        "where the output errors p − y in the matched gradient come from: predicted by the network for the current "
+        "images, or recovered in closed form from the final layer's gradient",
+        choices=("predicted", "recovered"),
+    )
+    features: float = _option(0.0, "weight of the recovered features' cosine distance (not in the paper)", least=0)
+    bn: str = _option(
+        "approx",
+        "which BN statistics are matched: those stored in the weights, the client's own batch (if leaked), or none",
+        choices=("approx", "exact", "none"),
+    )
+    bn_weight: float = _option(0.1, "weight of the BN term, α_BN", least=0)
+    bn_form: str = _option(
+        "raw", "raw distances as in the paper, or each relative to its target", choices=("raw", "relative")
+    )
+    tv: float = _option(1e-4, "weight of total variation, α_tv", least=0)
+    tv_form: str = _option(
+        "paper",
+        "total variation: the paper's four difference maps, mean absolute differences of R, G, B, or of luma and chroma",
+        choices=("paper", "rgb", "luma-chroma"),
+    )
+    tv_luma: float = _option(1.0, "luma's share in the luma-chroma form", least=0)
+    tv_chroma: float = _option(3.0, "the two chroma channels' share in the luma-chroma form", least=0)
+    l2: float = _option(1e-6, "weight of the image's ℓ2 norm, α_ℓ2", least=0)
+    group: float = _option(0.01, "weight of group consistency, α_group (Eqn 11)", least=0)
+
+    optimiser_step: str = _option(
+        "gradient", "what Adam is fed: the pixel gradient or its sign", choices=("gradient", "sign")
+    )
+    learning_rate: float = _option(0.1, "Adam's learning rate after warm-up, then cosine decay to 0", least=0)
+    warmup: int = _option(50, "steps of linear warm-up (at most a tenth of the run)", least=0)
+    noise: float = _option(0.2, "pixel noise after each step, α_n, times the current learning rate", least=0)
+    box: bool = _option(False, "clamp pixels to [0, 1] after each step")
+    start_scale: float = _option(1.0, "standard deviation of the random start, in normalised units", least=0)
+    stages: tuple[float, ...] = field(
+        default=(),
+        metadata={
+            "help": "coarse to fine: the share of the steps spent at each resolution, coarsest first; each stage "
+            "doubles the side and the last is full size (empty: full size throughout)",
+            "choices": (),
+            "least": None,
+        },
+    )
+    labels: str = _option("column-minimum", "how labels are restored (Eqn 8)", choices=("column-minimum",))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        for item in dataclasses.fields(self):
+            value, choices, least = getattr(self, item.name), item.metadata["choices"], item.metadata["least"]
+            expected = type(item.default)
+            numeric = int | float if expected is float else expected
+            if not isinstance(value, numeric) or (expected is not bool and isinstance(value, bool)):
+                raise GradinvError(f"{item.name} takes a value of type {expected.__name__}, not {value!r}.")
+            if choices and value not in choices:
+                raise GradinvError(f"{item.name} takes one of {', '.join(choices)}, not {value!r}.")
+            if least is not None and not (math.isfinite(value) and value >= least):
+                raise GradinvError(f"{item.name} must be a finite number of at least {least:g}, not {value!r}.")
+        shares = self.stages
+        if shares and not (
+            all(isinstance(s, int | float) and not isinstance(s, bool) and 0 < s <= 1 for s in shares)
+            and math.isclose(sum(shares), 1, abs_tol=1e-6)
+        ):
+            raise GradinvError(f"stages are positive shares of the steps that sum to 1, not {shares!r}.")
+
+    @classmethod
+    def preset(cls, name: str, model: str | None = None, **changes: Any) -> AttackConfig:
+        """The preset of that name (`paper`, `demo`), for a model where it depends on one, with single fields changed.
+
+        Raises GradinvError for an unknown preset, an unknown field, or a value out of range.
+        """
+        if name not in PRESETS:
+            raise GradinvError(f"There is no preset {name!r}; take one of {', '.join(PRESETS)}.")
+        return cls.from_dict({**PRESETS[name], **PRESETS_BY_MODEL.get((name, model or ""), {}), **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AttackConfig:
+        """The inverse of `to_dict`; missing fields take their defaults. Raises GradinvError for an unknown key."""
+        known = {item.name for item in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise GradinvError(f"There is no setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON can hold it: `from_dict(json.loads(json.dumps(c.to_dict()))) == c`."""
+        return {**dataclasses.asdict(self), "stages": list(self.stages)}
+
+    @classmethod
+    def from_json(cls, text: str) -> AttackConfig:
+        """The inverse of `to_json`. Raises GradinvError for what is not an object of known settings."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise GradinvError(f"The configuration is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise GradinvError("The configuration must be a JSON object of settings.")
+        return cls.from_dict(values)
+
+    def to_json(self) -> str:
+        """Exact text form: floats are written so that they read back the same."""
+        return json.dumps(self.to_dict())
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "demo": {
+        "seeds": 2,
+        "iterations": 300,
+        "match": "cosine",
+        "gradient": 1.0,
+        "features": 0.5,
+        "bn_form": "relative",
+        "bn_weight": 0.02,
+        "tv": 0.2,
+        "tv_form": "luma-chroma",
+        "tv_luma": 1.0,
+        "tv_chroma": 2.0,
+        "l2": 0.0,
+        "group": 0.0,
+        "optimiser_step": "sign",
+        "noise": 0.0,
+        "box": True,
+        "start_scale": 0.1,
+        "stages": (0.25, 0.3, 0.45),
+    },
+}
+PRESETS_BY_MODEL: dict[tuple[str, str], dict[str, Any]] = {}

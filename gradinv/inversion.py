@@ -1,0 +1,257 @@
+"""The attack: from an observation back to images, as a stream of snapshots."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradinv.config import AttackConfig
+from gradinv.consensus import consensus
+from gradinv.labels import restore_labels
+from gradinv.models import Model
+from gradinv.objective import Judgement, Objective
+from gradinv.types import GradinvError, Observation, Snapshot, Term
+
+
+def invert(
+    model: Model,
+    observation: Observation,
+    config: AttackConfig,
+    *,
+    every: int | None = None,
+    interval: float | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[Snapshot]:
+    """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
+
+    Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
+    the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
+    and the run ends. The same config on the same device gives the same images, whatever the snapshots.
+
+    Raises GradinvError, before the first snapshot, for an observation that does not belong to the model or is not
+    finite, for a config that it cannot serve, and where memory would not suffice; and during the run where the
+    objective stops being finite.
+    """
+    check_observation(model, observation)
+    check_memory(model, observation.batch_size, config)
+    labels = restore_labels(model, observation, config.labels)
+    objective = Objective(model, observation, labels, config)
+    run = _Run(model, observation.batch_size, config)
+    started = emitted = time.perf_counter()
+    stop = stop or threading.Event()
+    judgements: list[Judgement] = []
+
+    def snapshot(step: int) -> Snapshot:
+        seconds = time.perf_counter() - started
+        return _snapshot(run, objective, judgements, step, seconds, tuple(labels.tolist()))
+
+    yield snapshot(0)
+    for step in range(config.iterations):
+        done = run.step(step, objective, stop)
+        if done is None:
+            yield snapshot(step)
+            return
+        judgements = done
+        now = time.perf_counter()
+        due = (every is not None and (step + 1) % every == 0) or (interval is not None and now - emitted >= interval)
+        if due or step + 1 == config.iterations:
+            emitted = now
+            yield snapshot(step + 1)
+        if stop.is_set() and step + 1 < config.iterations:
+            if not due:
+                yield snapshot(step + 1)
+            return
+
+
+class _Run:
+    """The state that is optimised: every seed's images, their generators, one Adam over all."""
+
+    def __init__(self, model: Model, batch_size: int, config: AttackConfig) -> None:
+        self.model = model
+        self.config = config
+        size = model.preprocessing.size
+        self._plan = stage_plan(config, size)
+        self._generators = [
+            torch.Generator(model.device).manual_seed(_seed_of(config.seed, index)) for index in range(config.seeds)
+        ]
+        side = self._plan[0][1]
+        start = [self._normal(index, (batch_size, 3, side, side)) for index in range(config.seeds)]
+        self.images = torch.stack(start) * config.start_scale
+        self._limits = model.preprocessing.bounds(self.images)
+        self._project()
+        self._adam = self._optimiser()
+
+    def _optimiser(self) -> torch.optim.Adam:
+        self.images.requires_grad_()
+        return torch.optim.Adam([self.images], lr=self.config.learning_rate)
+
+    def _normal(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self._generators[index], device=self.model.device)
+
+    def _project(self) -> None:
+        if self.config.box:
+            low, high = self._limits
+            self.images.data.clamp_(low, high)
+
+    def full_size(self) -> Tensor:
+        """Every seed's normalised images (G, B, 3, S, S), upsampled where the stage is coarser."""
+        return upsample(self.images, self.model.preprocessing.size)
+
+    def step(self, step: int, objective: Objective, stop: threading.Event) -> list[Judgement] | None:
+        """One iteration of every seed; None, and nothing changed, where `stop` was set on the way."""
+        config = self.config
+        self._enter_stage(step)
+        with torch.no_grad():
+            group = consensus(self.full_size())
+        judgements, gradients = [], []
+        for images in self.images:
+            if stop.is_set():
+                return None
+            judgement = objective(upsample(images, self.model.preprocessing.size), group)
+            gradients.append(torch.autograd.grad(judgement.total, images)[0])
+            judgements.append(judgement)
+        gradient = torch.stack(gradients)
+        if not torch.isfinite(gradient).all():
+            raise GradinvError(
+                f"The objective stopped being finite at iteration {step + 1}; take a lower learning rate or other weights."
+            )
+        self.images.grad = gradient.sign() if config.optimiser_step == "sign" else gradient
+        rate = learning_rate(step, config)
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        with torch.no_grad():
+            if config.noise > 0:
+                noise = [self._normal(index, tuple(images.shape)) for index, images in enumerate(self.images)]
+                self.images += rate * config.noise * torch.stack(noise)
+            self._project()
+        return judgements
+
+    def _enter_stage(self, step: int) -> None:
+        side = next(side for first, side in reversed(self._plan) if step >= first)
+        if side != self.images.shape[-1]:
+            self.images = upsample(self.images.detach(), side)
+            # Adam's moments belong to the coarser pixels: a new stage starts them afresh.
+            self._adam = self._optimiser()
+
+
+def upsample(images: Tensor, side: int) -> Tensor:
+    """(…, 3, h, h) → (…, 3, side, side), bilinear; the images themselves where they have that size."""
+    if images.shape[-1] == side:
+        return images
+    flat = F.interpolate(images.reshape(-1, *images.shape[-3:]), (side, side), mode="bilinear", align_corners=False)
+    return flat.reshape(*images.shape[:-2], side, side)
+
+
+def stage_plan(config: AttackConfig, size: int) -> list[tuple[int, int]]:
+    """Coarse to fine: the first step and the side in pixels of each stage, the last at full size."""
+    shares = config.stages or (1.0,)
+    plan, first = [], 0.0
+    for index, share in enumerate(shares):
+        side = max(1, size >> (len(shares) - 1 - index))
+        plan.append((round(first * config.iterations), side))
+        first += share
+    return plan
+
+
+def learning_rate(step: int, config: AttackConfig) -> float:
+    """Linear warm-up, then cosine decay to 0 at the end of the run."""
+    warmup = min(config.warmup, config.iterations // 10)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.iterations - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_observation(model: Model, observation: Observation) -> None:
+    """Raises GradinvError, in one sentence, for an observation that is not one of this model or is not finite."""
+    if observation.model_sha256 != model.sha256:
+        raise GradinvError(
+            f"The observation was made with other weights ({observation.model_name}) than {model.name}; load those."
+        )
+    if observation.preprocessing != model.preprocessing:
+        raise GradinvError(
+            f"The observation is of {observation.preprocessing.size}-px images, the model is set to "
+            f"{model.preprocessing.size} px; set the same image size."
+        )
+    if observation.mode != "eval":
+        raise GradinvError(
+            f"The client's forward mode {observation.mode!r} is not supported; take its gradient in eval mode."
+        )
+    if observation.batch_size < 1:
+        raise GradinvError("The observation's batch size must be at least 1.")
+    for name, parameter in model.network.named_parameters():
+        gradient = observation.gradients.get(name)
+        if gradient is None:
+            raise GradinvError(f"The observation lacks the gradient of {name}.")
+        if gradient.shape != parameter.shape:
+            shapes = f"{tuple(gradient.shape)} instead of {tuple(parameter.shape)}"
+            raise GradinvError(f"The gradient of {name} has the shape {shapes}.")
+        if not torch.isfinite(gradient).all():
+            raise GradinvError(
+                f"The gradient of {name} holds values that are not finite, so there is nothing to match."
+            )
+
+
+def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
+    """About how many bytes a run adds to the loaded model, from above.
+
+    Per seed its images, Adam's two moments, the gradient and a snapshot; once, since seeds take turns, the gradients
+    with their double backward and the activations of one evaluation.
+    """
+    size = model.preprocessing.size
+    image_bytes = 4 * batch_size * 3 * size * size
+    parameter_bytes = 4 * sum(parameter.numel() for parameter in model.network.parameters())
+    # A ResNet keeps about 180 (ResNet-18: 50) float32 values a pixel; the double backward holds about four times that.
+    activations = 4 * 180 * image_bytes // 3
+    return config.seeds * 8 * image_bytes + 8 * parameter_bytes + activations
+
+
+def check_memory(model: Model, batch_size: int, config: AttackConfig) -> None:
+    """Raises GradinvError where `estimate_memory` exceeds what is free on the model's device."""
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    needed = estimate_memory(model, batch_size, config)
+    if needed > free:
+        raise GradinvError(
+            f"{config.seeds} seeds of {batch_size} images need about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+            f"are free; take fewer seeds or a smaller batch."
+        )
+
+
+def _seed_of(seed: int, index: int) -> int:
+    # Spread so that seed 0 of run 1 is not seed 1 of run 0.
+    return (seed * 1_000_003 + index * 7_919 + 1) % 2**63
+
+
+def _snapshot(
+    run: _Run, objective: Objective, judgements: list[Judgement], step: int, seconds: float, labels: tuple[int, ...]
+) -> Snapshot:
+    full = run.full_size().detach()
+    preprocessing = run.model.preprocessing
+    terms: Mapping[str, Term] = {
+        name: Term(
+            raw=(raw := tuple(float(judgement.raw[name]) for judgement in judgements)),
+            weighted=tuple(weight * value for value in raw),
+        )
+        for name, weight in objective.weights.items()
+        if judgements
+    }
+    return Snapshot(
+        step=step,
+        steps=run.config.iterations,
+        seeds=preprocessing.denormalise(full).cpu(),
+        consensus=preprocessing.denormalise(consensus(full)).cpu(),
+        terms=terms,
+        distance=tuple(float(judgement.distance) for judgement in judgements),
+        seconds=seconds,
+        labels=labels,
+    )

@@ -1,0 +1,304 @@
+"""The objective: one evaluation of the network a step, pure terms over it, a weighted sum that reports every term.
+
+x̂* = argmin L_grad(x̂; W, ΔW) + R_fidelity(x̂) + R_group(x̂) (Eqns 1–2), with the recovered features as one more term.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from torch.nn import functional as F
+
+from gradinv.config import AttackConfig
+from gradinv.features import recover_features
+from gradinv.models import Model
+from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Everything that one forward and backward pass over the current images gives; all of it differentiable.
+
+    `images` are normalised (B, 3, S, S); `features` the pooled features (B, D); `gradients` those of the matched
+    parameters; `means` and `variances` of each BN layer's input, (C,) each. `group` is the other seeds' consensus, not
+    differentiated, in the images' shape.
+    """
+
+    images: Tensor
+    group: Tensor
+    features: Tensor
+    gradients: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    variances: Mapping[str, Tensor]
+
+
+Term = Callable[[Evaluation], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """Scalars, still on the device: the weighted sum `total` (differentiable), each term's `raw` value, and the
+    cosine `distance` of the gradients (NaN where no gradient is matched)."""
+
+    total: Tensor
+    raw: Mapping[str, Tensor]
+    distance: Tensor
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """While it is open, each forward pass fills the two dicts: by BN layer, its input's mean and biased variance (C,)."""
+    means: dict[str, Tensor] = {}
+    variances: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            variances[name], means[name] = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    try:
+        yield means, variances
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def running_statistics(network: nn.Module) -> BatchNormStatistics:
+    """What the weights store of the training data: the `approx` case."""
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    means = {n: m.running_mean.detach() for n, m in layers.items() if m.running_mean is not None}
+    variances = {n: m.running_var.detach() for n, m in layers.items() if m.running_var is not None}
+    return BatchNormStatistics(means, variances)
+
+
+class Objective:
+    """What a seed's images are judged by. Built once a run, from what the attacker has.
+
+    Calling it with a seed's normalised images gives a `Judgement`.
+    """
+
+    def __init__(self, model: Model, observation: Observation, labels: Tensor, config: AttackConfig) -> None:
+        """labels: the restored ones (B,). Raises GradinvError where the observation lacks what the config asks for."""
+        self._model = model
+        self._config = config
+        self._labels = labels.to(model.device)
+        self._target = {
+            name: observation.gradients[name].to(model.device, torch.float32)
+            for name in matched_parameters(model, config.layers)
+        }
+        self._parameters = {name: dict(model.network.named_parameters())[name] for name in self._target}
+        self._errors: Tensor | None = None
+        self.weights: dict[str, float] = {}
+        self._terms: dict[str, Term] = {}
+        self._collect(model, observation, config)
+
+    def _collect(self, model: Model, observation: Observation, config: AttackConfig) -> None:
+        """Take the terms whose weight is not zero. All need the forward pass; only matching needs the backward."""
+        if config.features > 0 or config.errors == "recovered":
+            recovered = recover_features(model, observation, self._labels)
+            if config.errors == "recovered":
+                self._errors = recovered.errors
+            self._add("features", config.features, lambda e: feature_distance(e.features, recovered.features))
+        matching = MATCHING[config.match]
+        self._add("gradient", config.gradient, lambda e: matching(e.gradients, self._target))
+        if config.bn != "none":
+            targets = _bn_targets(model, observation, config)
+            distance = BN_FORMS[config.bn_form]
+            self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))
+        variation = TV_FORMS[config.tv_form]
+        self._add("tv", config.tv, lambda e: variation(e.images, model.preprocessing, config))
+        self._add("l2", config.l2, lambda e: vector_norm(e.images))
+        self._add("group", config.group if config.seeds > 1 else 0, lambda e: group_distance(e.images, e.group))
+
+    def _add(self, name: str, weight: float, term: Term) -> None:
+        if weight > 0:
+            self.weights[name] = weight
+            self._terms[name] = term
+
+    def evaluate(self, images: Tensor, group: Tensor) -> Evaluation:
+        """One forward pass, and where gradients are matched one backward pass, over normalised images (B, 3, S, S)."""
+        inputs: list[Tensor] = []
+        network = self._model.network
+        handle = self._model.final_layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        try:
+            with batch_statistics(network) as (means, variances):
+                logits = network(images)
+        finally:
+            handle.remove()
+        gradients: dict[str, Tensor] = {}
+        if "gradient" in self._terms:
+            found = torch.autograd.grad(self._loss(logits), list(self._parameters.values()), create_graph=True)
+            gradients = dict(zip(self._parameters, found, strict=True))
+        return Evaluation(images, group, inputs[0], gradients, means, variances)
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        if self._errors is None:
+            return F.cross_entropy(logits, self._labels)
+        # The gradient of this with respect to the logits is exactly the recovered p − y of the client's batch.
+        return (logits * self._errors).sum() / len(logits)
+
+    def __call__(self, images: Tensor, group: Tensor) -> Judgement:
+        """Judge normalised images (B, 3, S, S) against the observation and the group's consensus, of the same shape."""
+        evaluation = self.evaluate(images, group)
+        raw = {name: term(evaluation) for name, term in self._terms.items()}
+        total = torch.stack([self.weights[name] * value for name, value in raw.items()]).sum()
+        return Judgement(total, {name: value.detach() for name, value in raw.items()}, self._distance(evaluation, raw))
+
+    def _distance(self, evaluation: Evaluation, raw: Mapping[str, Tensor]) -> Tensor:
+        if not evaluation.gradients:
+            return torch.tensor(math.nan)
+        if self._config.match == "cosine":
+            return raw["gradient"].detach()
+        with torch.no_grad():
+            return cosine_distance(evaluation.gradients, self._target)
+
+
+def matched_parameters(model: Model, layers: str) -> list[str]:
+    """Names of the parameters whose gradients are compared: `all`, or without the last stage and the final layer."""
+    names = [name for name, _ in model.network.named_parameters()]
+    if layers == "early":
+        names = [name for name in names if not name.startswith(("layer4.", f"{model.final}."))]
+    return names
+
+
+class _Cosine(torch.autograd.Function):
+    """1 − cos(g, t) over all tensors together, with the backward pass written out.
+
+    Autograd's own backward of the same sums would pass five times over the gradients, of which ResNet-50 has 23
+    million entries; this one passes twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, targets: list[Tensor], *gradients: Tensor) -> Tensor:
+        dot = torch.stack([torch.dot(g.reshape(-1), t.reshape(-1)) for g, t in zip(gradients, targets, strict=True)])
+        square = torch.stack([torch.dot(g.reshape(-1), g.reshape(-1)) for g in gradients]).sum()
+        target = torch.stack([torch.dot(t.reshape(-1), t.reshape(-1)) for t in targets]).sum()
+        norms = (square * target).sqrt().clamp(min=torch.finfo(square.dtype).tiny)
+        cosine = dot.sum() / norms
+        ctx.targets = targets
+        ctx.save_for_backward(cosine, norms, square, *gradients)
+        return 1 - cosine
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        cosine, norms, square, *gradients = ctx.saved_tensors
+        towards, along = -upstream / norms, upstream * cosine / square.clamp(min=torch.finfo(square.dtype).tiny)
+        return None, *(torch.addcmul(g * along, t, towards) for g, t in zip(gradients, ctx.targets, strict=True))
+
+
+def cosine_distance(gradients: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+    """1 − ⟨∇, ΔW⟩ / (‖∇‖ ‖ΔW‖) over all parameters together; a scalar in [0, 2] (Geiping et al. 2020)."""
+    distance: Tensor = _Cosine.apply([target[name] for name in gradients], *gradients.values())
+    return distance
+
+
+def layer_cosine_distance(gradients: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+    """The mean over parameters of each one's own cosine distance; a scalar in [0, 2]."""
+    return torch.stack([cosine_distance({name: value}, target) for name, value in gradients.items()]).mean()
+
+
+def l2_distance(gradients: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+    """Σ_l ‖∇_{W(l)} − ΔW(l)‖₂, not squared (Eqn 3); a scalar."""
+    return torch.stack([vector_norm(value - target[name]) for name, value in gradients.items()]).sum()
+
+
+def feature_distance(features: Tensor, recovered: Tensor) -> Tensor:
+    """The mean over the batch of 1 − cos(F_k, recovered F_k); (B, D) each → a scalar."""
+    return (1 - F.cosine_similarity(features, recovered, dim=1)).mean()
+
+
+def bn_distance(means: Mapping[str, Tensor], variances: Mapping[str, Tensor], target: BatchNormStatistics) -> Tensor:
+    """Σ_l ‖μ_l(x̂) − BN_l(mean)‖₂ + Σ_l ‖σ²_l(x̂) − BN_l(var)‖₂ (Eqn 10); a scalar."""
+    parts = [vector_norm(mean - target.mean[name]) for name, mean in means.items()]
+    parts += [vector_norm(var - target.var[name]) for name, var in variances.items()]
+    return torch.stack(parts).sum()
+
+
+def relative_bn_distance(
+    means: Mapping[str, Tensor], variances: Mapping[str, Tensor], target: BatchNormStatistics
+) -> Tensor:
+    """The mean over layers of ‖μ − μ_t‖/‖μ_t‖ + ‖σ² − σ²_t‖/‖σ²_t‖; a scalar.
+
+    Scale-free, because at small sizes the raw sum is ruled by the deep layers, whose maps give few samples a channel.
+    """
+    parts = [vector_norm(mean - target.mean[name]) / vector_norm(target.mean[name]) for name, mean in means.items()]
+    parts += [vector_norm(var - target.var[name]) / vector_norm(target.var[name]) for name, var in variances.items()]
+    return torch.stack(parts).sum() / len(means)
+
+
+def paper_variation(images: Tensor, _: Preprocessing | None = None, __: AttackConfig | None = None) -> Tensor:
+    """The sum of the ℓ2 norms of the four difference maps (right, down, both diagonals) of (B, 3, H, W); a scalar."""
+    maps = (
+        images[..., :, 1:] - images[..., :, :-1],
+        images[..., 1:, :] - images[..., :-1, :],
+        images[..., 1:, 1:] - images[..., :-1, :-1],
+        images[..., 1:, :-1] - images[..., :-1, 1:],
+    )
+    return torch.stack([vector_norm(difference) for difference in maps]).sum()
+
+
+def absolute_variation(images: Tensor, _: Preprocessing | None = None, __: AttackConfig | None = None) -> Tensor:
+    """Mean absolute difference to the right plus that downwards, of (B, 3, H, W); a scalar."""
+    right = (images[..., :, 1:] - images[..., :, :-1]).abs().mean()
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
+    return right + down
+
+
+def luma_chroma_variation(images: Tensor, preprocessing: Preprocessing, config: AttackConfig) -> Tensor:
+    """`absolute_variation` of luma and of two chroma channels, each with its share; a scalar.
+
+    Luma (r+g+b)/3, chroma (r−g)/2 and (r+g)/4 − b/2 of the pixels in [0, 1], divided by their mean standard
+    deviation over natural images. Colour speckle costs more than edges: eyes and natural images agree on that.
+    """
+    std = torch.tensor(preprocessing.std, dtype=images.dtype, device=images.device).view(3, 1, 1)
+    # The means cancel in differences.
+    red, green, blue = (images * std / std.mean()).unbind(1)
+    luma, first, second = (red + green + blue) / 3, (red - green) / 2, (red + green) / 4 - blue / 2
+    return config.tv_luma * absolute_variation(luma) + config.tv_chroma * (
+        absolute_variation(first) + absolute_variation(second)
+    )
+
+
+def group_distance(images: Tensor, group: Tensor) -> Tensor:
+    """‖x̂ − E(x̂_{g∈G})‖₂ (Eqn 11), normalised images against the group's, (B, 3, H, W) each; a scalar."""
+    return vector_norm(images - group)
+
+
+MATCHING: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]] = {
+    "l2": l2_distance,
+    "cosine": cosine_distance,
+    "layer-cosine": layer_cosine_distance,
+}
+BN_FORMS: dict[str, Callable[..., Tensor]] = {"raw": bn_distance, "relative": relative_bn_distance}
+TV_FORMS: dict[str, Callable[..., Tensor]] = {
+    "paper": paper_variation,
+    "rgb": absolute_variation,
+    "luma-chroma": luma_chroma_variation,
+}
+
+
+def _bn_targets(model: Model, observation: Observation, config: AttackConfig) -> BatchNormStatistics:
+    if config.bn == "approx":
+        return running_statistics(model.network)
+    if observation.bn is None:
+        raise GradinvError(
+            "The client did not share its BN statistics, so bn=exact is not possible; take approx or none."
+        )
+    device = model.device
+    return BatchNormStatistics(
+        {name: value.to(device) for name, value in observation.bn.mean.items()},
+        {name: value.to(device) for name, value in observation.bn.var.items()},
+    )

@@ -1,0 +1,167 @@
+"""The shapes that everything else is built on, defined once.
+
+Conventions
+-----------
+Images are float32 of shape (B, 3, H, W). *Pixels* are in [0, 1]; *normalised* images are what the network takes,
+(pixels − mean) / std. Every docstring says which. B is the batch size (the K of the paper), G the number of seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+class GradinvError(ValueError):
+    """Something the user can mend. Its text is one sentence that says what is wrong and what to do."""
+
+
+Gradients: TypeAlias = Mapping[str, Tensor]
+"""From parameter name to the gradient of the batch's mean cross-entropy, in the parameter's shape."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the network's input: shorter side to `resize`, centre crop to `size`, normalise."""
+
+    size: int
+    resize: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1], (…, 3, H, W) → normalised, the same shape."""
+        mean, std = self._moments(pixels)
+        return (pixels - mean) / std
+
+    def denormalise(self, normalised: Tensor) -> Tensor:
+        """Normalised, (…, 3, H, W) → pixels clamped to [0, 1], the same shape."""
+        mean, std = self._moments(normalised)
+        return (normalised * std + mean).clamp(0, 1)
+
+    def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What black and white are after normalisation: two tensors of shape (3, 1, 1)."""
+        mean, std = self._moments(like)
+        return -mean / std, (1 - mean) / std
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean, dtype=like.dtype, device=like.device)
+        std = torch.tensor(self.std, dtype=like.dtype, device=like.device)
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNormStatistics:
+    """Per BN layer (by module name) the mean and the biased variance of its input over batch and space, each (C,)."""
+
+    mean: Mapping[str, Tensor]
+    var: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """All that the attacker has. It never holds an image or a true label.
+
+    `bn` is the client's own batch statistics if they leaked ("exact"), else None; the running statistics stored in
+    the weights ("approx") need no field, they are in the model. `mode` is the forward mode of the client, "eval".
+    """
+
+    gradients: Gradients
+    batch_size: int
+    preprocessing: Preprocessing
+    model_name: str
+    model_sha256: str
+    bn: BatchNormStatistics | None = None
+    mode: str = "eval"
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file: tensors as they are, the rest as JSON in its metadata."""
+        tensors = {f"gradient/{name}": value for name, value in self.gradients.items()}
+        if self.bn is not None:
+            tensors |= {f"bn.mean/{name}": value for name, value in self.bn.mean.items()}
+            tensors |= {f"bn.var/{name}": value for name, value in self.bn.var.items()}
+        facts = {
+            "format": 1,
+            "batch_size": self.batch_size,
+            "preprocessing": asdict(self.preprocessing),
+            "model_name": self.model_name,
+            "model_sha256": self.model_sha256,
+            "mode": self.mode,
+        }
+        packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        try:
+            safetensors.torch.save_file(packed, path, metadata={"observation": json.dumps(facts)})
+        except (OSError, safetensors.SafetensorError) as error:
+            raise GradinvError(f"Cannot write the observation to {path}: {error}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Observation:
+        """Read what `save` wrote. Raises GradinvError where the file is not an observation."""
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise GradinvError(f"Cannot read an observation from {path}: {error}.") from error
+        try:
+            facts = json.loads(metadata["observation"])
+            shape = facts["preprocessing"]
+            preprocessing = Preprocessing(
+                int(shape["size"]), int(shape["resize"]), tuple(shape["mean"]), tuple(shape["std"])
+            )
+            parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "bn.mean": {}, "bn.var": {}}
+            for key, value in tensors.items():
+                kind, name = key.split("/", 1)
+                parts[kind][name] = value
+            return cls(
+                gradients=parts["gradient"],
+                batch_size=int(facts["batch_size"]),
+                preprocessing=preprocessing,
+                model_name=facts["model_name"],
+                model_sha256=facts["model_sha256"],
+                bn=BatchNormStatistics(parts["bn.mean"], parts["bn.var"]) if parts["bn.mean"] else None,
+                mode=facts["mode"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise GradinvError(f"{path} is a safetensors file, but not an observation: {error!r}.") from error
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the objective at one step: per seed its value before (`raw`) and after (`weighted`) its weight."""
+
+    raw: tuple[float, ...]
+    weighted: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A run at one step: detached, on the CPU, self-contained.
+
+    `seeds` are each seed's pixels (G, B, 3, H, W), `consensus` the group's pixels (B, 3, H, W), both in [0, 1] and at
+    full size also while a coarser stage is optimised. `terms` go by name and are those of the last step. `distance`
+    is, per seed, one minus the cosine similarity between the gradient of the seed's images and the observed one over
+    all matched parameters. `seconds` counts from the start of the run. `labels` are the restored labels, one an image.
+    """
+
+    step: int
+    steps: int
+    seeds: Tensor
+    consensus: Tensor
+    terms: Mapping[str, Term]
+    distance: tuple[float, ...]
+    seconds: float
+    labels: tuple[int, ...]
+
+    @property
+    def final(self) -> bool:
+        """Whether the last iteration has been done."""
+        return self.step >= self.steps

@@ -1,0 +1,525 @@
+"""Record a run and play it back: JSON, CSV and pictures in a folder or in memory, never a pickle.
+
+A run is readable at any moment, also after the process was killed: run.json and pictures are replaced whole, the
+curves grow line by line and a torn last line is ignored. Layout of format 1:
+
+    run.json            what was run, where, and how it went
+    curves.csv          one row a record and seed: step, seed, seconds, distance, psnr (mean over the seed's images),
+                        consensus_psnr (the same for the consensus, in every row), <term>.raw and <term>.weighted
+    frames/000120.webp  mosaic at that step, in the order of the restored labels; rows: each seed, then the consensus
+    images/             original_00.png, seed0_00.png, …, consensus_00.png, lossless: the originals from the start, the
+                        reconstructions at the end. Where originals are known, number n is paired with original n.
+
+A live run and its replay are the same thing to everything that draws: an iterator of snapshots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import math
+import os
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gradinv import __version__, metrics
+from gradinv.config import AttackConfig
+from gradinv.images import from_grid, to_grid, to_image
+from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
+from gradinv.types import GradinvError, Observation, Snapshot, Term
+
+FORMAT = 1
+WEBP_LIMIT = 16_383  # pixels a side; a larger mosaic is stored as PNG
+GIF_FRAMES = 60
+GIF_SECONDS = 5.0
+GIF_TILE = 128  # pixels a side, at least
+GIF_COLUMNS = 8
+
+_FIXED_COLUMNS = ("step", "seed", "seconds", "distance", "psnr", "consensus_psnr")
+
+
+class Store(Protocol):
+    """Where a run's files lie. Names are relative with forward slashes; every failure is a GradinvError."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace the file as a whole: a reader sees the old or the new content."""
+
+    def append(self, name: str, data: bytes) -> None:
+        """Add to the end of the file, which is made where it is not there."""
+
+    def read(self, name: str) -> bytes:
+        """The file's content."""
+
+    def names(self) -> list[str]:
+        """All files, sorted."""
+
+
+class DirectoryStore:
+    """A folder. It is made with the first write, so that looking into a folder that is not there leaves no trace."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def write(self, name: str, data: bytes) -> None:
+        target = self.path / name
+        temporary = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            os.replace(temporary, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise self._unwritable(error) from error
+
+    def append(self, name: str, data: bytes) -> None:
+        target = self.path / name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise GradinvError(f"{self.path / name} cannot be read: {_reason(error)}.") from error
+
+    def names(self) -> list[str]:
+        files = (path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith("."))
+        return sorted(path.relative_to(self.path).as_posix() for path in files)
+
+    def _unwritable(self, error: OSError) -> GradinvError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return GradinvError(f"The disk of {self.path} is full; free some space or choose another folder.")
+        return GradinvError(f"Nothing can be written to {self.path} ({_reason(error)}); choose another folder.")
+
+
+class MemoryStore:
+    """A run that lives in memory only. One thread may write while others read."""
+
+    def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
+        self._files: dict[str, bytes] = dict(files or {})
+
+    def __str__(self) -> str:
+        return "The run in memory"
+
+    def write(self, name: str, data: bytes) -> None:
+        self._files[name] = bytes(data)
+
+    def append(self, name: str, data: bytes) -> None:
+        self._files[name] = self._files.get(name, b"") + data
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._files[name]
+        except KeyError as error:
+            raise GradinvError(f"{self} holds no {name}.") from error
+
+    def names(self) -> list[str]:
+        return sorted(self._files.copy())
+
+    def zip(self) -> bytes:
+        """All files as a zip archive; pictures are compressed already, so they are stored as they are."""
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name, data in sorted(self._files.copy().items()):
+                compressed = not name.endswith((".webp", ".png"))
+                archive.writestr(name, data, zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED)
+        return packed.getvalue()
+
+
+class Recorder:
+    """Writes a run into a store while it goes on.
+
+    `originals` are pixels (B, 3, S, S) in [0, 1] with their true `labels`, where they are known: they serve the
+    metrics and never reach the attack. `run` (the content of run.json) and `curves` (the rows of curves.csv) may be
+    read from another thread at any time. Making a recorder writes run.json and the originals, so an unwritable
+    store shows before any work is done; it raises GradinvError.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        config: AttackConfig,
+        model: Model,
+        observation: Observation,
+        originals: Tensor | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> None:
+        if (originals is None) != (labels is None):
+            raise GradinvError("Originals and their true labels are recorded together; give both or neither.")
+        if originals is not None and labels is not None:
+            if not len(originals) == len(labels) == observation.batch_size:
+                raise GradinvError(
+                    f"The observation is of {observation.batch_size} images, but {len(originals)} originals "
+                    f"with {len(labels)} labels are given."
+                )
+            originals = originals.detach().cpu()
+        self._store = store
+        self._config = config
+        self._device = model.device
+        self._originals = originals
+        self._labels = [int(label) for label in labels] if labels is not None else None
+        self._columns: list[str] = []
+        self._last: Snapshot | None = None
+        self.curves: list[dict[str, Any]] = []
+        self.run: dict[str, Any] = {
+            "format": FORMAT,
+            "status": "running",
+            "config": config.to_dict(),
+            "model": {"name": model.name, "sha256": model.sha256, "accuracy": model.accuracy},
+            "environment": {
+                "gradinv": __version__,
+                "torch": torch.__version__,
+                "device": str(model.device),
+                "threads": torch.get_num_threads(),
+            },
+            "labels": {"true": self._labels, "restored": None, "method": config.labels},
+            "iterations": {"done": 0, "total": config.iterations},
+            "seconds": 0.0,
+            "seconds_per_iteration": None,
+            "peak_memory_mb": _peak_memory_mb(self._device),
+            "metrics": None,
+        }
+        self._update()
+        if originals is not None:
+            self._write_images("original", originals)
+
+    def follow(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
+        """Record each snapshot, then pass it on. Afterwards the status is done, stopped or failed.
+
+        done: the last iteration was recorded. stopped: the snapshots ended before, the consumer closed this iterator,
+        or Ctrl-C. failed: anything else was raised, which goes on to the consumer and stands in run.json as `error`.
+        """
+        try:
+            for snapshot in snapshots:
+                self._record(snapshot)
+                yield snapshot
+        except BaseException as error:
+            self._finish(error)
+            raise
+        else:
+            self._finish()
+        finally:
+            if callable(close := getattr(snapshots, "close", None)):
+                close()
+
+    def _record(self, snapshot: Snapshot) -> None:
+        frame = to_grid(torch.cat([snapshot.seeds, snapshot.consensus[None]]))
+        self._write_frame(snapshot.step, frame)
+        self._append_rows(self._rows(snapshot))
+        self._last = snapshot
+        self._update(
+            labels={**self.run["labels"], "restored": list(snapshot.labels)},
+            iterations={"done": snapshot.step, "total": snapshot.steps},
+            seconds=snapshot.seconds,
+            seconds_per_iteration=snapshot.seconds / snapshot.step if snapshot.step else None,
+            peak_memory_mb=_peak_memory_mb(self._device),
+        )
+
+    def _rows(self, snapshot: Snapshot) -> list[dict[str, Any]]:
+        consensus_psnr = self._mean_psnr(snapshot.consensus, snapshot.labels)
+        rows: list[dict[str, Any]] = []
+        for seed, pixels in enumerate(snapshot.seeds):
+            row: dict[str, Any] = {
+                "step": snapshot.step,
+                "seed": seed,
+                "seconds": snapshot.seconds,
+                "distance": snapshot.distance[seed],
+                "psnr": self._mean_psnr(pixels, snapshot.labels),
+                "consensus_psnr": consensus_psnr,
+            }
+            for name, term in snapshot.terms.items():
+                row[f"{name}.raw"] = term.raw[seed]
+                row[f"{name}.weighted"] = term.weighted[seed]
+            rows.append(row)
+        return rows
+
+    def _mean_psnr(self, images: Tensor, restored: Sequence[int]) -> float | None:
+        if self._originals is None:
+            return None
+        return float(metrics.psnr(self._paired(images, restored), self._originals).mean())
+
+    def _paired(self, images: Tensor, restored: Sequence[int]) -> Tensor:
+        """In the originals' order where there are any, else as they are."""
+        if self._originals is None or self._labels is None:
+            return images
+        return images[metrics.pair(images, restored, self._originals, self._labels)]
+
+    def _append_rows(self, rows: list[dict[str, Any]]) -> None:
+        columns = [*_FIXED_COLUMNS, *(name for row in rows[:1] for name in row if name not in _FIXED_COLUMNS)]
+        unknown = [name for name in columns if name not in self._columns]
+        self.curves.extend(rows)
+        if unknown:
+            # The start may know no terms yet: then the table is written anew with its new columns.
+            self._columns += unknown
+            head = ",".join(self._columns) + "\n"
+            self._store.write("curves.csv", (head + self._lines(self.curves)).encode())
+        else:
+            self._store.append("curves.csv", self._lines(rows).encode())
+
+    def _lines(self, rows: list[dict[str, Any]]) -> str:
+        """Floats are written so that they read back the same; what is not known is empty."""
+        cells = ([row.get(name) for name in self._columns] for row in rows)
+        return "".join(",".join("" if cell is None else str(cell) for cell in line) + "\n" for line in cells)
+
+    def _write_frame(self, step: int, frame: Image.Image) -> None:
+        if max(frame.size) <= WEBP_LIMIT:
+            self._store.write(f"frames/{step:06d}.webp", _encode(frame, "WEBP", quality=80))
+        else:
+            self._store.write(f"frames/{step:06d}.png", _encode(frame, "PNG"))
+
+    def _write_images(self, prefix: str, images: Tensor) -> None:
+        for index, pixels in enumerate(images):
+            self._store.write(f"images/{prefix}_{index:02d}.png", _encode(to_image(pixels), "PNG"))
+
+    def _finish(self, error: BaseException | None = None) -> None:
+        if error is None or isinstance(error, GeneratorExit | KeyboardInterrupt):
+            complete = self._last is not None and self._last.final
+            try:
+                self._write_results()
+                self._update(status="done" if complete else "stopped")
+            except GradinvError as unwritten:
+                self._fail(unwritten)
+                raise
+        else:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        sentence = str(error) if isinstance(error, GradinvError) else f"{type(error).__name__}: {error}"
+        # The first failure is the one to report: on a full disk these would only fail once more.
+        with contextlib.suppress(GradinvError):
+            self._update(status="failed", error=sentence)
+        with contextlib.suppress(GradinvError):
+            self._write_results()
+
+    def _write_results(self) -> None:
+        """The last snapshot's images and their metrics."""
+        if (last := self._last) is None:
+            return
+        seeds = [self._paired(pixels, last.labels) for pixels in last.seeds]
+        consensus = self._paired(last.consensus, last.labels)
+        for seed, pixels in enumerate(seeds):
+            self._write_images(f"seed{seed}", pixels)
+        self._write_images("consensus", consensus)
+        if (originals := self._originals) is not None:
+            self._update(
+                metrics={
+                    "seeds": [metrics.measure(pixels, originals) for pixels in seeds],
+                    "consensus": metrics.measure(consensus, originals),
+                    "baseline": metrics.measure(metrics.constant_colour(originals), originals),
+                }
+            )
+
+    def _update(self, **changes: Any) -> None:
+        # A new dict each time: whoever holds the old one keeps a consistent state.
+        self.run = {**self.run, **changes}
+        self._store.write("run.json", (json.dumps(self.run, indent=2, allow_nan=False) + "\n").encode())
+
+
+class Recording:
+    """A recorded run, finished or not. `run` is the content of run.json, `curves` the rows of curves.csv.
+
+    `steps` are those at which everything was recorded. Read once when opened; pictures are read on demand.
+    """
+
+    def __init__(self, store: Store, run: dict[str, Any], curves: list[dict[str, Any]]) -> None:
+        self.store = store
+        self.run = run
+        self.curves = curves
+        self._rows: dict[int, dict[int, dict[str, Any]]] = {}
+        for row in curves:
+            self._rows.setdefault(row["step"], {})[row["seed"]] = row
+        frames = ((name, name.removeprefix("frames/").split(".")[0]) for name in store.names())
+        self._frames = {int(step): name for name, step in frames if name.startswith("frames/") and step.isdigit()}
+        self.steps: list[int] = sorted(
+            step for step in self._frames if len(self._rows.get(step, ())) == run["config"]["seeds"]
+        )
+
+    @classmethod
+    def open(cls, source: Store | str | Path) -> Recording:
+        """Raises GradinvError where the folder is not a run, is damaged, or comes from a newer version."""
+        store: Store = DirectoryStore(source) if isinstance(source, str | Path) else source
+        if "run.json" not in store.names():
+            raise GradinvError(f"{store} is not a recorded run: it holds no run.json.")
+        try:
+            run = json.loads(store.read("run.json"))
+            if run["format"] != FORMAT:
+                raise GradinvError(
+                    f"{store} was recorded in format {run['format']}, and this version reads format {FORMAT}; "
+                    "use the version of gradinv that recorded it."
+                )
+            missing = {"status", "config", "model", "environment", "labels", "iterations", "metrics"} - set(run)
+            if missing:
+                raise KeyError(min(missing))
+            run["config"] = AttackConfig.from_dict(run["config"]).to_dict()
+            curves = _read_curves(store.read("curves.csv")) if "curves.csv" in store.names() else []
+            return cls(store, run, curves)
+        except GradinvError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, UnicodeDecodeError) as error:
+            raise GradinvError(f"The recorded run {store} is damaged ({error!r}); record it again.") from error
+
+    def frame(self, step: int) -> bytes:
+        """The mosaic of a recorded step as an encoded image (WebP; PNG where it is too large for that)."""
+        if step not in self._frames:
+            raise GradinvError(f"{self.store} holds no frame of step {step}.")
+        return self.store.read(self._frames[step])
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """The run once more: terms from the curves, pixels from the (lossy) frames."""
+        for step in self.steps:
+            yield self.snapshot(step)
+
+    def snapshot(self, step: int) -> Snapshot:
+        """One recorded step. Raises GradinvError for one that is not in `steps` or whose frame is damaged."""
+        if step not in self.steps:
+            raise GradinvError(f"{self.store} holds no record of step {step}.")
+        labels = tuple(int(label) for label in self.run["labels"]["restored"] or ())
+        rows = [row for _, row in sorted(self._rows[step].items())]
+        grid = self._decode(self._frames[step])
+        try:
+            tiles = from_grid(grid, len(labels))
+            if len(tiles) != len(rows) + 1:
+                raise ValueError("as many rows of pictures as seeds and a consensus are expected")
+        except (RuntimeError, ValueError, ZeroDivisionError) as error:
+            raise GradinvError(f"The frame of step {step} in {self.store} does not fit the run ({error}).") from error
+        names = [name.removesuffix(".raw") for name in rows[0] if name.endswith(".raw")]
+        present = [name for name in names if rows[0][f"{name}.raw"] is not None]
+        return Snapshot(
+            step=step,
+            steps=int(self.run["iterations"]["total"]),
+            seeds=tiles[:-1],
+            consensus=tiles[-1],
+            terms={
+                name: Term(tuple(row[f"{name}.raw"] for row in rows), tuple(row[f"{name}.weighted"] for row in rows))
+                for name in present
+            },
+            distance=tuple(row["distance"] for row in rows),
+            seconds=rows[0]["seconds"],
+            labels=labels,
+        )
+
+    def originals(self) -> Tensor | None:
+        """The originals' pixels (B, 3, S, S) in [0, 1] in their own order, or None where they were not known."""
+        return self.images("original")
+
+    def images(self, prefix: str) -> Tensor | None:
+        """The lossless pixels (B, 3, S, S) of `original`, `seed0`, … or `consensus`, or None where there are none yet.
+
+        They are in the originals' order where originals are known, unlike the snapshots.
+        """
+        names = [name for name in self.store.names() if name.startswith(f"images/{prefix}_")]
+        names.sort(key=lambda name: (len(name), name))
+        if not names:
+            return None
+        tiles = [from_grid(self._decode(name), 1)[0, 0] for name in names]
+        if len({tile.shape for tile in tiles}) > 1:
+            raise GradinvError(f"The pictures {prefix} of {self.store} differ in size; record the run again.")
+        return torch.stack(tiles)
+
+    def order(self) -> list[int]:
+        """For each image of `images/` its place in the snapshots, by `metrics.pair` on the last recorded consensus."""
+        true, restored = self.run["labels"]["true"], self.run["labels"]["restored"] or []
+        originals = self.originals() if true is not None else None
+        if originals is None or not self.steps:
+            return list(range(len(restored)))
+        return metrics.pair(self.snapshot(self.steps[-1]).consensus, restored, originals, true).tolist()
+
+    def class_name(self, label: int) -> str:
+        """The class of a label, from the model's name; of the user's own weights only the number is known."""
+        info = MODELS.get(self.run["model"]["name"])
+        classes = () if info is None else tiny_classes() if info.bundled else imagenet_classes()
+        return classes[label].name if label < len(classes) else f"class {label}"
+
+    def _decode(self, name: str) -> Image.Image:
+        try:
+            with Image.open(io.BytesIO(self.store.read(name)), formats=("WEBP", "PNG")) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise GradinvError(f"The picture {name} of {self.store} is damaged; record the run again.") from error
+
+
+def gif(recording: Recording) -> bytes:
+    """The consensus over the steps as an animated GIF of a few seconds, in the order of `images/`, that loops.
+
+    At most 8 pictures stand in a row, small ones are enlarged without smoothing, and of a long run some steps are
+    left out; the last one is held. Raises GradinvError where nothing was recorded.
+    """
+    if not recording.steps:
+        raise GradinvError(f"{recording.store} holds no frame yet, so there is nothing to animate.")
+    count = min(GIF_FRAMES, len(recording.steps))
+    spread = (len(recording.steps) - 1) / max(1, count - 1)
+    steps = [recording.steps[round(index * spread)] for index in range(count)]
+    order = recording.order()
+    frames = [_mosaic(recording.snapshot(step).consensus[order]) for step in steps]
+    pause = max(40, round(1000 * GIF_SECONDS / count))
+    packed = io.BytesIO()
+    frames[0].save(
+        packed,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=[pause] * (count - 1) + [1500],
+        loop=0,
+    )
+    return packed.getvalue()
+
+
+def _mosaic(images: Tensor) -> Image.Image:
+    """Pixels (B, 3, S, S) → rows of at most 8 tiles, enlarged by a whole factor; missing tiles are white."""
+    columns = min(GIF_COLUMNS, len(images))
+    rows = math.ceil(len(images) / columns)
+    tiles = torch.ones(rows * columns, *images.shape[1:])
+    tiles[: len(images)] = images
+    grid = to_grid(tiles.unflatten(0, (rows, columns)))
+    factor = math.ceil(GIF_TILE / images.shape[-1])
+    return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
+
+
+def _read_curves(data: bytes) -> list[dict[str, Any]]:
+    text = data.decode()
+    complete = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
+    return [
+        {name: int(cell) if name in ("step", "seed") else float(cell) if cell else None for name, cell in row.items()}
+        for row in csv.DictReader(io.StringIO(complete), strict=True)
+    ]
+
+
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    packed = io.BytesIO()
+    image.save(packed, kind, **options)
+    return packed.getvalue()
+
+
+def _peak_memory_mb(device: torch.device) -> float | None:
+    """The most memory used so far in 10⁶ bytes: torch's on a GPU, else the process's resident set since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows does not have it
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

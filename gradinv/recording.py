@@ -222,10 +222,7 @@ class Recorder:
                 close()
 
     def _record(self, snapshot: Snapshot) -> None:
-        frame = to_grid(torch.cat([snapshot.seeds, snapshot.consensus[None]]))
-        self._write_frame(snapshot.step, frame)
-        self._append_rows(self._rows(snapshot))
-        self._last = snapshot
+        # run.json first: a frame cannot be read without the number of labels.
         self._update(
             labels={**self.run["labels"], "restored": list(snapshot.labels)},
             iterations={"done": snapshot.step, "total": snapshot.steps},
@@ -233,6 +230,11 @@ class Recorder:
             seconds_per_iteration=snapshot.seconds / snapshot.step if snapshot.step else None,
             peak_memory_mb=_peak_memory_mb(self._device),
         )
+        # A stopped run may end with the state that was recorded last.
+        if self._last is None or snapshot.step > self._last.step:
+            self._write_frame(snapshot.step, to_grid(torch.cat([snapshot.seeds, snapshot.consensus[None]])))
+            self._append_rows(self._rows(snapshot))
+        self._last = snapshot
 
     def _rows(self, snapshot: Snapshot) -> list[dict[str, Any]]:
         consensus_psnr = self._mean_psnr(snapshot.consensus, snapshot.labels)
@@ -242,7 +244,8 @@ class Recorder:
                 "step": snapshot.step,
                 "seed": seed,
                 "seconds": snapshot.seconds,
-                "distance": snapshot.distance[seed],
+                # No gradient has been compared before the first step.
+                "distance": snapshot.distance[seed] if snapshot.distance else None,
                 "psnr": self._mean_psnr(pixels, snapshot.labels),
                 "consensus_psnr": consensus_psnr,
             }
@@ -412,7 +415,7 @@ class Recording:
                 name: Term(tuple(row[f"{name}.raw"] for row in rows), tuple(row[f"{name}.weighted"] for row in rows))
                 for name in present
             },
-            distance=tuple(row["distance"] for row in rows),
+            distance=tuple(row["distance"] for row in rows if row["distance"] is not None),
             seconds=rows[0]["seconds"],
             labels=labels,
         )

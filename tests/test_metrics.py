@@ -1,0 +1,154 @@
+"""Metrics against values worked out by hand, and pairing of reconstructions with originals."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gradinv import metrics
+from gradinv.types import GradinvError
+
+
+def random_pixels(count: int, side: int = 12, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def test_psnr_of_a_known_error_per_image() -> None:
+    originals = torch.full((3, 3, 8, 8), 0.5)
+    images = originals.clone()
+    images[0] += 0.1  # mean squared error 0.01: 20 dB
+    images[1, 0] += 0.1  # one channel of three: 0.01 / 3, so 10·log10(300)
+    images[2, :, :4] -= 0.5  # half of the pixels by 0.5: 0.125
+    expected = torch.tensor([20.0, 10 * math.log10(300), -10 * math.log10(0.125)], dtype=torch.float64)
+    torch.testing.assert_close(metrics.psnr(images, originals), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_error_in_one_image_leaves_the_others_alone() -> None:
+    originals = random_pixels(2)
+    images = (originals + 0.01).clone()
+    alone = metrics.psnr(images[:1], originals[:1])
+    images[1] = 0
+    assert metrics.psnr(images, originals)[0] == alone[0]
+
+
+def test_identical_images() -> None:
+    images = random_pixels(2)
+    assert torch.isinf(metrics.psnr(images, images)).all()
+    torch.testing.assert_close(metrics.ssim(images, images), torch.ones(2, dtype=torch.float64))
+
+
+def test_measure_has_null_where_a_number_is_not_finite() -> None:
+    originals = random_pixels(3)
+    images = originals.clone()
+    images[1] = float("nan")
+    images[2] = 1 - images[2]
+    measured = metrics.measure(images, originals)
+    assert measured["psnr"][0] is None and measured["psnr"][1] is None and measured["ssim"][1] is None
+    assert measured["ssim"][0] == pytest.approx(1)
+    assert measured["psnr"][2] == pytest.approx(float(metrics.psnr(images[2:], originals[2:])))
+    json.dumps(measured, allow_nan=False)
+
+
+def test_ssim_is_the_formula_on_every_seven_by_seven_window() -> None:
+    a, b = random_pixels(1, 9, seed=1), random_pixels(1, 9, seed=2)
+    c1, c2 = 0.01**2, 0.03**2
+    values = []
+    for channel in range(3):
+        for top in range(3):
+            for left in range(3):
+                x = a[0, channel, top : top + 7, left : left + 7].double().numpy().ravel()
+                y = b[0, channel, top : top + 7, left : left + 7].double().numpy().ravel()
+                covariance = np.cov(x, y)  # unbiased, as scikit-image takes it
+                values.append(
+                    (2 * x.mean() * y.mean() + c1)
+                    * (2 * covariance[0, 1] + c2)
+                    / ((x.mean() ** 2 + y.mean() ** 2 + c1) * (covariance[0, 0] + covariance[1, 1] + c2))
+                )
+    assert float(metrics.ssim(a, b)[0]) == pytest.approx(float(np.mean(values)), abs=1e-7)
+
+
+def test_constant_colour_is_the_mean_and_the_best_constant() -> None:
+    originals = random_pixels(2)
+    baseline = metrics.constant_colour(originals)
+    assert baseline.shape == originals.shape
+    torch.testing.assert_close(baseline[1, 2, 3, 4], originals[1, 2].mean())
+    for shift in (-0.01, 0.01):
+        assert (metrics.psnr(baseline + shift, originals) < metrics.psnr(baseline, originals)).all()
+
+
+def test_pairing_follows_distinct_labels_even_against_the_distance() -> None:
+    originals = random_pixels(3)
+    labels = [7, 1, 4]
+    # Each reconstruction looks exactly like an original of another label.
+    images = originals[[1, 2, 0]]
+    restored = [7, 1, 4]
+    assert metrics.pair(images, restored, originals, labels).tolist() == [0, 1, 2]
+    assert metrics.pair(images, [4, 7, 1], originals, labels).tolist() == [1, 2, 0]
+
+
+def test_pairing_within_a_repeated_label_is_by_distance() -> None:
+    originals = random_pixels(4)
+    labels = [5, 3, 5, 5]
+    restored = [3, 5, 5, 5]
+    images = originals[[1, 3, 0, 2]] + 0.01
+    assert metrics.pair(images, restored, originals, labels).tolist() == [2, 0, 3, 1]
+
+
+def test_pairing_within_a_label_is_optimal_not_greedy() -> None:
+    originals = torch.tensor([0.6, 0.9]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    images = torch.tensor([0.7, 0.1]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    # The nearest two, 0.6 and 0.7, would leave 0.9 with 0.1: 0.01 + 0.64. The other way round is 0.25 + 0.04.
+    assert metrics.pair(images, [2, 2], originals, [2, 2]).tolist() == [1, 0]
+
+
+def test_one_wrongly_restored_label_takes_what_is_left() -> None:
+    originals = random_pixels(3)
+    images = originals[[2, 0, 1]]
+    # Label 8 was not in the batch: its image is the one left for the original of label 4.
+    assert metrics.pair(images, [9, 8, 1], originals, [1, 4, 9]).tolist() == [2, 1, 0]
+
+
+def test_wrongly_restored_ones_are_assigned_by_distance() -> None:
+    originals = random_pixels(3)
+    images = originals[[1, 0, 2]] * 0.9
+    assert metrics.pair(images, [70, 80, 9], originals, [1, 4, 9]).tolist() == [1, 0, 2]
+
+
+def test_a_label_restored_once_but_present_twice() -> None:
+    originals = random_pixels(3)
+    # Of the two originals of label 6 the nearer one takes the reconstruction of 6, the other what is left.
+    images = originals[[1, 2, 0]]
+    assert metrics.pair(images, [6, 2, 30], originals, [6, 6, 2]).tolist() == [2, 0, 1]
+
+
+def test_a_diverged_image_is_still_paired() -> None:
+    originals = random_pixels(3)
+    images = originals[[2, 1, 0]].clone()
+    images[1] = float("nan")
+    assert metrics.pair(images, [3, 3, 3], originals, [3, 3, 3]).tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("images", "originals"),
+    [((2, 3, 8, 8), (3, 3, 8, 8)), ((2, 3, 8, 8), (2, 3, 9, 9)), ((3, 8, 8), (3, 8, 8)), ((2, 1, 8, 8), (2, 1, 8, 8))],
+)
+def test_shapes_that_do_not_fit(images: tuple[int, ...], originals: tuple[int, ...]) -> None:
+    for metric in (metrics.psnr, metrics.ssim):
+        with pytest.raises(GradinvError, match="one to one"):
+            metric(torch.zeros(images), torch.zeros(originals))
+
+
+def test_label_counts_that_do_not_fit() -> None:
+    images = random_pixels(2)
+    with pytest.raises(GradinvError, match="2 images need as many"):
+        metrics.pair(images, [1], images, [1, 2])
+
+
+def test_images_smaller_than_the_window() -> None:
+    with pytest.raises(GradinvError, match="at least 7"):
+        metrics.ssim(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))

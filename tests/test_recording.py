@@ -1,0 +1,500 @@
+"""A run is recorded, interrupted in every way, and played back."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from gradinv import __version__, metrics
+from gradinv import recording as recording_module
+from gradinv.config import AttackConfig
+from gradinv.models import ImageClass, Model
+from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, gif
+from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term
+
+SIDE = 16
+CONFIG = AttackConfig(seeds=2, iterations=4)
+# The second original's class comes back first: the snapshots' order is not the originals'.
+TRUE, RESTORED = [5, 1], (1, 5)
+
+
+def smooth(count: int, phase: float) -> Tensor:
+    """Pixels (count, 3, 16, 16) without fine detail, which a lossy frame keeps."""
+    ramp = torch.linspace(0, 1, SIDE)
+    rows = [0.5 + 0.4 * torch.sin(3 * ramp[:, None] + 2 * ramp + phase + index) for index in range(count)]
+    return torch.stack(rows)[:, None].expand(count, 3, SIDE, SIDE).contiguous()
+
+
+ORIGINALS = smooth(2, 0.0)
+
+
+@pytest.fixture
+def model() -> Model:
+    classes = tuple(ImageClass(f"n{index}", f"class {index}") for index in range(6))
+    return Model("toy", nn.Linear(2, 6), "ab" * 32, Preprocessing(SIDE, SIDE), classes, 12.5)
+
+
+@pytest.fixture
+def observation(model: Model) -> Observation:
+    return Observation({}, 2, model.preprocessing, model.name, model.sha256)
+
+
+def snapshot(step: int, steps: int = 4) -> Snapshot:
+    seeds = torch.stack([smooth(2, 1.0 + seed + 0.1 * step) for seed in range(2)])
+    terms = {"gradient": Term((0.1 / 3, 2.0), (0.5, 1.0 + step)), "tv": Term((0.25, 0.5), (1.0, 2.0))}
+    return Snapshot(
+        step=step,
+        steps=steps,
+        seeds=seeds,
+        consensus=seeds.mean(0),
+        terms=terms if step else {},
+        distance=(0.9 - 0.1 * step, 0.8 - 0.1 * step) if step else (),
+        seconds=step / 4,
+        labels=RESTORED,
+    )
+
+
+def recorder(store: recording_module.Store, model: Model, observation: Observation) -> Recorder:
+    return Recorder(store, config=CONFIG, model=model, observation=observation, originals=ORIGINALS, labels=TRUE)
+
+
+def complete_run(store: recording_module.Store, model: Model, observation: Observation) -> Recorder:
+    made = recorder(store, model, observation)
+    for _ in made.follow(snapshot(step) for step in (0, 2, 4)):
+        pass
+    return made
+
+
+def test_run_json_has_every_field_of_the_design(tmp_path: Path, model: Model, observation: Observation) -> None:
+    made = complete_run(DirectoryStore(tmp_path / "run"), model, observation)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run == made.run
+    assert list(run) == [
+        "format",
+        "status",
+        "config",
+        "model",
+        "environment",
+        "labels",
+        "iterations",
+        "seconds",
+        "seconds_per_iteration",
+        "peak_memory_mb",
+        "metrics",
+    ]
+    assert run["format"] == 1 and run["status"] == "done"
+    assert AttackConfig.from_dict(run["config"]) == CONFIG
+    assert run["model"] == {"name": "toy", "sha256": "ab" * 32, "accuracy": 12.5}
+    assert run["environment"] == {
+        "gradinv": __version__,
+        "torch": torch.__version__,
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    assert run["labels"] == {"true": TRUE, "restored": list(RESTORED), "method": "column-minimum"}
+    assert run["iterations"] == {"done": 4, "total": 4}
+    assert run["seconds"] == 1.0 and run["seconds_per_iteration"] == 0.25
+    assert run["peak_memory_mb"] > 10
+
+
+def test_metrics_are_per_image_in_the_originals_order(model: Model, observation: Observation) -> None:
+    run = complete_run(MemoryStore(), model, observation).run
+    last = snapshot(4)
+    swapped = last.consensus[[1, 0]]
+    assert run["metrics"]["consensus"] == metrics.measure(swapped, ORIGINALS)
+    assert run["metrics"]["seeds"] == [metrics.measure(seed[[1, 0]], ORIGINALS) for seed in last.seeds]
+    assert run["metrics"]["baseline"] == metrics.measure(metrics.constant_colour(ORIGINALS), ORIGINALS)
+
+
+def test_directory_layout(tmp_path: Path, model: Model, observation: Observation) -> None:
+    store = DirectoryStore(tmp_path / "deep" / "run")
+    complete_run(store, model, observation)
+    pictures = [
+        f"images/{prefix}_0{index}.png" for prefix in ("consensus", "original", "seed0", "seed1") for index in (0, 1)
+    ]
+    frames = [f"frames/00000{step}.webp" for step in (0, 2, 4)]
+    assert store.names() == sorted(["run.json", "curves.csv", *frames, *pictures])
+    assert [path for path in (tmp_path / "deep" / "run").rglob(".*")] == []
+    with Image.open(tmp_path / "deep" / "run" / "frames" / "000002.webp") as frame:
+        assert frame.format == "WEBP" and frame.size == (2 * SIDE, 3 * SIDE)
+
+
+def test_curves_csv_has_a_row_a_record_and_seed(model: Model, observation: Observation) -> None:
+    store = MemoryStore()
+    made = complete_run(store, model, observation)
+    lines = store.read("curves.csv").decode().splitlines()
+    assert lines[0] == (
+        "step,seed,seconds,distance,psnr,consensus_psnr,gradient.raw,gradient.weighted,tv.raw,tv.weighted"
+    )
+    assert len(lines) == 1 + 3 * 2
+    # The start has no terms and no distance yet.
+    assert lines[1].startswith("0,0,0.0,,") and lines[1].endswith(",,,,")
+    row = made.curves[3]
+    assert (row["step"], row["seed"], row["distance"]) == (2, 1, snapshot(2).distance[1])
+    assert row["gradient.raw"] == 2.0 and row["gradient.weighted"] == 3.0
+    expected = metrics.psnr(snapshot(2).seeds[1][[1, 0]], ORIGINALS).mean()
+    assert row["psnr"] == float(expected)
+    assert row["consensus_psnr"] == float(metrics.psnr(snapshot(2).consensus[[1, 0]], ORIGINALS).mean())
+
+
+def test_replay_is_the_live_stream(tmp_path: Path, model: Model, observation: Observation) -> None:
+    complete_run(DirectoryStore(tmp_path), model, observation)
+    replayed = list(Recording.open(tmp_path).snapshots())
+    assert [one.step for one in replayed] == [0, 2, 4]
+    for one in replayed:
+        live = snapshot(one.step)
+        # Numbers come back exactly, pixels as closely as the lossy frames allow.
+        assert (one.steps, one.terms, one.distance, one.seconds, one.labels) == (
+            live.steps,
+            live.terms,
+            live.distance,
+            live.seconds,
+            live.labels,
+        )
+        assert one.seeds.shape == live.seeds.shape and one.consensus.shape == live.consensus.shape
+        assert (one.seeds - live.seeds).abs().mean() < 0.02
+        assert (one.consensus - live.consensus).abs().mean() < 0.02
+    assert replayed[-1].final and not replayed[0].final
+
+
+def test_final_images_are_lossless_and_follow_the_originals(model: Model, observation: Observation) -> None:
+    store = MemoryStore()
+    complete_run(store, model, observation)
+    opened = Recording.open(store)
+    half_a_level = 0.5 / 255 + 1e-6
+    for prefix, expected in {
+        "original": ORIGINALS,
+        "seed1": snapshot(4).seeds[1][[1, 0]],
+        "consensus": snapshot(4).consensus[[1, 0]],
+    }.items():
+        images = opened.images(prefix)
+        assert images is not None and (images - expected).abs().max() <= half_a_level
+    assert opened.images("seed2") is None
+    assert opened.order() == [1, 0]
+
+
+def test_without_originals(model: Model, observation: Observation) -> None:
+    store = MemoryStore()
+    made = Recorder(store, config=CONFIG, model=model, observation=observation)
+    list(made.follow(snapshot(step) for step in (0, 4)))
+    assert made.run["status"] == "done" and made.run["metrics"] is None and made.run["labels"]["true"] is None
+    assert made.curves[-1]["psnr"] is None
+    opened = Recording.open(store)
+    assert opened.originals() is None and opened.order() == [0, 1]
+    images = opened.images("consensus")
+    assert images is not None and (images - snapshot(4).consensus).abs().max() < 0.01
+    assert len(list(opened.snapshots())) == 2
+
+
+def test_status_is_running_until_the_end(model: Model, observation: Observation) -> None:
+    store = MemoryStore()
+    made = recorder(store, model, observation)
+    assert Recording.open(store).run["status"] == "running" and Recording.open(store).steps == []
+    seen = []
+    for one in made.follow(snapshot(step) for step in (0, 2, 4)):
+        opened = Recording.open(store)
+        seen.append((opened.run["status"], opened.run["iterations"]["done"], opened.steps[-1]))
+        assert opened.originals() is not None and opened.snapshot(one.step).step == one.step
+    assert seen == [("running", 0, 0), ("running", 2, 2), ("running", 4, 4)]
+    assert made.run["status"] == "done"
+
+
+def test_stream_that_ends_early_is_stopped(model: Model, observation: Observation) -> None:
+    made = recorder(store := MemoryStore(), model, observation)
+    list(made.follow(snapshot(step) for step in (0, 2)))
+    assert made.run["status"] == "stopped" and made.run["metrics"] is not None
+    assert Recording.open(store).images("consensus") is not None
+
+
+def test_stopped_before_anything_came(model: Model, observation: Observation) -> None:
+    made = recorder(store := MemoryStore(), model, observation)
+    assert list(made.follow(iter(()))) == []
+    assert made.run["status"] == "stopped"
+    assert list(Recording.open(store).snapshots()) == []
+
+
+def test_closing_stops_the_run_and_the_stream_behind_it(model: Model, observation: Observation) -> None:
+    closed = []
+
+    def endless() -> Iterator[Snapshot]:
+        try:
+            yield from (snapshot(step, steps=1000) for step in range(1000))
+        finally:
+            closed.append(True)
+
+    made = recorder(store := MemoryStore(), model, observation)
+    stream = made.follow(endless())
+    next(stream), next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert made.run["status"] == "stopped" and closed == [True]
+    opened = Recording.open(store)
+    assert opened.steps == [0, 1] and opened.images("seed1") is not None
+
+
+def test_closing_after_the_last_step_is_done(model: Model, observation: Observation) -> None:
+    made = recorder(MemoryStore(), model, observation)
+    stream = made.follow(snapshot(step) for step in (0, 4))
+    next(stream), next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert made.run["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (KeyboardInterrupt(), "stopped", None),
+        (GradinvError("The objective stopped being finite."), "failed", "The objective stopped being finite."),
+        (RuntimeError("no kernel"), "failed", "RuntimeError: no kernel"),
+    ],
+)
+def test_what_is_raised_ends_the_run_and_keeps_it(
+    error: BaseException, status: str, sentence: str | None, model: Model, observation: Observation
+) -> None:
+    def breaking() -> Iterator[Snapshot]:
+        yield snapshot(0)
+        yield snapshot(2)
+        raise error
+
+    made = recorder(store := MemoryStore(), model, observation)
+    with pytest.raises(type(error)):
+        list(made.follow(breaking()))
+    opened = Recording.open(store)
+    assert opened.run["status"] == made.run["status"] == status
+    assert opened.run.get("error") == sentence
+    assert opened.steps == [0, 2] and opened.run["metrics"] is not None
+
+
+def test_the_same_state_twice_is_recorded_once(model: Model, observation: Observation) -> None:
+    made = recorder(MemoryStore(), model, observation)
+    list(made.follow(iter([snapshot(0), snapshot(2), snapshot(2)])))
+    assert [row["step"] for row in made.curves] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("lost", [1, 5, 25])
+def test_a_torn_last_line_is_ignored(lost: int, tmp_path: Path, model: Model, observation: Observation) -> None:
+    complete_run(DirectoryStore(tmp_path), model, observation)
+    curves = tmp_path / "curves.csv"
+    curves.write_bytes(curves.read_bytes()[:-lost])
+    opened = Recording.open(tmp_path)
+    # Seed 1 of step 4 is torn, so that step is not complete.
+    assert opened.steps == [0, 2]
+    assert (opened.curves[-1]["step"], opened.curves[-1]["seed"]) == (4, 0)
+
+
+def test_readable_after_any_write_was_the_last(model: Model, observation: Observation) -> None:
+    """What a kill leaves behind: the state after each single write, and while a replacement was under way."""
+    states: list[dict[str, bytes]] = []
+
+    class Watched(MemoryStore):
+        def write(self, name: str, data: bytes) -> None:
+            super().write(name, data)
+            states.append(dict(self._files))
+
+        def append(self, name: str, data: bytes) -> None:
+            super().append(name, data[: len(data) // 2])
+            states.append(dict(self._files))
+            super().append(name, data[len(data) // 2 :])
+            states.append(dict(self._files))
+
+    complete_run(Watched(), model, observation)
+    counts = []
+    for files in states:
+        opened = Recording.open(MemoryStore(files))
+        counts.append(len(list(opened.snapshots())))
+        assert opened.run["status"] in ("running", "done")
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 3
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(tmp_path)
+    store.write("run.json", b"old")
+
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(recording_module.os, "replace", killed)
+    with pytest.raises(SystemExit):
+        store.write("run.json", b"new")
+    assert store.read("run.json") == b"old" and store.names() == ["run.json"]
+
+
+def test_a_full_disk_fails_in_one_sentence_and_keeps_what_was_there(
+    tmp_path: Path, model: Model, observation: Observation
+) -> None:
+    class Full(MemoryStore):
+        room = 12
+
+        def write(self, name: str, data: bytes) -> None:
+            if self.room == 0:
+                raise DirectoryStore(tmp_path)._unwritable(OSError(errno.ENOSPC, "No space left on device"))
+            self.room -= 1
+            super().write(name, data)
+
+    made = recorder(store := Full(), model, observation)
+    with pytest.raises(GradinvError, match=r"^The disk of .* is full; free some space or choose another folder\.$"):
+        list(made.follow(snapshot(step) for step in (0, 2, 4)))
+    assert made.run["status"] == "failed" and "is full" in made.run["error"]
+    opened = Recording.open(store)
+    assert opened.run["status"] == "running" and opened.steps[:2] == [0, 2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_real_full_device(tmp_path: Path) -> None:
+    (tmp_path / "curves.csv").symlink_to("/dev/full")
+    with pytest.raises(GradinvError, match="is full"):
+        DirectoryStore(tmp_path).append("curves.csv", b"1,2\n")
+
+
+def test_an_unwritable_folder_shows_before_the_run(tmp_path: Path, model: Model, observation: Observation) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(
+        GradinvError, match=r"^Nothing can be written to .*file/run \(not a directory\); choose another"
+    ):
+        recorder(DirectoryStore(tmp_path / "file" / "run"), model, observation)
+
+
+def test_looking_into_a_folder_makes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GradinvError, match=r"is not a recorded run: it holds no run\.json"):
+        Recording.open(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is damaged"),
+        (b"[]", "is damaged"),
+        (b'{"format": 1}', "is damaged"),
+        (b"\xff\xfe", "is damaged"),
+        (b'{"format": 2, "status": "done"}', "was recorded in format 2, and this version reads format 1"),
+    ],
+)
+def test_a_folder_with_something_else(content: bytes, sentence: str) -> None:
+    with pytest.raises(GradinvError, match=sentence):
+        Recording.open(MemoryStore({"run.json": content}))
+
+
+def test_a_damaged_table_or_frame(tmp_path: Path, model: Model, observation: Observation) -> None:
+    complete_run(DirectoryStore(tmp_path / "a"), model, observation)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a" / "curves.csv").write_text("step,seed\n0,x\n")
+    with pytest.raises(GradinvError, match="is damaged"):
+        Recording.open(tmp_path / "a")
+    (tmp_path / "b" / "frames" / "000002.webp").write_bytes(b"RIFF")
+    with pytest.raises(GradinvError, match=r"000002\.webp .* is damaged"):
+        list(Recording.open(tmp_path / "b").snapshots())
+    Image.new("RGB", (2 * SIDE, SIDE)).save(tmp_path / "b" / "frames" / "000002.webp")
+    with pytest.raises(GradinvError, match="does not fit the run"):
+        Recording.open(tmp_path / "b").snapshot(2)
+
+
+def test_steps_that_were_not_recorded(model: Model, observation: Observation) -> None:
+    complete_run(store := MemoryStore(), model, observation)
+    opened = Recording.open(store)
+    with pytest.raises(GradinvError, match="no record of step 3"):
+        opened.snapshot(3)
+    with pytest.raises(GradinvError, match="no frame of step 3"):
+        opened.frame(3)
+
+
+def test_a_mosaic_too_large_for_webp(model: Model, observation: Observation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording_module, "WEBP_LIMIT", 2 * SIDE)
+    complete_run(store := MemoryStore(), model, observation)
+    opened = Recording.open(store)
+    assert "frames/000004.png" in store.names() and opened.steps == [0, 2, 4]
+    assert (opened.snapshot(4).seeds - snapshot(4).seeds).abs().max() < 0.01
+
+
+def test_a_diverged_run_is_recorded(model: Model, observation: Observation) -> None:
+    made = recorder(store := MemoryStore(), model, observation)
+    broken = Snapshot(
+        4,
+        4,
+        torch.full((2, 2, 3, SIDE, SIDE), math.nan),
+        torch.zeros(2, 3, SIDE, SIDE),
+        {},
+        (math.nan,) * 2,
+        1.0,
+        RESTORED,
+    )
+    list(made.follow(iter([snapshot(0), broken])))
+    assert made.run["metrics"]["seeds"][0]["psnr"] == [None, None]
+    assert math.isnan(Recording.open(store).snapshot(4).distance[1])
+
+
+def test_originals_and_labels_go_together(model: Model, observation: Observation) -> None:
+    with pytest.raises(GradinvError, match="give both or neither"):
+        Recorder(MemoryStore(), config=CONFIG, model=model, observation=observation, originals=ORIGINALS)
+    with pytest.raises(GradinvError, match="observation is of 2 images, but 1 originals"):
+        Recorder(
+            MemoryStore(), config=CONFIG, model=model, observation=observation, originals=ORIGINALS[:1], labels=[1]
+        )
+
+
+def test_memory_store_as_a_zip(model: Model, observation: Observation) -> None:
+    complete_run(store := MemoryStore(), model, observation)
+    with zipfile.ZipFile(io.BytesIO(store.zip())) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == store.names()
+        assert archive.read("run.json") == store.read("run.json")
+
+
+def test_class_names_of_known_models(model: Model, observation: Observation) -> None:
+    complete_run(store := MemoryStore(), model, observation)
+    opened = Recording.open(store)
+    assert opened.class_name(3) == "class 3"
+    opened.run["model"]["name"] = "resnet18-tiny"
+    assert opened.class_name(0) == "goldfish"
+    opened.run["model"]["name"] = "resnet50"
+    assert opened.class_name(1) == "goldfish"
+
+
+def test_gif_shows_the_consensus_over_the_steps(model: Model, observation: Observation) -> None:
+    complete_run(store := MemoryStore(), model, observation)
+    with Image.open(io.BytesIO(gif(Recording.open(store)))) as animation:
+        assert animation.format == "GIF" and animation.n_frames == 3  # type: ignore[attr-defined]
+        assert animation.size == (2 * 128, 128)
+        milliseconds = 0
+        for index in range(3):
+            animation.seek(index)
+            milliseconds += animation.info["duration"]
+        assert 2000 <= milliseconds <= 8000
+        last = pil_to_tensor(animation.convert("L")).float() / 255
+    shown = torch.stack([half.mean() for half in last.chunk(2, dim=-1)])
+    # In the originals' order, unlike the frames.
+    expected = snapshot(4).consensus[[1, 0]].mean(dim=(1, 2, 3))
+    torch.testing.assert_close(shown, expected, atol=0.02, rtol=0)
+
+
+def test_gif_of_a_long_run_leaves_steps_out(
+    model: Model, observation: Observation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording_module, "GIF_FRAMES", 3)
+    made = recorder(store := MemoryStore(), model, observation)
+    list(made.follow(snapshot(step, steps=6) for step in range(7)))
+    with Image.open(io.BytesIO(gif(Recording.open(store)))) as animation:
+        assert animation.n_frames == 3  # type: ignore[attr-defined]
+
+
+def test_gif_of_nothing(model: Model, observation: Observation) -> None:
+    recorder(store := MemoryStore(), model, observation)
+    with pytest.raises(GradinvError, match="nothing to animate"):
+        gif(Recording.open(store))
+
+
+def test_gif_wraps_after_eight_pictures() -> None:
+    image = recording_module._mosaic(torch.zeros(9, 3, 64, 64))
+    assert image.size == (8 * 128, 2 * 128)
+    assert image.getpixel((200, 200)) == (255, 255, 255) and image.getpixel((100, 200)) == (0, 0, 0)

@@ -1,0 +1,221 @@
+"""Figures and picture tiles from plain data. No Streamlit.
+
+Backgrounds are transparent and the colours keep a contrast of at least 3 on white and on near-black, so that a figure
+stands on a light and on a dark page alike. Finished figures are Plotly's; the live ones are ECharts options, because
+those are updated in place where Plotly's are drawn anew.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gradinv.images import to_image
+from gradinv.types import Observation
+
+COLOURS = ("#0f8f86", "#d9662b", "#7c6bd6", "#3c80cf", "#c2568c", "#8c8020")
+NEUTRAL = "#7b858c"
+
+TERMS = {
+    "gradient": "gradient matching",
+    "features": "recovered features",
+    "bn": "BN statistics",
+    "tv": "total variation",
+    "l2": "ℓ2 norm",
+    "group": "group consistency",
+}
+_STAGES = {"layer1": "stage 1", "layer2": "stage 2", "layer3": "stage 3", "layer4": "stage 4", "fc": "classifier"}
+_SMALL = 128  # px a side below which a tile is enlarged
+_POINTS = 160  # a curve at most, when it is drawn live
+
+
+def tiles(images: Tensor, quality: int = 82) -> tuple[str, ...]:
+    """Pixels (B, 3, S, S) in [0, 1] → one WebP data URI an image.
+
+    Small images are enlarged first: lossy WebP halves the colours' resolution, which shows at 64 px.
+    """
+    return tuple(tile(to_image(pixels), quality) for pixels in images)
+
+
+def tile(image: Image.Image, quality: int = 82) -> str:
+    """An RGB image → a WebP data URI, small ones enlarged by a whole factor to at least 128 px a side."""
+    if (factor := math.ceil(_SMALL / max(image.size))) > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    packed = io.BytesIO()
+    image.save(packed, "WEBP", quality=quality)
+    return "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode("ascii")
+
+
+def layer_norms(observation: Observation) -> dict[str, float]:
+    """The ℓ2 norm of each layer's gradient, weights and biases together, in the network's order."""
+    squares: dict[str, float] = {}
+    for name, gradient in observation.gradients.items():
+        layer = name.rpartition(".")[0]
+        squares[layer] = squares.get(layer, 0.0) + float(torch.linalg.vector_norm(gradient.float())) ** 2
+    return {name: math.sqrt(value) for name, value in squares.items()}
+
+
+def gradient_norms(norms: Mapping[str, float]) -> go.Figure:
+    """Bars: the ℓ2 norm of each layer's gradient on a logarithmic axis, coloured by the network's stage."""
+    names = list(norms)
+    stages = [_STAGES.get(name.split(".")[0], "stem") for name in names]
+    figure = go.Figure()
+    for index, stage in enumerate(dict.fromkeys(stages)):
+        places = [place for place, own in enumerate(stages) if own == stage]
+        figure.add_bar(
+            x=places,
+            y=[norms[names[place]] for place in places],
+            customdata=[names[place] for place in places],
+            name=stage,
+            marker_color=COLOURS[index % len(COLOURS)],
+            marker_line_width=0,
+            hovertemplate="%{customdata}<br>‖∇W‖ = %{y:.3g}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="layers, from the input to the output", showticklabels=False, showgrid=False)
+    figure.update_yaxes(title_text="gradient norm", type="log", dtick=1)
+    return _dress(figure, height=300, bargap=0.15)
+
+
+def loss_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Lines: each weighted term of the objective over the steps, the mean of the seeds, on a logarithmic axis."""
+    figure = go.Figure()
+    for index, (name, (steps, values)) in enumerate(_terms(rows).items()):
+        figure.add_scatter(
+            x=steps,
+            y=values,
+            name=name,
+            mode="lines",
+            line={"color": COLOURS[index % len(COLOURS)], "width": 2},
+            hovertemplate="step %{x}: %{y:.3g}",
+        )
+    figure.update_xaxes(title_text="step")
+    figure.update_yaxes(title_text="weighted term", type="log", exponentformat="power")
+    return _dress(figure, height=320, hovermode="x unified")
+
+
+def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go.Figure:
+    """Lines: PSNR of each seed and of the consensus over the steps; dashed, the best constant colour's."""
+    figure = go.Figure()
+    for name, (steps, values) in _psnr(rows).items():
+        whole = name == "consensus"
+        figure.add_scatter(
+            x=steps,
+            y=values,
+            name=name,
+            mode="lines",
+            line={"color": COLOURS[0] if whole else NEUTRAL, "width": 3 if whole else 1.2},
+            hovertemplate="step %{x}: %{y:.2f} dB",
+        )
+    if baseline is not None and math.isfinite(baseline):
+        figure.add_hline(
+            y=baseline,
+            line={"color": COLOURS[1], "dash": "dash", "width": 2},
+            annotation_text="constant colour",
+            annotation_position="bottom right",
+        )
+    figure.update_xaxes(title_text="step")
+    figure.update_yaxes(title_text="PSNR in dB")
+    return _dress(figure, height=320, hovermode="x unified")
+
+
+def live_losses(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+    """`loss_curves` as ECharts options for a run of so many steps, whose axis does not move while it grows."""
+    series = [
+        _line(name, _thin(points), COLOURS[index % len(COLOURS)], 2)
+        for index, (name, points) in enumerate(_terms(rows).items())
+    ]
+    return _live(series, steps, {"type": "log", "name": "weighted terms of the loss"})
+
+
+def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | None) -> dict[str, Any]:
+    """`psnr_curves` as ECharts options for a run of so many steps."""
+    series = [
+        _line(name, _thin(points), *((COLOURS[0], 3) if name == "consensus" else (NEUTRAL, 1)))
+        for name, points in _psnr(rows).items()
+    ]
+    if baseline is not None and math.isfinite(baseline):
+        ends = ([0, steps], [baseline, baseline])
+        line = _line("constant colour", ends, COLOURS[1], 2)
+        series.append({**line, "lineStyle": {**line["lineStyle"], "type": "dashed"}})
+    return _live(series, steps, {"type": "value", "name": "PSNR in dB", "scale": True})
+
+
+def _terms(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """By readable name each term's steps and weighted values, averaged over the seeds; a log shows what is above 0."""
+    names = list(dict.fromkeys(key for row in rows for key in row if key.endswith(".weighted")))
+    found = {}
+    for key in names:
+        name = key.removesuffix(".weighted")
+        steps, values = _mean_over_seeds(rows, key)
+        kept = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+        if kept:
+            found[TERMS.get(name, name)] = ([step for step, _ in kept], [value for _, value in kept])
+    return found
+
+
+def _psnr(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    seeds = sorted({row["seed"] for row in rows})
+    found = {}
+    for seed in seeds if len(seeds) > 1 else []:
+        found[f"seed {seed + 1}"] = _mean_over_seeds([row for row in rows if row["seed"] == seed], "psnr")
+    found["consensus"] = _mean_over_seeds(rows, "consensus_psnr")
+    return {name: points for name, points in found.items() if points[0]}
+
+
+def _mean_over_seeds(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        value = row.get(key)
+        if value is not None and math.isfinite(value):
+            values.setdefault(row["step"], []).append(value)
+    return list(values), [sum(column) / len(column) for column in values.values()]
+
+
+def _thin(points: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+    steps, values = points
+    gap = math.ceil(len(steps) / _POINTS) if steps else 1
+    places = sorted({*range(0, len(steps), gap), *([len(steps) - 1] if steps else [])})
+    return [steps[place] for place in places], [values[place] for place in places]
+
+
+def _line(name: str, points: tuple[Sequence[float], Sequence[float]], colour: str, width: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": "line",
+        "showSymbol": False,
+        "data": [[x, float(f"{y:.5g}")] for x, y in zip(*points, strict=True)],
+        "lineStyle": {"color": colour, "width": width},
+        "itemStyle": {"color": colour},
+    }
+
+
+def _live(series: list[dict[str, Any]], steps: int, axis: dict[str, Any]) -> dict[str, Any]:
+    name = axis.pop("name")
+    return {
+        "animation": False,
+        "title": {"text": name, "left": 0, "top": 0, "textStyle": {"fontSize": 13, "fontWeight": "normal"}},
+        "grid": {"left": 4, "right": 12, "top": 30, "bottom": 48, "containLabel": True},
+        "legend": {"bottom": 0, "left": 0, "type": "scroll", "itemWidth": 16, "icon": "roundRect", "itemHeight": 3},
+        "tooltip": {"trigger": "axis", "confine": True, "valueFormatter": "%.3g"},
+        "xAxis": {"type": "value", "min": 0, "max": steps, "splitLine": {"show": False}},
+        "yAxis": axis,
+        "series": series,
+    }
+
+
+def _dress(figure: go.Figure, **layout: Any) -> go.Figure:
+    return figure.update_layout(
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        legend={"orientation": "h", "y": -0.2, "x": 0, "title": None},
+        **layout,
+    )

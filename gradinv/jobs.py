@@ -1,0 +1,405 @@
+"""Jobs: one worker thread, a queue with places, leases, limits. Nothing here knows of Streamlit or touches the disk.
+
+Whoever watches a job polls `JobManager.state`, which also renews the job's lease. The worker publishes immutable
+updates; a watcher that comes late, or twice, sees the same.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from gradinv import figures, metrics
+from gradinv.config import AttackConfig
+from gradinv.inversion import check_memory, invert
+from gradinv.models import Model
+from gradinv.recording import MemoryStore, Recorder
+from gradinv.types import GradinvError, Snapshot
+from gradinv.victim import observe
+
+log = logging.getLogger(__name__)
+
+Status = Literal["queued", "running", "done", "stopped", "failed"]
+FINISHED: frozenset[Status] = frozenset({"done", "stopped", "failed"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a manager accepts and keeps.
+
+    `cost` bounds batch size × pixels of an image × iterations × seeds of one job, `waiting` the queue, `retained` and
+    `retained_bytes` the finished jobs that are kept. A `lease`, in seconds, outlasts the one tick a minute to which
+    browsers slow the timers of a hidden tab.
+    """
+
+    cost: float = 1e12
+    waiting: int = 20
+    retained: int = 24
+    retained_bytes: int = 256 * 2**20
+    lease: float = 180.0
+
+    @classmethod
+    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Limits:
+        """The defaults, with `cost` from GRADINV_MAX_COST where a host sets it. Raises GradinvError for no number."""
+        text = variables.get("GRADINV_MAX_COST")
+        if not text:
+            return cls()
+        try:
+            return cls(cost=float(text))
+        except ValueError as error:
+            raise GradinvError(f"GRADINV_MAX_COST must be a number such as 1e9, not {text!r}.") from error
+
+
+class Handle(Protocol):
+    """What a job's work sees of the manager."""
+
+    @property
+    def stop(self) -> threading.Event:
+        """Set when the job is to end; whatever it has published stays."""
+
+    def publish(self, update: Any, size: int) -> None:
+        """Replace what watchers see. `size`: bytes held by this job as a whole."""
+
+
+class Work(Protocol):
+    """What a job does."""
+
+    @property
+    def cost(self) -> int:
+        """Batch size × pixels of an image × iterations × seeds."""
+
+    def check(self) -> None:
+        """Raises GradinvError where the work cannot be accepted."""
+
+    def __call__(self, handle: Handle) -> Status:
+        """Do it, publish on the way, and say whether it is `done` or was `stopped`. May raise anything."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job at one moment. `place` is 0 for what is not queued, else 1 for the next to run. `update` is the latest
+    published, `reason` one sentence on why it failed or was dropped."""
+
+    id: str
+    status: Status
+    place: int
+    update: Any
+    reason: str | None
+    work: Work
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will be published."""
+        return self.status in FINISHED
+
+
+@dataclass(eq=False)
+class _Job:
+    id: str
+    work: Work
+    leased_until: float
+    published: Callable[[], None]
+    status: Status = "queued"
+    update: Any = None
+    size: int = 0
+    reason: str | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def publish(self, update: Any, size: int) -> None:
+        self.update, self.size = update, size
+        self.published()
+
+
+class JobManager:
+    """Runs one job at a time in the order of submission. Every method may be called from any thread."""
+
+    def __init__(self, limits: Limits | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits or Limits()
+        self._clock = clock
+        self._changed = threading.Condition(threading.RLock())
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()
+        self._queue: deque[_Job] = deque()
+        self._running: _Job | None = None
+        self._closed = False
+        self._worker: threading.Thread | None = None
+
+    def submit(self, work: Work) -> str:
+        """Queue work → the job's id, which nobody can guess. Raises GradinvError for what is not accepted."""
+        work.check()
+        if work.cost > self.limits.cost:
+            raise GradinvError(
+                f"This run is {work.cost / self.limits.cost:.1f} times as large as this server accepts (pictures × "
+                "pixels × iterations × seeds); choose fewer of them."
+            )
+        with self._changed:
+            self._drop_abandoned()
+            if len(self._queue) >= self.limits.waiting:
+                raise GradinvError(f"{len(self._queue)} runs are waiting already; try again in a few minutes.")
+            job = _Job(secrets.token_urlsafe(16), work, self._clock() + self.limits.lease, self._published)
+            self._jobs[job.id] = job
+            self._queue.append(job)
+            if self._worker is None or not self._worker.is_alive():
+                self._worker = threading.Thread(target=self._serve, name="gradinv-worker", daemon=True)
+                self._worker.start()
+            self._changed.notify_all()
+            return job.id
+
+    def state(self, job_id: str) -> JobState | None:
+        """The job as it stands, or None where it is not known (any more). Renews its lease."""
+        with self._changed:
+            job = self._jobs.get(job_id)
+            if job is None:
+                return None
+            job.leased_until = self._clock() + self.limits.lease
+            self._drop_abandoned()
+            place = self._queue.index(job) + 1 if job.status == "queued" else 0
+            return JobState(job.id, job.status, place, job.update, job.reason, job.work)
+
+    def cancel(self, job_id: str) -> None:
+        """End a job: at once where it waits, within one iteration where it runs; nothing where it has ended."""
+        with self._changed:
+            job = self._jobs.get(job_id)
+            if job is not None and job.status == "queued":
+                self._leave_queue(job, None)
+            elif job is not None:
+                job.stop.set()
+
+    def wait(self, job_id: str, until: Callable[[JobState], bool], timeout: float) -> bool:
+        """Block until the job's state satisfies `until`; False where it does not in `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: (state := self.state(job_id)) is not None and until(state), timeout)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Stop what runs, drop what waits, and end the worker. Jobs submitted later start a new one."""
+        with self._changed:
+            worker, self._closed = self._worker, True
+            for job in list(self._queue):
+                self._leave_queue(job, "The server is shutting down.")
+            if self._running is not None:
+                self._running.stop.set()
+            self._changed.notify_all()
+        if worker is not None:
+            worker.join(timeout)
+        with self._changed:
+            self._worker, self._closed = None, False
+
+    def _serve(self) -> None:
+        while (job := self._next()) is not None:
+            status: Status = "failed"
+            reason: str | None = None
+            try:
+                status = job.work(job)
+            except BaseException as error:  # whatever a job does, the next visitor's must run
+                reason = sentence(error)
+            with self._changed:
+                job.status, job.reason = status, reason or job.reason
+                self._running = None
+                self._forget()
+                self._changed.notify_all()
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if self._closed:
+                return None
+            self._drop_abandoned()
+            job = self._queue.popleft()
+            job.status = "running"
+            self._running = job
+            self._changed.notify_all()
+            return job
+
+    def _published(self) -> None:
+        with self._changed:
+            self._drop_abandoned()
+            self._changed.notify_all()
+
+    def _drop_abandoned(self) -> None:
+        """Where somebody waits, jobs that nobody watches any more make room; what they have published is kept."""
+        with self._changed:
+            now = self._clock()
+            if any(job.leased_until >= now for job in self._queue):
+                reason = "This run ended because its page had been closed while others waited."
+                for job in [job for job in self._queue if job.leased_until < now]:
+                    self._leave_queue(job, reason)
+                running = self._running
+                if running is not None and running.leased_until < now and not running.stop.is_set():
+                    running.reason = reason
+                    running.stop.set()
+
+    def _leave_queue(self, job: _Job, reason: str | None) -> None:
+        self._queue.remove(job)
+        job.status, job.reason = "stopped", reason
+        self._forget()
+        self._changed.notify_all()
+
+    def _forget(self) -> None:
+        """Drop the oldest finished jobs beyond the limits, those that nobody watches first; never the newest."""
+        now = self._clock()
+        finished = [job for job in self._jobs.values() if job.status in FINISHED]
+        finished.sort(key=lambda job: job.leased_until >= now)  # stable: within each kind the oldest comes first
+        size = sum(job.size for job in finished)
+        while len(finished) > 1 and (len(finished) > self.limits.retained or size > self.limits.retained_bytes):
+            oldest = finished.pop(0)
+            size -= oldest.size
+            del self._jobs[oldest.id]
+
+
+def sentence(error: BaseException) -> str:
+    """What a visitor reads of an exception; the log has the rest."""
+    if isinstance(error, GradinvError):
+        return str(error)
+    log.error("A job failed", exc_info=error)
+    exhausted = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The GPU ran out of memory; choose fewer pictures or a smaller model."
+    if exhausted or isinstance(error, MemoryError):
+        return "The machine ran out of memory; choose fewer pictures or seeds, or a smaller model."
+    return f"The run failed unexpectedly ({type(error).__name__}); the server's log says more."
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What the page shows of an inversion at one step. Pictures are WebP data URIs in the originals' order.
+
+    `seeds` has one row a seed, `restored` the restored label and `psnr` the consensus's PSNR (dB) of each original;
+    `curves` are the recorded rows so far, `speed` seconds an iteration and `remaining` seconds (None before the first
+    step), `store` the recording itself.
+    """
+
+    step: int
+    steps: int
+    seconds: float
+    speed: float | None
+    remaining: float | None
+    restored: tuple[int, ...]
+    consensus: tuple[str, ...]
+    seeds: tuple[tuple[str, ...], ...]
+    psnr: tuple[float, ...]
+    curves: tuple[Mapping[str, Any], ...]
+    store: MemoryStore
+
+
+@dataclass(frozen=True, eq=False)
+class Inversion:
+    """The page's job: share the gradient of `pixels` (B, 3, S, S) in [0, 1], invert it, record that in memory.
+
+    `load` gives the worker a model of its own, since hooks on a network hear every thread that runs it. `captions`
+    is whatever the page wants to know of each picture; it never reaches the attack.
+    """
+
+    INTERVAL = 0.75  # seconds between updates; with a page tick of the same length a change shows within two seconds
+    FRAMES = 300  # recorded at most, whatever the length of the run
+
+    load: Callable[[], Model]
+    pixels: Tensor
+    labels: tuple[int, ...]
+    config: AttackConfig
+    captions: Sequence[Any] = ()
+
+    @property
+    def cost(self) -> int:
+        """Batch size × pixels of an image × iterations × seeds."""
+        return self.pixels[:, 0].numel() * self.config.iterations * self.config.seeds
+
+    def check(self) -> None:
+        """Raises GradinvError for an empty batch or one without a label for each picture."""
+        if self.pixels.ndim != 4 or len(self.pixels) == 0:
+            raise GradinvError("Choose at least one picture.")
+        if len(self.labels) != len(self.pixels):
+            raise GradinvError("Every picture needs a class; choose one for each.")
+
+    def __call__(self, handle: Handle) -> Status:
+        """Run until the last iteration or `handle.stop`."""
+        model = self.load()
+        check_memory(model, len(self.pixels), self.config)
+        observation = observe(model, self.pixels, torch.tensor(self.labels), share_bn=self.config.bn == "exact")
+        store = MemoryStore()
+        recorder = Recorder(
+            store, config=self.config, model=model, observation=observation, originals=self.pixels, labels=self.labels
+        )
+        pace: deque[tuple[float, int]] = deque(maxlen=20)
+
+        def show(snapshot: Snapshot) -> None:
+            pace.append((snapshot.seconds, snapshot.step))
+            progress = self._progress(snapshot, pace, recorder.curves, store)
+            handle.publish(progress, sum(len(store.read(name)) for name in store.names()))
+
+        def thinned(snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
+            """Those to record: evenly spread and always the last; the others are only shown."""
+            gap, due, held = self.config.iterations / self.FRAMES, 0.0, None
+            for snapshot in snapshots:
+                if snapshot.final or snapshot.step >= due:
+                    due, held = snapshot.step + gap, None
+                    yield snapshot
+                else:
+                    held = snapshot
+                    show(snapshot)
+            if held is not None:
+                yield held
+
+        run = invert(model, observation, self.config, interval=self.INTERVAL, stop=handle.stop)
+        for snapshot in recorder.follow(thinned(run)):
+            show(snapshot)
+        return "done" if recorder.run["status"] == "done" else "stopped"
+
+    def _progress(
+        self,
+        snapshot: Snapshot,
+        pace: Sequence[tuple[float, int]],
+        curves: Sequence[Mapping[str, Any]],
+        store: MemoryStore,
+    ) -> Progress:
+        order = metrics.pair(snapshot.consensus, snapshot.labels, self.pixels, self.labels)
+        consensus = snapshot.consensus[order]
+        speed = None
+        if (steps := pace[-1][1] - pace[0][1]) > 0:
+            speed = (pace[-1][0] - pace[0][0]) / steps
+        return Progress(
+            step=snapshot.step,
+            steps=snapshot.steps,
+            seconds=snapshot.seconds,
+            speed=speed,
+            remaining=None if speed is None else speed * (snapshot.steps - snapshot.step),
+            restored=tuple(snapshot.labels[index] for index in order.tolist()),
+            consensus=figures.tiles(consensus),
+            seeds=tuple(figures.tiles(pixels[order]) for pixels in snapshot.seeds),
+            psnr=tuple(metrics.psnr(consensus, self.pixels).tolist()),
+            curves=tuple(curves),
+            store=store,
+        )
+
+
+_manager: JobManager | None = None
+_guard = threading.Lock()
+
+
+def manager() -> JobManager:
+    """The process's one manager: a module global, so that no visitor's "clear cache" can empty it."""
+    global _manager
+    with _guard:
+        if _manager is None:
+            _manager = JobManager(Limits.from_environment())
+            atexit.register(_manager.close)
+        return _manager
+
+
+def reset() -> None:
+    """Close the manager and forget its jobs; the next `manager()` is a new one. For tests."""
+    global _manager
+    with _guard:
+        if _manager is not None:
+            atexit.unregister(_manager.close)
+            _manager.close()
+            _manager = None

@@ -1,0 +1,377 @@
+"""The queue, its places, leases, limits and failures, with work that ends when the test says so."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from gradinv import jobs
+from gradinv.config import AttackConfig
+from gradinv.jobs import Handle, Inversion, JobManager, JobState, Limits, Progress, Status, sentence
+from gradinv.models import load_model
+from gradinv.recording import Recording
+from gradinv.types import GradinvError
+
+PATIENCE = 30.0  # seconds after which a wait counts as hung; nothing depends on how fast it is
+
+
+@dataclass(eq=False)
+class Scripted:
+    """Work that does what the test sends: publishes numbers, raises errors, ends on None or when it is stopped."""
+
+    cost: int = 1
+    size: int = 10
+    orders: queue.Queue[object] = field(default_factory=queue.Queue)
+    problem: str | None = None
+
+    def check(self) -> None:
+        if self.problem is not None:
+            raise GradinvError(self.problem)
+
+    def __call__(self, handle: Handle) -> Status:
+        while True:
+            order = self.orders.get(timeout=PATIENCE)
+            if isinstance(order, BaseException):
+                raise order
+            if order == "stop":
+                return "stopped" if handle.stop.wait(PATIENCE) else "done"
+            if order is None:
+                return "done"
+            handle.publish(order, self.size)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def manager(clock: Clock) -> Iterator[JobManager]:
+    made = JobManager(Limits(cost=100, waiting=3, retained=2, retained_bytes=100, lease=60), clock=clock)
+    yield made
+    made.close(PATIENCE)
+
+
+def begun(manager: JobManager, work: Scripted) -> str:
+    job = manager.submit(work)
+    assert manager.wait(job, lambda state: state.status == "running", PATIENCE)
+    return job
+
+
+def ended(manager: JobManager, job: str) -> JobState:
+    assert manager.wait(job, lambda state: state.finished, PATIENCE)
+    state = manager.state(job)
+    assert state is not None
+    return state
+
+
+def test_jobs_run_one_at_a_time_in_order_and_know_their_place(manager: JobManager) -> None:
+    works = [Scripted() for _ in range(3)]
+    first = begun(manager, works[0])
+    second, third = manager.submit(works[1]), manager.submit(works[2])
+    places = [(state.status, state.place) for job in (first, second, third) if (state := manager.state(job))]
+    assert places == [("running", 0), ("queued", 1), ("queued", 2)]
+    works[0].orders.put(None)
+    assert manager.wait(second, lambda state: state.status == "running", PATIENCE)
+    state = manager.state(third)
+    assert state is not None and (state.status, state.place) == ("queued", 1)
+    works[1].orders.put(None)
+    works[2].orders.put(None)
+    assert ended(manager, third).status == "done"
+
+
+def test_the_latest_update_is_seen_by_every_watcher_and_kept_at_the_end(manager: JobManager) -> None:
+    work = Scripted()
+    job = begun(manager, work)
+    for update in ("one", "two"):
+        work.orders.put(update)
+    assert manager.wait(job, lambda state: state.update == "two", PATIENCE)
+    work.orders.put(None)
+    assert ended(manager, job).update == "two"
+
+
+def test_ids_cannot_be_guessed_and_unknown_ones_are_nothing(manager: JobManager) -> None:
+    work = Scripted()
+    work.orders.put(None)
+    job = manager.submit(work)
+    assert len(job) >= 20
+    assert manager.state("0") is None
+    manager.cancel("0")
+
+
+def test_a_running_job_is_stopped_and_keeps_what_it_published(manager: JobManager) -> None:
+    work = Scripted()
+    job = begun(manager, work)
+    work.orders.put("picture")
+    work.orders.put("stop")
+    manager.cancel(job)
+    state = ended(manager, job)
+    assert (state.status, state.update, state.reason) == ("stopped", "picture", None)
+
+
+def test_a_queued_job_is_cancelled_at_once_and_never_runs(manager: JobManager) -> None:
+    running, waiting = Scripted(), Scripted()
+    first = begun(manager, running)
+    second = manager.submit(waiting)
+    manager.cancel(second)
+    state = manager.state(second)
+    assert state is not None and (state.status, state.place) == ("stopped", 0)
+    waiting.orders.put("ran")
+    running.orders.put(None)
+    ended(manager, first)
+    after = Scripted()
+    after.orders.put(None)
+    ended(manager, manager.submit(after))
+    assert waiting.orders.qsize() == 1
+
+
+def test_stopping_what_has_ended_changes_nothing(manager: JobManager) -> None:
+    work = Scripted()
+    work.orders.put(None)
+    job = manager.submit(work)
+    ended(manager, job)
+    manager.cancel(job)
+    state = manager.state(job)
+    assert state is not None and state.status == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (GradinvError("Take fewer seeds."), "Take fewer seeds."),
+        (MemoryError(), "The machine ran out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "The machine ran out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "The GPU ran out of memory"),
+        (ZeroDivisionError("division by zero"), "The run failed unexpectedly (ZeroDivisionError)"),
+        (SystemExit(1), "The run failed unexpectedly (SystemExit)"),
+    ],
+)
+def test_a_failed_job_says_why_in_one_sentence_and_the_worker_lives_on(
+    manager: JobManager, error: BaseException, expected: str
+) -> None:
+    work = Scripted()
+    job = begun(manager, work)
+    work.orders.put("picture")
+    work.orders.put(error)
+    state = ended(manager, job)
+    assert state.status == "failed" and state.reason is not None
+    assert state.reason.startswith(expected) and state.reason.count(".") == 1 and "\n" not in state.reason
+    assert state.update == "picture"
+    after = Scripted()
+    after.orders.put(None)
+    assert ended(manager, manager.submit(after)).status == "done"
+
+
+def test_what_is_too_large_or_wrong_or_one_too_many_is_refused(manager: JobManager) -> None:
+    with pytest.raises(GradinvError, match=r"2\.5 times as large"):
+        manager.submit(Scripted(cost=250))
+    with pytest.raises(GradinvError, match="Choose at least one picture"):
+        manager.submit(Scripted(problem="Choose at least one picture."))
+    begun(manager, Scripted())
+    for _ in range(3):
+        manager.submit(Scripted())
+    with pytest.raises(GradinvError, match="3 runs are waiting already"):
+        manager.submit(Scripted())
+
+
+def test_a_running_job_whose_page_is_closed_makes_room_when_another_waits(manager: JobManager, clock: Clock) -> None:
+    abandoned, waiting = Scripted(), Scripted()
+    first = begun(manager, abandoned)
+    abandoned.orders.put("picture")
+    abandoned.orders.put("stop")
+    clock.now += 61
+    second = manager.submit(waiting)
+    waiting.orders.put(None)
+    assert ended(manager, second).status == "done"
+    state = manager.state(first)
+    assert state is not None and (state.status, state.update) == ("stopped", "picture")
+    assert state.reason is not None and "closed while others waited" in state.reason
+
+
+def test_a_lapsed_lease_alone_stops_nothing_and_the_tab_that_comes_back_finds_its_result(
+    manager: JobManager, clock: Clock
+) -> None:
+    work = Scripted()
+    job = begun(manager, work)
+    clock.now += 10_000
+    work.orders.put("picture")
+    work.orders.put(None)
+    state = ended(manager, job)
+    assert (state.status, state.update) == ("done", "picture")
+
+
+def test_a_watched_job_is_not_dropped(manager: JobManager, clock: Clock) -> None:
+    running, waiting = Scripted(), Scripted()
+    first = begun(manager, running)
+    for _ in range(5):
+        clock.now += 50
+        assert manager.state(first) is not None
+    manager.submit(waiting)
+    running.orders.put(None)
+    waiting.orders.put(None)
+    assert ended(manager, first).status == "done"
+
+
+def test_an_abandoned_place_in_the_queue_goes_to_those_who_still_wait(manager: JobManager, clock: Clock) -> None:
+    running, abandoned, waiting = Scripted(), Scripted(), Scripted()
+    first = begun(manager, running)
+    left = manager.submit(abandoned)
+    clock.now += 61
+    manager.state(first)
+    stays = manager.submit(waiting)
+    state = manager.state(stays)
+    assert state is not None and state.place == 1
+    dropped = manager.state(left)
+    assert dropped is not None and dropped.status == "stopped"
+    running.orders.put(None)
+    waiting.orders.put(None)
+    ended(manager, stays)
+
+
+def run_to_the_end(manager: JobManager, size: int) -> str:
+    work = Scripted(size=size)
+    work.orders.put("picture")
+    work.orders.put(None)
+    job = manager.submit(work)
+    ended(manager, job)
+    return job
+
+
+def test_only_so_many_finished_jobs_are_kept(manager: JobManager) -> None:
+    kept = [run_to_the_end(manager, 1) for _ in range(4)]
+    assert [manager.state(job) is not None for job in kept] == [False, False, True, True]
+
+
+def test_only_so_many_bytes_are_kept_but_always_the_newest(manager: JobManager) -> None:
+    small, large = run_to_the_end(manager, 60), run_to_the_end(manager, 70)
+    assert manager.state(small) is None
+    assert manager.state(large) is not None
+    huge = run_to_the_end(manager, 1000)
+    assert manager.state(large) is None
+    assert manager.state(huge) is not None
+
+
+def test_jobs_that_nobody_watches_are_forgotten_first(manager: JobManager, clock: Clock) -> None:
+    watched, left = run_to_the_end(manager, 1), run_to_the_end(manager, 1)
+    clock.now += 61
+    manager.state(watched)
+    newest = run_to_the_end(manager, 1)
+    assert [manager.state(job) is not None for job in (watched, left, newest)] == [True, False, True]
+
+
+def test_closing_ends_everything_and_a_later_job_still_runs(manager: JobManager) -> None:
+    running, waiting = Scripted(), Scripted()
+    first = begun(manager, running)
+    second = manager.submit(waiting)
+    running.orders.put("stop")
+    manager.close(PATIENCE)
+    states = [manager.state(job) for job in (first, second)]
+    assert [state.status for state in states if state] == ["stopped", "stopped"]
+    after = Scripted()
+    after.orders.put(None)
+    assert ended(manager, manager.submit(after)).status == "done"
+
+
+def test_the_limit_is_read_from_the_environment() -> None:
+    assert Limits.from_environment({}) == Limits()
+    assert Limits.from_environment({"GRADINV_MAX_COST": "1e9"}).cost == 1e9
+    with pytest.raises(GradinvError, match="GRADINV_MAX_COST"):
+        Limits.from_environment({"GRADINV_MAX_COST": "much"})
+
+
+def test_there_is_one_manager_until_it_is_reset() -> None:
+    jobs.reset()
+    one = jobs.manager()
+    assert jobs.manager() is one
+    jobs.reset()
+    assert jobs.manager() is not one
+    jobs.reset()
+
+
+def test_no_traceback_reaches_the_sentence() -> None:
+    assert "Traceback" not in sentence(ValueError("secret"))
+    assert "secret" not in sentence(ValueError("secret"))
+
+
+# The inversion as a job: the smallest real one, ResNet-18 on 32-px pictures.
+
+
+def inversion(**changes: object) -> Inversion:
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    config = AttackConfig.preset("demo", seeds=2, **{"iterations": 3, **changes})
+    return Inversion(lambda: load_model("resnet18-tiny", device="cpu", image_size=32), pixels, (3, 7), config)
+
+
+@dataclass(eq=False)
+class Listener:
+    stop: threading.Event = field(default_factory=threading.Event)
+    updates: list[Progress] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def publish(self, update: Progress, size: int) -> None:
+        self.updates.append(update)
+        self.sizes.append(size)
+        if len(self.updates) == self.enough:
+            self.stop.set()
+
+    enough: int = -1
+
+
+def test_an_inversion_publishes_pictures_from_the_start_to_the_end_and_records_them() -> None:
+    listener = Listener()
+    assert inversion()(listener) == "done"
+    first, last = listener.updates[0], listener.updates[-1]
+    assert (first.step, first.remaining) == (0, None)
+    assert (last.step, last.steps, last.remaining) == (3, 3, 0)
+    assert len(last.consensus) == len(last.psnr) == len(last.restored) == 2
+    assert [len(row) for row in last.seeds] == [2, 2]
+    assert all(uri.startswith("data:image/webp;base64,") for row in (last.consensus, *last.seeds) for uri in row)
+    assert set(last.restored) == {3, 7}
+    assert listener.sizes[-1] > listener.sizes[0] > 0
+    recording = Recording.open(last.store)
+    assert recording.run["status"] == "done"
+    assert recording.steps[-1] == 3
+    assert recording.run["metrics"]["consensus"]["psnr"] == pytest.approx(last.psnr)
+
+
+def test_a_stopped_inversion_ends_early_with_its_last_pictures_recorded() -> None:
+    listener = Listener(enough=1)
+    assert inversion(iterations=1000)(listener) == "stopped"
+    last = listener.updates[-1]
+    assert last.step < 1000
+    recording = Recording.open(last.store)
+    assert recording.run["status"] == "stopped"
+    assert recording.steps[-1] == last.step
+    assert recording.images("consensus") is not None
+
+
+def test_a_long_run_records_no_more_frames_than_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inversion, "INTERVAL", 0.0)
+    monkeypatch.setattr(Inversion, "FRAMES", 2)
+    listener = Listener()
+    inversion(iterations=6)(listener)
+    assert [update.step for update in listener.updates] == [0, 1, 2, 3, 4, 5, 6]
+    assert Recording.open(listener.updates[-1].store).steps == [0, 3, 6]
+
+
+def test_cost_and_check_of_an_inversion() -> None:
+    work = inversion()
+    assert work.cost == 2 * 32 * 32 * 3 * 2
+    work.check()
+    with pytest.raises(GradinvError, match="Choose at least one picture"):
+        Inversion(work.load, work.pixels[:0], (), work.config).check()
+    with pytest.raises(GradinvError, match="needs a class"):
+        Inversion(work.load, work.pixels, (3,), work.config).check()

@@ -56,7 +56,7 @@ class AttackConfig:
     tv: float = _option(1e-4, "weight of total variation, α_tv", least=0)
     tv_form: str = _option(
         "paper",
-        "total variation: the paper's four difference maps, mean absolute differences of R, G, B, or of luma and chroma",
+        "total variation: the paper's four difference maps, or mean absolute differences of R, G, B or luma and chroma",
         choices=("paper", "rgb", "luma-chroma"),
     )
     tv_luma: float = _option(1.0, "luma's share in the luma-chroma form", least=0)
@@ -86,14 +86,15 @@ class AttackConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         for item in dataclasses.fields(self):
-            value, choices, least = getattr(self, item.name), item.metadata["choices"], item.metadata["least"]
+            value: Any = getattr(self, item.name)
+            choices, least = item.metadata["choices"], item.metadata["least"]
             expected = type(item.default)
             numeric = int | float if expected is float else expected
             if not isinstance(value, numeric) or (expected is not bool and isinstance(value, bool)):
                 raise GradinvError(f"{item.name} takes a value of type {expected.__name__}, not {value!r}.")
             if choices and value not in choices:
                 raise GradinvError(f"{item.name} takes one of {', '.join(choices)}, not {value!r}.")
-            if least is not None and not (math.isfinite(value) and value >= least):
+            if least is not None and not least <= value < math.inf:  # NaN is refused too
                 raise GradinvError(f"{item.name} must be a finite number of at least {least:g}, not {value!r}.")
         shares = self.stages
         if shares and not (

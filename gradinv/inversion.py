@@ -35,38 +35,46 @@ def invert(
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
     and the run ends. The same config on the same device gives the same images, whatever the snapshots.
 
-    Raises GradinvError, before the first snapshot, for an observation that does not belong to the model or is not
-    finite, for a config that it cannot serve, and where memory would not suffice; and during the run where the
-    objective stops being finite.
+    Raises GradinvError, at once, for an observation that does not belong to the model or is not finite, for a config
+    that it cannot serve, and where memory would not suffice; and during the run where the objective stops being
+    finite.
     """
     check_observation(model, observation)
     check_memory(model, observation.batch_size, config)
     labels = restore_labels(model, observation, config.labels)
     objective = Objective(model, observation, labels, config)
     run = _Run(model, observation.batch_size, config)
+    return _iterate(run, objective, tuple(labels.tolist()), every, interval, stop or threading.Event())
+
+
+def _iterate(
+    run: _Run,
+    objective: Objective,
+    labels: tuple[int, ...],
+    every: int | None,
+    interval: float | None,
+    stop: threading.Event,
+) -> Iterator[Snapshot]:
     started = emitted = time.perf_counter()
-    stop = stop or threading.Event()
     judgements: list[Judgement] = []
+    steps = run.config.iterations
 
     def snapshot(step: int) -> Snapshot:
-        seconds = time.perf_counter() - started
-        return _snapshot(run, objective, judgements, step, seconds, tuple(labels.tolist()))
+        return _snapshot(run, objective, judgements, step, time.perf_counter() - started, labels)
 
     yield snapshot(0)
-    for step in range(config.iterations):
-        done = run.step(step, objective, stop)
+    for step in range(1, steps + 1):
+        done = run.step(step - 1, objective, stop)
         if done is None:
-            yield snapshot(step)
+            yield snapshot(step - 1)
             return
         judgements = done
         now = time.perf_counter()
-        due = (every is not None and (step + 1) % every == 0) or (interval is not None and now - emitted >= interval)
-        if due or step + 1 == config.iterations:
+        due = (every is not None and step % every == 0) or (interval is not None and now - emitted >= interval)
+        if due or step == steps or stop.is_set():
             emitted = now
-            yield snapshot(step + 1)
-        if stop.is_set() and step + 1 < config.iterations:
-            if not due:
-                yield snapshot(step + 1)
+            yield snapshot(step)
+        if stop.is_set():
             return
 
 
@@ -120,7 +128,8 @@ class _Run:
         gradient = torch.stack(gradients)
         if not torch.isfinite(gradient).all():
             raise GradinvError(
-                f"The objective stopped being finite at iteration {step + 1}; take a lower learning rate or other weights."
+                f"The objective stopped being finite at iteration {step + 1}; "
+                "take a lower learning rate or other weights."
             )
         self.images.grad = gradient.sign() if config.optimiser_step == "sign" else gradient
         rate = learning_rate(step, config)
@@ -222,8 +231,8 @@ def check_memory(model: Model, batch_size: int, config: AttackConfig) -> None:
     needed = estimate_memory(model, batch_size, config)
     if needed > free:
         raise GradinvError(
-            f"{config.seeds} seeds of {batch_size} images need about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-            f"are free; take fewer seeds or a smaller batch."
+            f"{config.seeds} seeds of {batch_size} images need about {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; take fewer seeds or a smaller batch."
         )
 
 

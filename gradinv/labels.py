@@ -24,7 +24,7 @@ def restore_labels(model: Model, observation: Observation, method: str = "column
 
 
 def column_minimum(gradient: Tensor, batch_size: int) -> Tensor:
-    """Gradient of the final layer's weight (N, D) → the K classes (K,) whose smallest entry is most negative (Eqn 8)."""
+    """Gradient of the final weight (N, D) → the K classes (K,) whose smallest entry is most negative (Eqn 8)."""
     if not 1 <= batch_size <= len(gradient):
         raise GradinvError(
             f"Column-minimum restores distinct labels, so the batch size must be between 1 and the "

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -230,7 +229,8 @@ def _from_torchvision(info: ModelInfo, image_size: int | None) -> Model:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise GradinvError(
-            f"The weights of {info.name} could not be downloaded ({error}); put the file at {path} or take resnet50-tiny."
+            f"The weights of {info.name} could not be downloaded ({error}); put the file at {path} "
+            "or take resnet50-tiny."
         ) from error
     network = _build(info.arch, info.classes)
     _fill(network, state, info.name)

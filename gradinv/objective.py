@@ -54,7 +54,7 @@ class Judgement:
 
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """While it is open, each forward pass fills the two dicts: by BN layer, its input's mean and biased variance (C,)."""
+    """While open, each forward pass fills two dicts: by BN layer its input's mean and biased variance, (C,) each."""
     means: dict[str, Tensor] = {}
     variances: dict[str, Tensor] = {}
 
@@ -193,7 +193,7 @@ class _Cosine(torch.autograd.Function):
         return 1 - cosine
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         cosine, norms, square, *gradients = ctx.saved_tensors
         towards, along = -upstream / norms, upstream * cosine / square.clamp(min=torch.finfo(square.dtype).tiny)
         return None, *(torch.addcmul(g * along, t, towards) for g, t in zip(gradients, ctx.targets, strict=True))

@@ -21,7 +21,8 @@ def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = Fa
     size = model.preprocessing.size
     if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (3, size, size):
         raise GradinvError(
-            f"A batch of at least one image of 3×{size}×{size} is expected, not {tuple(pixels.shape)}; choose a picture."
+            f"A batch of at least one image of 3×{size}×{size} is expected, not {tuple(pixels.shape)}; "
+            "choose a picture."
         )
     if labels.shape != (len(pixels),) or labels.min() < 0 or labels.max() >= len(model.classes):
         raise GradinvError(f"Each image needs one label between 0 and {len(model.classes) - 1}.")

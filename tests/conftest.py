@@ -1,0 +1,55 @@
+"""What several test files share: a network small enough to invert in a second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradinv.models import ImageClass, Model
+from gradinv.types import Preprocessing
+
+SIZE = 8
+CLASSES = 6
+
+
+class SmallNetwork(nn.Module):
+    """Two convolutions with BN, pooled features after a ReLU, a final linear layer: a ResNet's parts, without depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.layer4 = nn.Conv2d(8, 16, 3, padding=1, stride=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.layer4(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def small_model() -> Model:
+    """A fixed random network of 8-px images and 6 classes, with running statistics that are not the defaults."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = SmallNetwork()
+        network.train()
+        with torch.no_grad():
+            for _ in range(20):
+                network(torch.randn(16, 3, SIZE, SIZE))
+            network.fc.weight *= 3
+    network.eval()
+    classes = tuple(ImageClass(f"n{i:08d}", f"class {i}") for i in range(CLASSES))
+    return Model("small", network, "0" * 64, Preprocessing(SIZE, SIZE), classes, None)
+
+
+@pytest.fixture
+def small_batch() -> tuple[Tensor, Tensor]:
+    """Three smooth pictures (pixels in [0, 1], (3, 3, 8, 8)) and their distinct labels."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(3, 3, 2, 2, generator=generator)
+    pixels = nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear")
+    return pixels, torch.tensor([4, 1, 2])

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import threading
+
+import pytest
+import torch
+
+from gradinv.config import AttackConfig
+from gradinv.consensus import consensus
+from gradinv.inversion import estimate_memory, invert, learning_rate, stage_plan, upsample
+from gradinv.metrics import constant_colour, pair, psnr
+from gradinv.types import GradinvError
+from gradinv.victim import observe
+
+CONFIG = AttackConfig(
+    seeds=2,
+    iterations=60,
+    match="cosine",
+    gradient=1.0,
+    bn="none",
+    tv=0.02,
+    tv_form="rgb",
+    l2=0.0,
+    group=0.0,
+    optimiser_step="sign",
+    noise=0.0,
+    box=True,
+    warmup=0,
+)
+
+
+@pytest.fixture
+def observation(small_model, small_batch):
+    return observe(small_model, *small_batch)
+
+
+def test_reconstruction_beats_its_start_by_4_db_and_a_constant_colour_by_1(small_model, small_batch, observation):
+    pixels, labels = small_batch
+    first, *_, last = invert(small_model, observation, dataclasses.replace(CONFIG, iterations=200))
+    order = pair(last.consensus, last.labels, pixels, labels.tolist())
+    reached = psnr(last.consensus[order], pixels)
+    assert (reached - psnr(first.consensus[order], pixels)).mean() > 4
+    assert (reached - psnr(constant_colour(pixels), pixels)).mean() > 1
+    assert max(last.distance) < 0.1
+    assert sorted(last.labels) == sorted(labels.tolist())
+
+
+def test_snapshots_come_as_asked_and_are_self_contained(small_model, observation):
+    snapshots = list(invert(small_model, observation, CONFIG, every=25))
+    assert [snapshot.step for snapshot in snapshots] == [0, 25, 50, 60]
+    assert [snapshot.final for snapshot in snapshots] == [False, False, False, True]
+    assert snapshots[0].terms == {} and snapshots[0].distance == ()
+    last = snapshots[-1]
+    assert last.seeds.shape == (2, 3, 3, 8, 8) and last.consensus.shape == (3, 3, 8, 8)
+    assert last.steps == 60 and set(last.terms) == {"gradient", "tv"}
+    assert last.terms["tv"].weighted == tuple(0.02 * value for value in last.terms["tv"].raw)
+    assert last.distance == last.terms["gradient"].raw and len(last.distance) == 2
+    for snapshot in snapshots:
+        assert not snapshot.seeds.requires_grad
+        assert snapshot.seeds.min() >= 0 and snapshot.seeds.max() <= 1
+    assert not torch.equal(snapshots[1].seeds, last.seeds), "a snapshot must not change with the run"
+    assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(snapshots))
+
+
+def test_interval_of_zero_seconds_shows_every_step(small_model, observation):
+    config = dataclasses.replace(CONFIG, iterations=4)
+    assert [s.step for s in invert(small_model, observation, config, interval=0)] == [0, 1, 2, 3, 4]
+
+
+def test_same_config_gives_the_same_images_whatever_the_snapshots(small_model, observation):
+    config = dataclasses.replace(CONFIG, iterations=10, noise=0.2, stages=(0.5, 0.5), group=0.1, features=0.5)
+    *_, first = invert(small_model, observation, config)
+    torch.manual_seed(123)
+    *_, second = invert(small_model, observation, config, every=1)
+    *_, other = invert(small_model, observation, dataclasses.replace(config, seed=1))
+    assert torch.equal(first.seeds, second.seeds)
+    assert not torch.equal(first.seeds, other.seeds)
+
+
+def test_a_seed_does_not_depend_on_how_many_others_there_are(small_model, observation):
+    config = dataclasses.replace(CONFIG, iterations=5, noise=0.2)
+    *_, two = invert(small_model, observation, config)
+    *_, one = invert(small_model, observation, dataclasses.replace(config, seeds=1))
+    assert torch.equal(two.seeds[0], one.seeds[0])
+    assert not torch.equal(two.seeds[0], two.seeds[1])
+
+
+def test_the_group_term_pulls_seeds_together(small_model, observation):
+    def spread(group: float) -> float:
+        config = dataclasses.replace(CONFIG, iterations=30, group=group)
+        *_, last = invert(small_model, observation, config)
+        return float((last.seeds - last.consensus).square().mean())
+
+    assert spread(0.1) < 0.5 * spread(0.0)
+
+
+@pytest.mark.parametrize("preset", ["paper", "demo"])
+def test_every_term_of_the_presets_runs(small_model, observation, preset):
+    config = AttackConfig.preset(preset, iterations=8, seeds=2)
+    *_, last = invert(small_model, observation, config)
+    expected = {
+        "paper": {"gradient", "bn", "tv", "l2", "group"},
+        "demo": {"features", "gradient", "bn", "tv"},
+    }
+    assert set(last.terms) >= expected[preset]
+    assert all(math.isfinite(value) for term in last.terms.values() for value in term.raw)
+
+
+def test_stop_ends_within_one_evaluation(small_model, observation):
+    stop = threading.Event()
+    stream = invert(small_model, observation, CONFIG, every=3, stop=stop)
+    seen = [next(stream), next(stream)]
+    stop.set()
+    seen += list(stream)
+    assert [s.step for s in seen] == [0, 3] and not seen[-1].final
+
+
+def test_stop_between_snapshots_still_yields_what_was_reached(small_model, observation):
+    stop = threading.Event()
+    calls = itertools.count()
+    forward = small_model.network.forward
+
+    def counted(x):
+        if next(calls) == 9:
+            stop.set()
+        return forward(x)
+
+    small_model.network.forward = counted
+    *_, last = invert(small_model, observation, CONFIG, stop=stop)
+    # Two seeds take turns: the tenth evaluation is the second of step 5, which is completed.
+    assert last.step == 5
+
+
+def test_network_and_its_statistics_are_unchanged(small_model, observation):
+    before = {name: value.clone() for name, value in small_model.network.state_dict().items()}
+    list(invert(small_model, observation, dataclasses.replace(CONFIG, iterations=2)))
+    assert all(torch.equal(value, before[name]) for name, value in small_model.network.state_dict().items())
+    assert all(parameter.grad is None for parameter in small_model.network.parameters())
+
+
+def test_coarse_to_fine_plan_and_sizes(small_model, observation):
+    config = dataclasses.replace(CONFIG, stages=(0.25, 0.3, 0.45), iterations=20)
+    assert stage_plan(config, 64) == [(0, 16), (5, 32), (11, 64)]
+    assert stage_plan(CONFIG, 64) == [(0, 64)]
+    for snapshot in invert(small_model, observation, config, every=1):
+        assert snapshot.seeds.shape[-1] == 8
+
+
+def test_upsampling_keeps_a_flat_image_and_the_batch_axes():
+    flat = torch.full((2, 1, 3, 4, 4), 0.5)
+    assert torch.equal(upsample(flat, 8), torch.full((2, 1, 3, 8, 8), 0.5))
+    assert upsample(flat, 4) is flat
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = AttackConfig(iterations=1000, warmup=50, learning_rate=0.1)
+    assert learning_rate(0, config) == pytest.approx(0.1 / 50)
+    assert learning_rate(49, config) == learning_rate(50, config) == pytest.approx(0.1)
+    assert learning_rate(525, config) == pytest.approx(0.05)
+    assert learning_rate(999, config) < 1e-5
+    # A short run warms up for a tenth of it.
+    assert learning_rate(1, dataclasses.replace(config, iterations=20)) == pytest.approx(0.1)
+
+
+def test_consensus_is_the_mean():
+    seeds = torch.stack([torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)])
+    assert torch.equal(consensus(seeds), torch.full((1, 3, 2, 2), 0.5))
+
+
+def broken(observation, name, value):
+    return dataclasses.replace(observation, gradients={**observation.gradients, name: value})
+
+
+def test_observations_that_do_not_fit_are_refused_in_one_sentence(small_model, observation):
+    nan = observation.gradients["conv1.weight"].clone()
+    nan[0, 0, 0, 0] = math.nan
+    missing = {name: value for name, value in observation.gradients.items() if name != "bn1.bias"}
+    cases = [
+        (broken(observation, "conv1.weight", nan), "conv1.weight holds values that are not finite"),
+        (broken(observation, "bn1.weight", torch.zeros(3)), r"bn1.weight has the shape \(3,\) instead of \(8,\)"),
+        (dataclasses.replace(observation, gradients=missing), "lacks the gradient of bn1.bias"),
+        (dataclasses.replace(observation, model_sha256="f" * 64), "other weights"),
+        (dataclasses.replace(observation, mode="train"), "forward mode"),
+        (dataclasses.replace(observation, batch_size=0), "at least 1"),
+        (dataclasses.replace(observation, batch_size=7), "between 1 and the 6 classes, not 7"),
+    ]
+    for wrong, sentence in cases:
+        with pytest.raises(GradinvError, match=sentence):
+            invert(small_model, wrong, CONFIG)
+
+
+def test_more_seeds_than_memory_allows_are_refused_before_the_start(small_model, observation):
+    config = dataclasses.replace(CONFIG, seeds=10**12)
+    with pytest.raises(GradinvError, match="take fewer seeds or a smaller batch"):
+        invert(small_model, observation, config)
+    assert estimate_memory(small_model, 3, config) > 10**12 * 3 * 3 * 64 * 4
+
+
+def test_an_objective_that_stops_being_finite_ends_the_run_with_a_sentence(small_model, observation):
+    stream = invert(small_model, observation, CONFIG, every=1)
+    next(stream), next(stream)
+    with torch.no_grad():
+        small_model.network.fc.weight.fill_(math.nan)
+    with pytest.raises(GradinvError, match="stopped being finite at iteration 2"):
+        next(stream)

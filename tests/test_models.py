@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+from gradinv import models
+from gradinv.images import to_pixels
+from gradinv.models import MODELS, ModelInfo, choose_device, imagenet_classes, load_model, tiny_classes
+from gradinv.sources import gallery
+from gradinv.types import GradinvError
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    """Random weights of a 3-class ResNet-18, under torchvision's names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torchvision.models.resnet18(num_classes=3).state_dict()
+
+
+@pytest.mark.parametrize("name", ["resnet18-tiny", "resnet50-tiny"])
+def test_bundled_models_load_offline_and_know_their_classes(name):
+    model = load_model(name, device="cpu")
+    assert model.sha256 == MODELS[name].sha256
+    assert model.preprocessing.size == 64 and len(model.classes) == 200
+    assert model.classes[0].name == "goldfish" and model.class_index("n01443537") == 0
+    assert model.class_index("n00000000") is None and model.class_index("") is None
+    assert not model.network.training
+    assert all(value.dtype == torch.float32 for value in model.network.parameters())
+
+
+def test_bundled_model_recognises_gallery_pictures():
+    """Far above chance (one in 200): wrong preprocessing or a wrong class order would not pass."""
+    model = load_model("resnet18-tiny", device="cpu")
+    pictures = gallery(model)
+    labels = model.predict(torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures]))
+    right = [model.class_index(p.wnid or "") == label for p, label in zip(pictures, labels.tolist(), strict=True)]
+    assert sum(right) >= len(pictures) / 3
+
+
+def test_class_lists():
+    assert len(imagenet_classes()) == 1000 and imagenet_classes()[207].name == "golden retriever"
+    assert len(tiny_classes()) == 200
+    assert [item.wnid for item in tiny_classes()] == sorted(item.wnid for item in tiny_classes())
+
+
+def test_auto_without_a_gpu_takes_the_bundled_resnet50(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_model("auto").name == "resnet50-tiny"
+
+
+def test_own_weights_from_a_pth_and_with_a_wrapper(tmp_path, resnet18):
+    torch.save({"state_dict": {f"module.{name}": value for name, value in resnet18.items()}}, tmp_path / "own.pth")
+    model = load_model(str(tmp_path / "own.pth"), device="cpu", image_size=32)
+    assert model.name == "own" and len(model.classes) == 3 and model.preprocessing.size == 32
+    assert torch.equal(model.network.state_dict()["fc.weight"], resnet18["fc.weight"])
+
+
+def test_own_safetensors_say_what_they_are(tmp_path, resnet18):
+    wnids = ["n01443537", "n02129165", "n09999999"]
+    metadata = {"arch": "resnet18", "classes": json.dumps(wnids), "image_size": "48", "accuracy": "12.5"}
+    safetensors.torch.save_file(resnet18, tmp_path / "own.safetensors", metadata=metadata)
+    model = load_model(str(tmp_path / "own.safetensors"), device="cpu")
+    assert [item.name for item in model.classes] == ["goldfish", "lion", "n09999999"]
+    assert model.preprocessing.size == 48 and model.accuracy == 12.5
+
+
+def test_half_precision_weights_are_loaded_as_float32(tmp_path, resnet18):
+    half = {name: value.half() if value.is_floating_point() else value for name, value in resnet18.items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+    model = load_model(str(tmp_path / "half.safetensors"), device="cpu")
+    assert model.network.state_dict()["conv1.weight"].dtype == torch.float32
+
+
+def misfits(state):
+    missing = {name: value for name, value in state.items() if name != "layer2.0.conv1.weight"}
+    misshapen = {**state, "layer3.1.conv2.weight": torch.zeros(3, 3)}
+    unknown = {**state, "neck.weight": torch.zeros(1)}
+    nan = {**state, "conv1.weight": torch.full_like(state["conv1.weight"], torch.nan)}
+    headless = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    return [
+        (missing, "lacks the layer layer2.0.conv1.weight"),
+        (misshapen, "layer layer3.1.conv2.weight has the shape"),
+        (unknown, "has a layer neck.weight that the network lacks"),
+        (nan, "layer conv1.weight holds values that are not finite"),
+        (headless, "no final linear layer"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_weights_that_do_not_fit_say_which_layer(tmp_path, resnet18, case):
+    state, sentence = misfits(resnet18)[case]
+    torch.save(state, tmp_path / "own.pth")
+    with pytest.raises(GradinvError, match=sentence):
+        load_model(str(tmp_path / "own.pth"), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["notes.pth", "notes.safetensors"])
+def test_files_that_are_not_weights_are_refused(tmp_path, name):
+    (tmp_path / name).write_text("shopping list")
+    with pytest.raises(GradinvError, match="cannot be read as weights"):
+        load_model(str(tmp_path / name), device="cpu")
+
+
+def test_a_pickle_that_is_more_than_weights_is_not_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"fc.weight": Bomb()}, tmp_path / "bomb.pth")
+    with pytest.raises(GradinvError, match="weights-only"):
+        load_model(str(tmp_path / "bomb.pth"), device="cpu")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_unknown_names_and_devices_are_refused():
+    with pytest.raises(GradinvError, match="named models are resnet50-tiny"):
+        load_model("resnet51", device="cpu")
+    with pytest.raises(GradinvError, match="cannot be used here"):
+        choose_device("warp")
+    with pytest.raises(GradinvError, match="between 8 and 1024"):
+        load_model("resnet18-tiny", device="cpu", image_size=4)
+
+
+def test_damaged_bundled_weights_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.setattr(models, "ASSETS", tmp_path)
+    with pytest.raises(GradinvError, match="are missing"):
+        load_model("resnet18-tiny", device="cpu")
+    (tmp_path / "models" / "resnet18-tiny.safetensors").write_bytes(b"damaged")
+    with pytest.raises(GradinvError, match="wrong sha256"):
+        load_model("resnet18-tiny", device="cpu")
+
+
+class TestDownload:
+    """torchvision's own download and hash check, against a local server with a half-precision ResNet-18."""
+
+    INFO = ModelInfo("resnet18", "", arch="resnet18", size=32, classes=1000, accuracy=69.8, origin="")
+
+    @pytest.fixture
+    def served(self, tmp_path, monkeypatch):
+        """The folder that is served; its file carries the start of its sha256 in its name, as torchvision's do."""
+        folder = tmp_path / "served"
+        folder.mkdir()
+        state = torchvision.models.resnet18(num_classes=1000).half().state_dict()
+        torch.save(state, folder / "weights.pth")
+        digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()
+        (folder / "weights.pth").rename(folder / f"resnet18-{digest[:8]}.pth")
+        handler = functools.partial(QuietHandler, directory=str(folder))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value
+            monkeypatch.setattr(weights, "url", f"http://127.0.0.1:{server.server_port}/resnet18-{digest[:8]}.pth")
+            monkeypatch.setitem(MODELS, "resnet18", self.INFO)
+            monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+            yield folder
+            server.shutdown()
+            thread.join()
+
+    def test_first_use_downloads_and_the_second_needs_no_server(self, served):
+        first = load_model("resnet18", device="cpu")
+        assert len(first.classes) == 1000 and first.preprocessing.size == 32
+        next(served.iterdir()).unlink()
+        assert load_model("resnet18", device="cpu").sha256 == first.sha256
+
+    def test_a_wrong_hash_is_refused_and_nothing_is_kept(self, served, tmp_path):
+        file = next(served.iterdir())
+        file.write_bytes(file.read_bytes() + b"tampered")
+        with pytest.raises(GradinvError, match="could not be downloaded"):
+            load_model("resnet18", device="cpu")
+        assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+
+    def test_a_missing_file_names_the_way_out(self, served):
+        next(served.iterdir()).unlink()
+        with pytest.raises(GradinvError, match=r"put the file at .* or take resnet50-tiny"):
+            load_model("resnet18", device="cpu")
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        """Requests are not worth a line each."""

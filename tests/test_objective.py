@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gradinv.config import AttackConfig
+from gradinv.models import Model
+from gradinv.objective import (
+    Objective,
+    absolute_variation,
+    batch_statistics,
+    bn_distance,
+    cosine_distance,
+    feature_distance,
+    group_distance,
+    l2_distance,
+    layer_cosine_distance,
+    luma_chroma_variation,
+    matched_parameters,
+    paper_variation,
+    relative_bn_distance,
+    running_statistics,
+)
+from gradinv.types import BatchNormStatistics, GradinvError, Preprocessing
+from gradinv.victim import observe
+
+
+def test_l2_distance_is_a_sum_of_norms_that_are_not_squared():
+    found = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[1.0]])}
+    target = {"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([[-1.0]])}
+    assert l2_distance(found, target).item() == pytest.approx(5 + 2)
+
+
+def test_cosine_distances_by_hand():
+    found = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([2.0])}
+    target = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([2.0])}
+    # Together: (0 + 4) / (√5 · √5); layer by layer: 0 and 1.
+    assert cosine_distance(found, target).item() == pytest.approx(1 - 4 / 5)
+    assert layer_cosine_distance(found, target).item() == pytest.approx(0.5)
+
+
+def test_cosine_backward_agrees_with_numerical_differences():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (5, 7))
+    target = {"a": first.flip(0) + 0.1, "b": second**2}
+    assert torch.autograd.gradcheck(
+        lambda a, b: cosine_distance({"a": a, "b": b}, target), (first.requires_grad_(), second.requires_grad_())
+    )
+
+
+def test_cosine_of_a_gradient_that_vanished_is_finite():
+    zero = torch.zeros(3, requires_grad=True)
+    distance = cosine_distance({"a": zero}, {"a": torch.ones(3)})
+    (gradient,) = torch.autograd.grad(distance, zero)
+    assert distance.item() == 1
+    assert torch.isfinite(distance) and not torch.isnan(gradient).any()
+
+
+def test_variations_by_hand():
+    image = torch.zeros(1, 3, 2, 2)
+    image[0, :, 0, 0] = 1.0
+    # Maps over three equal channels: right (1, 0), down (1, 0), one diagonal 1, the other 0.
+    assert paper_variation(image).item() == pytest.approx(3 * math.sqrt(3))
+    assert absolute_variation(image).item() == pytest.approx(0.5 + 0.5)
+
+
+def test_luma_chroma_variation_by_hand():
+    preprocessing = Preprocessing(2, 2, std=(0.2, 0.2, 0.2))
+    grey = torch.zeros(1, 3, 2, 2)
+    grey[0, :, 0, 0] = 1.0
+    config = AttackConfig(tv_luma=0.5, tv_chroma=7.0)
+    assert luma_chroma_variation(grey, preprocessing, config).item() == pytest.approx(0.5 * 1.0)
+    red = torch.zeros(1, 3, 2, 2)
+    red[0, 0, 0, 0] = 1.0
+    # Luma 1/3, chroma 1/2 and 1/4 of a unit.
+    expected = 0.5 / 3 + 7 * (1 / 2 + 1 / 4)
+    assert luma_chroma_variation(red, preprocessing, config).item() == pytest.approx(expected)
+
+
+def test_bn_distances_by_hand():
+    target = BatchNormStatistics({"bn": torch.tensor([3.0, 4.0])}, {"bn": torch.tensor([2.0, 0.0])})
+    means, variances = {"bn": torch.tensor([0.0, 0.0])}, {"bn": torch.tensor([3.0, 0.0])}
+    assert bn_distance(means, variances, target).item() == pytest.approx(5 + 1)
+    assert relative_bn_distance(means, variances, target).item() == pytest.approx(5 / 5 + 1 / 2)
+
+
+def test_features_and_group_by_hand():
+    features, recovered = torch.tensor([[1.0, 0.0], [2.0, 2.0]]), torch.tensor([[0.0, 3.0], [1.0, 1.0]])
+    assert feature_distance(features, recovered).item() == pytest.approx(0.5)
+    assert group_distance(torch.full((1, 1, 2, 2), 3.0), torch.ones(1, 1, 2, 2)).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("term", [paper_variation, lambda x: group_distance(x, torch.zeros_like(x))])
+def test_norms_at_zero_have_a_gradient(term):
+    flat = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(term(flat), flat)
+    assert torch.equal(gradient, torch.zeros_like(flat))
+
+
+def double(model: Model) -> Model:
+    """The model in double precision, with a smooth activation's derivative left as it is: kinks have measure zero."""
+    model.network.double()
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"match": "cosine", "gradient": 1.0, "features": 0.5, "bn_form": "relative", "tv_form": "luma-chroma"},
+        {"match": "layer-cosine", "gradient": 1.0, "layers": "early", "bn": "none", "tv_form": "rgb", "seeds": 1},
+        {"errors": "recovered", "match": "cosine", "gradient": 1.0, "bn": "exact"},
+    ],
+)
+def test_pixel_gradient_agrees_with_numerical_differences(small_model, small_batch, changes):
+    """The double backward through the network, every term together, against finite differences."""
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels, labels, share_bn=True)
+    model = double(small_model)
+    objective = Objective(model, observation, labels, AttackConfig(**changes))
+    objective._target = {name: value.double() for name, value in objective._target.items()}
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    group = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    direction = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+    def total(step: float) -> torch.Tensor:
+        return objective(images + step * direction, group).total
+
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(images, group).total, images)
+    slope = (gradient * direction).sum()
+    numerical = (total(1e-7) - total(-1e-7)) / 2e-7
+    torch.testing.assert_close(numerical, slope, rtol=1e-4, atol=1e-8)
+
+
+def test_the_true_images_have_no_distance(small_model, small_batch):
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels, labels, share_bn=True)
+    config = AttackConfig(match="cosine", gradient=1.0, bn="exact", features=1.0, seeds=1)
+    images = small_model.preprocessing.normalise(pixels)
+    judgement = Objective(small_model, observation, labels, config)(images, images)
+    assert judgement.raw["gradient"].abs().item() < 1e-5
+    assert judgement.raw["bn"].item() < 1e-4
+    assert judgement.distance.item() == judgement.raw["gradient"].item()
+
+
+def test_total_is_the_weighted_sum_and_zero_weights_leave_no_term(small_model, small_batch):
+    pixels, labels = small_batch
+    config = AttackConfig(gradient=0.0, tv=0.5, l2=0.25, bn="none", seeds=1)
+    objective = Objective(small_model, observe(small_model, pixels, labels), labels, config)
+    judgement = objective(torch.ones(3, 3, 8, 8), torch.zeros(3, 3, 8, 8))
+    assert set(judgement.raw) == {"tv", "l2"}
+    assert judgement.total.item() == pytest.approx(0.25 * math.sqrt(3 * 3 * 64))
+    assert math.isnan(judgement.distance.item())
+
+
+def test_recovered_errors_give_the_clients_own_gradient_at_the_truth(small_model, small_batch):
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels[:1], labels[:1])
+    config = AttackConfig(errors="recovered", match="cosine", gradient=1.0, seeds=1)
+    objective = Objective(small_model, observation, labels[:1], config)
+    found = objective.evaluate(small_model.preprocessing.normalise(pixels[:1]), torch.zeros(1)).gradients
+    for name, value in observation.gradients.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_statistics_cover_every_bn_layer_and_leave_no_hook(small_model):
+    with batch_statistics(small_model.network) as (means, variances):
+        small_model.network(torch.zeros(2, 3, 8, 8))
+    assert set(means) == set(variances) == set(running_statistics(small_model.network).mean) == {"bn1", "bn2"}
+    assert not small_model.network.bn1._forward_pre_hooks
+
+
+def test_early_layers_leave_out_the_last_stage(small_model):
+    assert matched_parameters(small_model, "early") == [
+        "conv1.weight",
+        "bn1.weight",
+        "bn1.bias",
+        "bn2.weight",
+        "bn2.bias",
+    ]
+
+
+def test_exact_statistics_that_nobody_shared_are_refused(small_model, small_batch):
+    pixels, labels = small_batch
+    with pytest.raises(GradinvError, match="did not share its BN statistics"):
+        Objective(small_model, observe(small_model, pixels, labels), labels, AttackConfig(bn="exact"))

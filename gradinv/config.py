@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from gradinv.types import GradinvError
 
@@ -35,7 +35,9 @@ class AttackConfig:
     )
     gradient: float = _option(1e-3, "weight of gradient matching, α_G (0: control without the gradient)", least=0)
     layers: str = _option(
-        "all", "which parameters are matched: all, or without the last residual stage", choices=("all", "early")
+        "all",
+        "which parameters are matched: all, or only those up to and including a residual stage",
+        choices=("all", "layer1", "layer2", "layer3", "layer4"),
     )
     errors: str = _option(
         "predicted",
@@ -94,7 +96,7 @@ class AttackConfig:
                 raise GradinvError(f"{item.name} takes a value of type {expected.__name__}, not {value!r}.")
             if choices and value not in choices:
                 raise GradinvError(f"{item.name} takes one of {', '.join(choices)}, not {value!r}.")
-            if least is not None and not least <= value < math.inf:  # NaN is refused too
+            if least is not None and not least <= cast(float, value) < math.inf:  # NaN is refused too
                 raise GradinvError(f"{item.name} must be a finite number of at least {least:g}, not {value!r}.")
         shares = self.stages
         if shares and not (

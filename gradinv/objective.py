@@ -167,11 +167,17 @@ class Objective:
 
 
 def matched_parameters(model: Model, layers: str) -> list[str]:
-    """Names of the parameters whose gradients are compared: `all`, or without the last stage and the final layer."""
+    """Names of the parameters whose gradients are compared: `all`, or those up to and including that residual stage.
+
+    Raises GradinvError where the network has no stage of that name.
+    """
     names = [name for name, _ in model.network.named_parameters()]
-    if layers == "early":
-        names = [name for name in names if not name.startswith(("layer4.", f"{model.final}."))]
-    return names
+    if layers == "all":
+        return names
+    last = [index for index, name in enumerate(names) if name.startswith(f"{layers}.")]
+    if not last:
+        raise GradinvError(f"{model.name} has no stage {layers}; set layers to all.")
+    return names[: last[-1] + 1]
 
 
 class _Cosine(torch.autograd.Function):

@@ -110,7 +110,7 @@ def double(model: Model) -> Model:
     [
         {},
         {"match": "cosine", "gradient": 1.0, "features": 0.5, "bn_form": "relative", "tv_form": "luma-chroma"},
-        {"match": "layer-cosine", "gradient": 1.0, "layers": "early", "bn": "none", "tv_form": "rgb", "seeds": 1},
+        {"match": "layer-cosine", "gradient": 1.0, "layers": "layer4", "bn": "none", "tv_form": "rgb", "seeds": 1},
         {"errors": "recovered", "match": "cosine", "gradient": 1.0, "bn": "exact"},
     ],
 )
@@ -174,14 +174,11 @@ def test_statistics_cover_every_bn_layer_and_leave_no_hook(small_model):
     assert not small_model.network.bn1._forward_pre_hooks
 
 
-def test_early_layers_leave_out_the_last_stage(small_model):
-    assert matched_parameters(small_model, "early") == [
-        "conv1.weight",
-        "bn1.weight",
-        "bn1.bias",
-        "bn2.weight",
-        "bn2.bias",
-    ]
+def test_matching_can_stop_at_a_stage(small_model):
+    assert matched_parameters(small_model, "all")[-1] == "fc.bias"
+    assert matched_parameters(small_model, "layer4") == ["conv1.weight", "bn1.weight", "bn1.bias", "layer4.weight"]
+    with pytest.raises(GradinvError, match="has no stage layer3"):
+        matched_parameters(small_model, "layer3")
 
 
 def test_exact_statistics_that_nobody_shared_are_refused(small_model, small_batch):

@@ -1,0 +1,166 @@
+"""The configuration: checked, frozen, and the same after a round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from gradinv.config import PRESETS, PRESETS_BY_MODEL, AttackConfig
+from gradinv.models import MODELS
+from gradinv.types import GradinvError
+
+FIELDS = {item.name: item for item in dataclasses.fields(AttackConfig)}
+
+
+def other_value(item: dataclasses.Field[Any]) -> Any:
+    """A valid value that is not the default, with floats that decimal notation cannot hold exactly."""
+    if item.name == "stages":
+        return (1 / 3, 2 / 3)
+    if choices := item.metadata["choices"]:
+        return choices[-1]
+    if isinstance(item.default, bool):
+        return not item.default
+    return item.default + 3 if isinstance(item.default, int) else item.default + 1 / 3
+
+
+def test_defaults_are_the_constants_of_the_paper() -> None:
+    paper = AttackConfig.preset("paper")
+    assert paper == AttackConfig()
+    assert (paper.gradient, paper.tv, paper.l2, paper.bn_weight, paper.group) == (1e-3, 1e-4, 1e-6, 0.1, 0.01)
+    assert (paper.noise, paper.seeds, paper.iterations) == (0.2, 8, 20_000)
+    assert (paper.learning_rate, paper.warmup, paper.start_scale) == (0.1, 50, 1.0)
+    assert (paper.match, paper.bn, paper.bn_form, paper.tv_form, paper.labels) == (
+        "l2",
+        "approx",
+        "raw",
+        "paper",
+        "column-minimum",
+    )
+    # What the paper does not have is off.
+    assert (paper.features, paper.layers, paper.errors, paper.optimiser_step) == (0, "all", "predicted", "gradient")
+    assert paper.box is False and paper.stages == ()
+
+
+def test_the_demonstration_does_not_assume_leaked_statistics() -> None:
+    for model in MODELS:
+        assert AttackConfig.preset("demo", model).bn != "exact"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("model", [None, *MODELS, "weights.safetensors"])
+def test_presets_are_valid_and_take_changes(name: str, model: str | None) -> None:
+    config = AttackConfig.preset(name, model)
+    changed = AttackConfig.preset(name, model, seeds=config.seeds + 1)
+    assert changed == dataclasses.replace(config, seeds=config.seeds + 1)
+
+
+def test_presets_of_models_belong_to_presets_and_models() -> None:
+    assert all(preset in PRESETS and model in MODELS for preset, model in PRESETS_BY_MODEL)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(GradinvError, match="There is no preset 'best'; take one of paper, demo"):
+        AttackConfig.preset("best")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_round_trip_of_each_field(name: str) -> None:
+    config = AttackConfig(**{name: other_value(FIELDS[name])})
+    assert config != AttackConfig()
+    assert AttackConfig.from_json(config.to_json()) == config
+    assert AttackConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert set(config.to_dict()) == set(FIELDS)
+
+
+def test_missing_fields_take_their_defaults() -> None:
+    assert AttackConfig.from_dict({"seeds": 3}) == AttackConfig(seeds=3)
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(GradinvError, match=r"There is no setting 'steps'; known are .*iterations"):
+        AttackConfig.from_dict({"steps": 3})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"paper"'])
+def test_text_that_is_no_configuration(text: str) -> None:
+    with pytest.raises(GradinvError, match="JSON"):
+        AttackConfig.from_json(text)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_explains_itself(name: str) -> None:
+    metadata = FIELDS[name].metadata
+    assert set(metadata) == {"help", "choices", "least"}
+    assert len(metadata["help"]) > 10
+    if metadata["choices"]:
+        assert FIELDS[name].default in metadata["choices"]
+
+
+@pytest.mark.parametrize("name", [name for name, item in FIELDS.items() if item.metadata["least"] is not None])
+def test_numbers_below_their_least_or_not_finite(name: str) -> None:
+    item = FIELDS[name]
+    least = item.metadata["least"]
+    kind = type(item.default)
+    assert getattr(AttackConfig(**{name: kind(least)}), name) == least
+    with pytest.raises(GradinvError, match=f"{name} must be a finite number of at least {least:g}, not"):
+        AttackConfig(**{name: kind(least - 1)})
+    if kind is float:
+        for value in (math.nan, math.inf):
+            with pytest.raises(GradinvError, match=f"{name} must be a finite number"):
+                AttackConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name, item in FIELDS.items() if item.metadata["choices"]])
+def test_words_that_are_no_choice(name: str) -> None:
+    with pytest.raises(GradinvError, match=f"{name} takes one of .*{FIELDS[name].metadata['choices'][0]}.*, not 'x'"):
+        AttackConfig(**{name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seeds", 2.0),
+        ("seeds", "2"),
+        ("seeds", True),
+        ("tv", "0.1"),
+        ("tv", None),
+        ("tv", False),
+        ("box", 1),
+        ("match", 3),
+    ],
+)
+def test_values_of_the_wrong_type(name: str, value: object) -> None:
+    with pytest.raises(GradinvError, match=f"{name} takes a value of type"):
+        AttackConfig.from_dict({name: value})
+
+
+def test_whole_numbers_serve_as_weights() -> None:
+    assert AttackConfig(tv=1) == AttackConfig(tv=1.0)
+
+
+def test_stages() -> None:
+    assert AttackConfig.from_dict({"stages": [0.25, 0.75]}).stages == (0.25, 0.75)
+    assert AttackConfig(stages=(1.0,)).stages == (1.0,)
+
+
+@pytest.mark.parametrize("stages", [(0.5, 0.6), (0.5,), (1.5, -0.5), (0.0, 1.0), ("a",), (math.nan, 1.0), (True,)])
+def test_stages_that_are_not_shares(stages: tuple[Any, ...]) -> None:
+    with pytest.raises(GradinvError, match="stages are positive shares of the steps that sum to 1"):
+        AttackConfig(stages=stages)
+
+
+@pytest.mark.parametrize("stages", [3, None])
+def test_stages_that_are_no_list(stages: Any) -> None:
+    with pytest.raises(GradinvError, match="stages"):
+        AttackConfig.from_dict({"stages": stages})
+
+
+def test_frozen_and_comparable() -> None:
+    config = AttackConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seeds = 3  # type: ignore[misc]
+    assert hash(config) == hash(AttackConfig())

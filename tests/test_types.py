@@ -1,0 +1,114 @@
+"""The shapes that everything is built on: preprocessing, what the server receives, snapshots."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, Snapshot, Term
+
+PREPROCESSING = Preprocessing(size=8, resize=9, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.1))
+
+
+def observation(bn: BatchNormStatistics | None = None) -> Observation:
+    gradients = {"fc.weight": torch.randn(4, 3), "conv1.weight": torch.randn(2, 3, 3, 3), "fc.bias": torch.randn(4)}
+    return Observation(gradients, 2, PREPROCESSING, "small", "0" * 64, bn)
+
+
+def test_normalise_by_hand() -> None:
+    pixels = torch.tensor([1.0, 0.4, 0.0]).view(3, 1, 1).expand(2, 3, 8, 8)
+    normalised = PREPROCESSING.normalise(pixels)
+    assert normalised.shape == pixels.shape
+    torch.testing.assert_close(normalised[1, :, 2, 5], torch.tensor([2.0, 0.0, -3.0]))
+
+
+def test_denormalise_is_the_inverse_within_the_bounds_and_clamps_beyond() -> None:
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(PREPROCESSING.denormalise(PREPROCESSING.normalise(pixels)), pixels)
+    assert torch.equal(PREPROCESSING.denormalise(torch.full((3, 8, 8), 99.0)), torch.ones(3, 8, 8))
+    assert torch.equal(PREPROCESSING.denormalise(torch.full((3, 8, 8), -99.0)), torch.zeros(3, 8, 8))
+
+
+def test_bounds_are_black_and_white() -> None:
+    low, high = PREPROCESSING.bounds(torch.zeros(1))
+    assert low.shape == high.shape == (3, 1, 1)
+    torch.testing.assert_close(low, PREPROCESSING.normalise(torch.zeros(3, 1, 1)))
+    torch.testing.assert_close(high, PREPROCESSING.normalise(torch.ones(3, 1, 1)))
+
+
+@pytest.mark.parametrize("leaked", [False, True])
+def test_observation_survives_its_file(leaked: bool, tmp_path: Path) -> None:
+    bn = BatchNormStatistics({"bn1": torch.randn(5)}, {"bn1": torch.rand(5)}) if leaked else None
+    saved = observation(bn)
+    saved.save(tmp_path / "gradient.safetensors")
+    loaded = Observation.load(tmp_path / "gradient.safetensors")
+    assert set(loaded.gradients) == set(saved.gradients)
+    assert all(torch.equal(loaded.gradients[name], value) for name, value in saved.gradients.items())
+    assert loaded.preprocessing == PREPROCESSING
+    for name in ("batch_size", "model_name", "model_sha256", "mode"):
+        assert getattr(loaded, name) == getattr(saved, name)
+    if bn is None:
+        assert loaded.bn is None
+    else:
+        assert loaded.bn is not None
+        assert torch.equal(loaded.bn.mean["bn1"], bn.mean["bn1"]) and torch.equal(loaded.bn.var["bn1"], bn.var["bn1"])
+
+
+def test_observation_holds_neither_images_nor_labels() -> None:
+    names = {field.name for field in dataclasses.fields(Observation)}
+    assert names == {"gradients", "batch_size", "preprocessing", "model_name", "model_sha256", "bn", "mode"}
+
+
+def test_a_view_is_saved_as_it_reads(tmp_path: Path) -> None:
+    transposed = torch.arange(6.0).view(2, 3).t()
+    saved = dataclasses.replace(observation(), gradients={"fc.weight": transposed})
+    saved.save(tmp_path / "gradient.safetensors")
+    assert torch.equal(Observation.load(tmp_path / "gradient.safetensors").gradients["fc.weight"], transposed)
+
+
+def test_what_is_not_an_observation(tmp_path: Path) -> None:
+    for name, content in {"text": b"no tensors here", "empty": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(GradinvError, match="Cannot read an observation"):
+            Observation.load(tmp_path / name)
+    with pytest.raises(GradinvError, match="Cannot read an observation"):
+        Observation.load(tmp_path / "missing")
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, other)
+    with pytest.raises(GradinvError, match="not an observation"):
+        Observation.load(other)
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, other, metadata={"observation": "{}"})
+    with pytest.raises(GradinvError, match="not an observation"):
+        Observation.load(other)
+
+
+def test_observation_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(GradinvError, match="Cannot write the observation"):
+        observation().save(tmp_path / "file" / "gradient.safetensors")
+
+
+@pytest.mark.parametrize(("step", "final"), [(0, False), (9, False), (10, True)])
+def test_snapshot_knows_whether_it_is_the_last(step: int, final: bool) -> None:
+    pixels = torch.zeros(1, 2, 3, 8, 8)
+    snapshot = Snapshot(step, 10, pixels, pixels[0], {"tv": Term((0.5,), (0.1,))}, (0.3,), 1.5, (4, 2))
+    assert snapshot.final is final
+
+
+def test_everything_is_frozen() -> None:
+    for thing, name in (
+        (PREPROCESSING, "size"),
+        (observation(), "batch_size"),
+        (Term((1.0,), (1.0,)), "raw"),
+    ):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, name, None)
+
+
+def test_errors_are_value_errors() -> None:
+    """Code that knows nothing of gradinv can catch them as what they are."""
+    assert issubclass(GradinvError, ValueError)

@@ -319,7 +319,8 @@ def _choose_pictures(args: argparse.Namespace, model: Model, seed: int, say: Cal
             raise GradinvError("Pictures are either named or drawn at random (--samples, --imagenet), not both.")
         if args.batch_size not in (None, len(args.images)):
             raise GradinvError(
-                f"{len(args.images)} pictures are named, so the batch size is not {args.batch_size}; leave one out."
+                f"The batch size is the number of pictures named, {len(args.images)}, not {args.batch_size}; "
+                "leave --batch-size out."
             )
         gallery = sources.gallery(model)
         return [sources.from_path(name) if _is_path(name) else sources.find(gallery, name) for name in args.images]

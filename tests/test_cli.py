@@ -1,0 +1,664 @@
+"""The command line: as a process where that matters, otherwise through `main`. Runs are of a few steps at 32 px."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from PIL import Image
+
+import gradinv
+from gradinv import cli, inversion, victim
+from gradinv.config import AttackConfig
+from gradinv.models import MODELS
+from gradinv.recording import Recording
+from gradinv.types import GradinvError, Snapshot
+
+ROOT = Path(gradinv.__file__).resolve().parents[1]
+QUICK = ["--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "--seeds", "1", "--iterations", "2"]
+GOLDFISH, TENCH = "n01443537", "n01440764"  # the bundled models know the first only
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
+
+
+def process(*args: str, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gradinv", *args],
+        cwd=cwd,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs go to runs/ in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+    monkeypatch.delenv("GRADINV_DEBUG", raising=False)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command that has to fail as bad use: → its one sentence."""
+    assert cli.main(args) == 2
+    captured = capsys.readouterr()
+    return one_sentence(captured.err)
+
+
+def one_sentence(text: str) -> str:
+    assert text.startswith("gradinv: ") and text.endswith("\n") and "Traceback" not in text
+    assert len(text.splitlines()) == 1
+    return text.removeprefix("gradinv: ").rstrip("\n")
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    # The suffix may be one that Pillow does not know, such as .JPEG in capitals on some systems.
+    Image.fromarray(levels).resize((40, 40)).save(path, format="PNG")
+    return path
+
+
+# --- whole runs as a process
+
+
+def test_invert_prints_the_table_and_keeps_the_run(tmp_path: Path) -> None:
+    done = process("invert", "goldfish", "tabby", *QUICK, "--seeds", "2", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert lines[0] == "resnet18-tiny: 200 classes at 32 × 32 px, top-1 44.5 %, on cpu"
+    assert lines[1] == "The client's batch: goldfish, tabby"
+    assert "batch size 2" in lines[2] and "neither the pictures nor their labels" in lines[3]
+    assert any(line.startswith("Labels restored from the gradient: ") for line in lines)
+    assert lines[-1] == "The run is kept in run."
+    top = next(index for index, line in enumerate(lines) if line.startswith("#"))
+    header, goldfish, tabby, mean = (line.split() for line in lines[top : top + 4])
+    assert " ".join(header) == (
+        "# class restored PSNR seeds PSNR consensus PSNR constant SSIM seeds SSIM consensus SSIM constant"
+    )
+    assert goldfish[:2] == ["0", "goldfish"] and tabby[:2] == ["1", "tabby"] and mean[0] == "mean"
+    of = run["metrics"]
+    for name, digits, cells in (("psnr", 2, slice(-6, -3)), ("ssim", 3, slice(-3, None))):
+        columns = [
+            np.mean([seed[name] for seed in of["seeds"]], axis=0),
+            of["consensus"][name],
+            of["baseline"][name],
+        ]
+        assert tabby[cells] == [f"{column[1]:.{digits}f}" for column in columns]
+        assert mean[cells] == [f"{np.mean(column):.{digits}f}" for column in columns]
+    assert run["status"] == "done" and run["config"]["seeds"] == 2
+    assert (tmp_path / "run" / "images" / "consensus_01.png").is_file()
+
+
+def test_json_is_all_that_stands_in_the_output(tmp_path: Path) -> None:
+    done = process("invert", "lion", *QUICK, "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    run = json.loads(done.stdout)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-resnet18-tiny")
+    assert run == json.loads((folder / "run.json").read_text())
+    assert run["iterations"] == {"done": 2, "total": 2}
+    # Labels are indices for machines.
+    assert run["labels"]["true"] == run["labels"]["restored"] and isinstance(run["labels"]["true"][0], int)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+@pytest.mark.parametrize(("number", "code", "status"), [(2, 130, "stopped"), (15, 143, "stopped"), (9, -9, "running")])
+def test_a_signal_keeps_the_run(
+    number: int, code: int, status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["invert", "goldfish", "tabby", *QUICK, "--iterations", "100000", "--every", "1", "--out", "run"]
+    curves = tmp_path / "run" / "curves.csv"
+    with subprocess.Popen(
+        [sys.executable, "-m", "gradinv", *args], env=environment(), stdout=-1, stderr=-1, text=True, encoding="utf-8"
+    ) as started:
+        try:
+            until = time.monotonic() + 240
+            while not (curves.is_file() and curves.read_text().count("\n") > 3):
+                assert started.poll() is None and time.monotonic() < until, "the run did not begin"
+                time.sleep(0.05)
+            started.send_signal(number)
+            output, complaint = started.communicate(timeout=240)
+        finally:
+            started.kill()
+    assert started.returncode == code
+    opened = Recording.open(tmp_path / "run")
+    assert opened.run["status"] == status
+    assert len(opened.steps) >= 3 and len(list(opened.snapshots())) == len(opened.steps)
+    if status == "stopped":
+        done = opened.run["iterations"]["done"]
+        assert one_sentence(complaint) == f"Stopped after {done} of 100000 iterations; the run is kept in run."
+        assert "PSNR constant" in output and opened.run["metrics"] is not None
+    assert cli.main(["replay", "run"]) == 0
+    replayed = capsys.readouterr().out
+    assert f": {status}\n" in replayed and "mean" in replayed
+    assert ("measured on the last recorded frame, which is lossy" in replayed) == (status == "running")
+
+
+def test_help_is_quick_because_it_leaves_torch_alone(tmp_path: Path) -> None:
+    script = (
+        "import sys; from gradinv.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stop: print('code', stop.code, 'torch' in sys.modules)"
+    )
+    for args in (["--help"], ["--version"], ["replay", "--help"], ["models", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *args], env=environment(), capture_output=True, text=True, check=True
+        )
+        assert done.stdout.endswith("code 0 False\n")
+
+
+def test_help_names_every_setting_also_on_a_plain_terminal(tmp_path: Path) -> None:
+    done = process("invert", "--help", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "examples:" in done.stdout
+    for item in dataclasses.fields(AttackConfig):
+        assert f"--{item.name.replace('_', '-')}" in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"gradinv {gradinv.__version__}\n"
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "gradinv", "models"], env=environment(), stdout=-1, stderr=-1, text=True
+    ) as started:
+        assert started.stdout is not None and started.stderr is not None
+        started.stdout.close()
+        assert started.stderr.read() == ""
+    assert started.returncode == 1
+
+
+# --- bad use as a process
+
+
+def test_more_pictures_than_classes(tmp_path: Path) -> None:
+    network = torchvision.models.resnet18(num_classes=2)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "two.safetensors")
+    files = [str(picture(tmp_path / f"{name}.png", seed)) for seed, name in enumerate("abc")]
+    done = process("invert", *files, "--model", "two.safetensors", "--image-size", "32", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    sentence = one_sentence(done.stderr)
+    assert sentence == (
+        "Column-minimum restores distinct labels, so the batch size must be between 1 and the 2 classes, not 3."
+    )
+    # Their classes were not given, so the network's own were taken, which is said.
+    assert "a: no class was given; two takes it for class " in done.stdout
+
+
+def test_weights_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"not weights at all")
+    done = process("invert", "lion", "--model", "weights.pth", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "weights.pth cannot be read as weights" in one_sentence(done.stderr)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18(num_classes=200).state_dict()
+    del state["layer3.0.conv1.weight"]
+    safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
+    done = process("invert", "lion", "--model", "weights.safetensors", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "lacks the layer layer3.0.conv1.weight" in one_sentence(done.stderr)
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    done = process("invert", "lion", *QUICK, "--out", "file/run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert one_sentence(done.stderr) == "Nothing can be written to file/run (not a directory); choose another folder."
+
+
+def test_more_seeds_than_memory(tmp_path: Path) -> None:
+    done = process("invert", "lion", *QUICK, "--seeds", "1000000000", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "take fewer seeds or a smaller batch" in one_sentence(done.stderr)
+
+
+# --- bad use
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([], "Which pictures?"),
+        (["--imagenet", "."], "with --random N"),
+        (["lion", "--samples", "2"], "either named or drawn"),
+        (["--samples", "2", "--random", "2"], "from the gallery (--samples) or a folder (--imagenet), not both"),
+        (["--samples", "2", "--batch-size", "3"], "The batch size is 3 and 2 pictures are to be drawn"),
+        (["lion", "--batch-size", "2"], "number of pictures named, 1, not 2"),
+        (["lion", "--batch-size", "0"], "number of pictures named, 1, not 0"),
+        (["--batch-size", "0"], "At least one picture has to be drawn, not 0."),
+        (["--samples", "24"], "There are only 23 pictures to draw 24 from"),
+        (["--random", "2"], "No ImageNet folder was given"),
+        (["lionn"], "take lion"),
+        (["baseball"], "The model does not know the class of the gallery's baseball"),
+        (["missing.png"], "There is no picture file missing.png"),
+        (["text.png"], "text.png is not a picture"),
+        (["empty.png"], "empty.png is an empty file"),
+        (["lion", "--class", "lion"], "--class is for picture files"),
+        (["mine.png", "--class", "lion", "--class", "tabby"], "given 2 times for 1 picture files"),
+        (["mine.png", "--class", "unicorn"], "has no class 'unicorn'"),
+        (["mine.png", "--class", "liom"], "did you mean lion?"),
+        (["mine.png", "--class", "cat"], "could be Persian cat or Egyptian cat"),
+        (["mine.png", "--class", ""], "has no class ''"),
+        ([f"{TENCH}/mine.png"], "does not know the class tench of mine"),
+        (["lion", "--every", "0"], "--every takes a number of steps of at least 1, not 0."),
+        (["lion", "--seeds", "0"], "seeds must be a finite number of at least 1"),
+        (["lion", "--tv", "nan"], "tv must be a finite number"),
+        (["lion", "--tv", "-1"], "tv must be a finite number of at least 0"),
+        (["lion", "--stages", "0.5,0.6"], "stages are positive shares"),
+        (["lion", "--preset", "best"], "There is no preset 'best'"),
+        (["lion", "--config", "missing.json"], "The configuration missing.json cannot be read"),
+        (["lion", "--config", "text.png"], "The configuration text.png is not JSON"),
+        (["lion", "--config", "list.json"], "must be a JSON object"),
+        (["lion", "--config", "unknown.json"], "There is no setting 'steps'"),
+        (["lion", "--image-size", "4"], "The image size must be between 8 and 1024 pixels"),
+        (["lion", "--device", "nonsense"], "The device nonsense cannot be used here"),
+        (["lion", "--out", "full"], "The folder full is not empty"),
+    ],
+)
+def test_bad_use_is_one_sentence_and_leaves_nothing(
+    args: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "unknown.json").write_text('{"steps": 3}')
+    picture(tmp_path / "mine.png")
+    picture(tmp_path / TENCH / "mine.png")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert sentence in fails(capsys, "invert", *QUICK, *args)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no model or weights file 'vgg'" in fails(capsys, "invert", "lion", "--model", "vgg")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["paint"],
+        ["invert", "lion", "--seeds", "many"],
+        ["invert", "lion", "--match", "l3"],
+        ["invert", "lion", "--stages", "a,b"],
+        ["invert", "lion", "--seed"],
+        ["invert", "lion", "--iter", "3"],
+        ["replay"],
+    ],
+)
+def test_arguments_that_are_none_exit_with_two(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+# --- settings
+
+
+def changed(item: dataclasses.Field[Any]) -> tuple[list[str], Any]:
+    """A flag that changes a field, and the value that it then has."""
+    flag = "--" + item.name.replace("_", "-")
+    if item.name == "stages":
+        return [flag, "0.25,0.75"], (0.25, 0.75)
+    if isinstance(item.default, bool):
+        return ([flag], True) if not item.default else ([flag.replace("--", "--no-", 1)], False)
+    if choices := item.metadata["choices"]:
+        return [flag, choices[-1]], choices[-1]
+    value = item.default + 3 if isinstance(item.default, int) else item.default + 1 / 3
+    return [flag, repr(value)], value
+
+
+@pytest.mark.parametrize("item", dataclasses.fields(AttackConfig), ids=lambda item: item.name)
+def test_every_field_is_an_option(item: dataclasses.Field[Any]) -> None:
+    flags, value = changed(item)
+    args = cli._parser(with_settings=True).parse_args(["invert", "lion", *flags])
+    settings = cli._settings(args)
+    assert settings == {item.name: value}
+    assert cli._config("paper", "resnet18-tiny", settings) == AttackConfig(**{item.name: value})
+
+
+def test_what_is_not_given_is_the_presets() -> None:
+    args = cli._parser(with_settings=True).parse_args(["invert", "lion", "--no-box", "--stages", ""])
+    config = cli._config("demo", "resnet18-tiny", cli._settings(args))
+    assert config == AttackConfig.preset("demo", "resnet18-tiny", box=False, stages=())
+
+
+def test_a_configuration_file_stands_between_preset_and_flags(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"seeds": 5, "iterations": 7}')
+    args = cli._parser(with_settings=True).parse_args(["invert", "lion", "--config", "settings.json", "--seeds", "6"])
+    config = cli._config("demo", "resnet18-tiny", cli._settings(args))
+    assert config == AttackConfig.preset("demo", "resnet18-tiny", seeds=6, iterations=7)
+
+
+def test_an_earlier_run_is_repeated_exactly(tmp_path: Path) -> None:
+    first = [*QUICK, "--seed", "5", "--tv", "0.3", "--match", "l2"]
+    assert cli.main(["invert", "lion", *first, "--out", "first"]) == 0
+    second = ["--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "--config", "first/run.json"]
+    assert cli.main(["invert", "lion", *second, "--out", "second"]) == 0
+    a, b = Recording.open("first"), Recording.open("second")
+    assert a.run["config"] == b.run["config"] and a.run["config"]["tv"] == 0.3
+    for prefix in ("seed0", "consensus"):
+        one, other = a.images(prefix), b.images(prefix)
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
+# --- where pictures and their classes come from
+
+
+def true_labels(folder: str = "run") -> list[int]:
+    labels: list[int] = json.loads(Path(folder, "run.json").read_text())["labels"]["true"]
+    return labels
+
+
+def test_pictures_by_path_and_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(picture(tmp_path / "a.png", 1)), str(picture(tmp_path / "b.png", 2)), "goldfish"]
+    assert cli.main(["invert", *files, *QUICK, "--class", "LION", "--class", "n02123045", "--out", "run"]) == 0
+    assert "The client's batch: lion, tabby, goldfish\n" in capsys.readouterr().out
+
+
+def test_one_class_for_all_files_and_the_folders_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(picture(tmp_path / GOLDFISH / f"{name}.JPEG", seed)) for seed, name in enumerate("ab")]
+    assert cli.main(["invert", *files, *QUICK, "--out", "known"]) == 0
+    output = capsys.readouterr().out
+    assert "The client's batch: goldfish, goldfish\n" in output
+    assert "Classes repeat: column-minimum restores distinct labels, so at least 1 will be wrong." in output
+    assert output.count("(wrong)") == 1
+    assert cli.main(["invert", *files, *QUICK, "--class", "lion", "--out", "named"]) == 0
+    assert "The client's batch: lion, lion\n" in capsys.readouterr().out
+
+
+def test_samples_are_drawn_by_the_seed() -> None:
+    for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        how = ["--samples", "3"] if folder == "a" else ["--batch-size", "3"]
+        assert cli.main(["invert", *QUICK, "--iterations", "1", *how, "--seed", seed, "--out", folder]) == 0
+    assert len(set(true_labels("a"))) == 3
+    assert true_labels("a") == true_labels("b") != true_labels("c")
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_pictures_of_an_imagenet_folder(
+    by_variable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, wnid in enumerate((GOLDFISH, TENCH)):
+        picture(tmp_path / "val" / wnid / f"{wnid}_1.JPEG", seed)
+    where = [] if by_variable else ["--imagenet", "val"]
+    if by_variable:
+        monkeypatch.setenv("GRADINV_IMAGENET", "val")
+    assert cli.main(["invert", *QUICK, *where, "--random", "1", "--out", "run"]) == 0
+    # Only of classes that the model knows.
+    assert "The client's batch: goldfish\n" in capsys.readouterr().out
+
+
+def test_notes_on_a_picture_are_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGBA", (40, 40), (200, 30, 30, 128)).save(tmp_path / "clear.png")
+    assert cli.main(["invert", "clear.png", *QUICK, "--class", "lion", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["status"] == "done"
+    assert "transparen" in captured.err
+
+
+def test_exact_statistics_are_shared_and_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = []
+    observe = victim.observe
+
+    def watched(*args: Any, share_bn: bool = False) -> Any:
+        shared.append(share_bn)
+        return observe(*args, share_bn=share_bn)
+
+    monkeypatch.setattr(victim, "observe", watched)
+    assert cli.main(["invert", "lion", "tabby", *QUICK, "--bn", "exact", "--out", "run"]) == 0
+    assert "The client also shares the exact batch-normalisation statistics" in capsys.readouterr().out
+    assert cli.main(["invert", "lion", *QUICK, "--bn", "approx", "--out", "other"]) == 0
+    assert "those stored in the weights" in capsys.readouterr().out
+    assert shared == [True, False]
+
+
+# --- runs that end badly
+
+
+def breaking(error: BaseException) -> Any:
+    """An inversion that raises after its second snapshot."""
+
+    def invert(model: Any, observation: Any, config: AttackConfig, **_: Any) -> Iterator[Snapshot]:
+        pixels = torch.rand(config.seeds, observation.batch_size, 3, 32, 32)
+        for step in (0, 1):
+            yield Snapshot(step, config.iterations, pixels, pixels.mean(0), {}, (), 0.5 * step, (0,))
+        raise error
+
+    return invert
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status", "sentence"),
+    [
+        (
+            GradinvError("The objective stopped being finite."),
+            1,
+            "failed",
+            "The objective stopped being finite. What had been recorded after 1 of 2 iterations is kept in run.",
+        ),
+        (
+            RuntimeError("no\n kernel"),
+            1,
+            "failed",
+            "Unexpected RuntimeError: no kernel (--debug shows where). "
+            "What had been recorded after 1 of 2 iterations is kept in run.",
+        ),
+        (
+            KeyboardInterrupt(),
+            130,
+            "stopped",
+            "Quit at once; what had been recorded of 1 of 2 iterations is kept in run.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_run_that_breaks_is_kept(
+    error: BaseException,
+    code: int,
+    status: str,
+    sentence: str,
+    as_json: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(inversion, "invert", breaking(error))
+    assert cli.main(["invert", "lion", *QUICK, "--out", "run", *(["--json"] if as_json else [])]) == code
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == f"gradinv: {sentence}"
+    assert Recording.open("run").run["status"] == status and Recording.open("run").steps == [0, 1]
+    if as_json:
+        assert json.loads(captured.out)["status"] == status
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inversion, "invert", breaking(RuntimeError("no kernel")))
+    with pytest.raises(RuntimeError, match="no kernel"):
+        cli.main(["invert", "lion", *QUICK, "--out", "a", "--debug"])
+    monkeypatch.setenv("GRADINV_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="no kernel"):
+        cli.main(["invert", "lion", *QUICK, "--out", "b"])
+    assert Recording.open("b").run["status"] == "failed"
+
+
+def test_an_unexpected_error_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(victim, "observe", broken)
+    assert cli.main(["invert", "lion", *QUICK]) == 1
+    assert one_sentence(capsys.readouterr().err) == (
+        "Unexpected ZeroDivisionError: no reason given (--debug shows where)."
+    )
+
+
+def test_interrupted_before_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(victim, "observe", interrupted)
+    assert cli.main(["invert", "lion", *QUICK]) == 130
+    assert one_sentence(capsys.readouterr().err) == "Interrupted; nothing was kept."
+    assert not Path("runs").exists()
+
+
+def test_a_gradient_that_is_not_finite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    observe = victim.observe
+
+    def poisoned(*args: Any, **options: Any) -> Any:
+        observation = observe(*args, **options)
+        first = next(iter(observation.gradients))
+        return dataclasses.replace(
+            observation, gradients={**observation.gradients, first: observation.gradients[first] * float("nan")}
+        )
+
+    monkeypatch.setattr(victim, "observe", poisoned)
+    assert "not finite" in fails(capsys, "invert", "lion", *QUICK)
+    assert not Path("runs").exists()
+
+
+def test_the_first_signal_stops_and_the_second_quits() -> None:
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with cli._signals_set(stop) as received:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set() and received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# --- what is shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_never_shows_psnr_without_its_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["invert", "lion", *QUICK, "--every", "1"]) == 0
+    last = terminal.getvalue().split("\r")[-1]
+    assert "2/2" in last and "distance 0." in last
+    assert " dB (constant " in last.split("PSNR")[1]
+
+
+def numbered(*steps: int, total: int) -> Iterator[Snapshot]:
+    pixels = torch.zeros(1, 1, 3, 8, 8)
+    return (Snapshot(step, total, pixels, pixels[0], {}, (), 0.0, (0,)) for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [((0, 2, 3, 5, 6, 9, 10), [0, 3, 6, 9, 10]), ((0, 1, 3, 4), [0, 3, 4]), ((0, 3), [0, 3]), ((), [])],
+)
+def test_only_some_snapshots_are_recorded_and_always_the_last(steps: tuple[int, ...], kept: list[int]) -> None:
+    assert [one.step for one in cli._thinned(numbered(*steps, total=10), 3)] == kept
+
+
+def test_every_decides_what_is_recorded() -> None:
+    assert cli.main(["invert", "lion", *QUICK, "--iterations", "5", "--every", "2", "--out", "run"]) == 0
+    assert Recording.open("run").steps == [0, 2, 4, 5]
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models"]) == 0
+    output = capsys.readouterr().out
+    assert cli.main(["models", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["models"]
+    assert [row["name"] for row in rows] == list(MODELS)
+    for row, info in zip(rows, MODELS.values(), strict=True):
+        line = next(line for line in output.splitlines() if line.startswith(f"{info.name} "))
+        assert str(info.classes) in line and str(info.accuracy) in line
+        assert row["bundled"] is info.bundled and row["accuracy"] == info.accuracy and row["size"] == info.size
+
+
+def test_replay_shows_the_same_table_and_makes_a_gif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["invert", "goldfish", "lion", *QUICK, "--out", "run"]) == 0
+    live = capsys.readouterr().out
+    assert cli.main(["replay", "run", "--gif", "deep/consensus.gif"]) == 0
+    replayed = capsys.readouterr().out
+    table = live[live.index("#  class") : live.index("The run is kept")]
+    assert table in replayed and "distance " in table and "gradient" in table
+    with Image.open(tmp_path / "deep" / "consensus.gif") as animation:
+        assert animation.format == "GIF" and animation.n_frames == 3  # type: ignore[attr-defined]
+    assert cli.main(["replay", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+def test_replay_of_a_run_without_originals_or_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["invert", "lion", *QUICK, "--out", "run"]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    unknown = {**run, "labels": {**run["labels"], "true": None}, "metrics": None}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(unknown))
+    capsys.readouterr()
+    assert cli.main(["replay", "run"]) == 0
+    output = capsys.readouterr().out
+    assert "0  lion\n" in output and "PSNR" not in output
+    shutil.rmtree(tmp_path / "run" / "frames")
+    assert cli.main(["replay", "run"]) == 0
+    assert "Nothing was recorded of this run yet." in capsys.readouterr().out
+    assert "nothing to animate" in fails(capsys, "replay", "run", "--gif", "a.gif")
+
+
+def test_replay_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "replay", ".") == ". is not a recorded run: it holds no run.json."
+    assert "missing is not a recorded run" in fails(capsys, "replay", "missing")
+    assert not (tmp_path / "missing").exists()
+
+
+def test_replay_names_what_went_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(inversion, "invert", breaking(GradinvError("The objective stopped being finite.")))
+    cli.main(["invert", "lion", *QUICK, "--out", "run"])
+    capsys.readouterr()
+    assert cli.main(["replay", "run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": failed") and lines[1] == "The objective stopped being finite."
+
+
+def test_an_undefined_number_is_a_dash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["invert", "lion", *QUICK, "--out", "run"]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    run["metrics"]["consensus"]["psnr"] = [None]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    capsys.readouterr()
+    assert cli.main(["replay", "run"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("0  lion")).split()
+    assert row[4] == "–" and row[3] != "–"

@@ -97,7 +97,9 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             hovertemplate="step %{x}: %{y:.3g}",
         )
     figure.update_xaxes(title_text="step")
-    figure.update_yaxes(title_text="weighted term", type="log", exponentformat="power")
+    values = [value for _, column in _terms(rows).values() for value in column]
+    narrow = bool(values) and max(values) < 30 * min(values)
+    figure.update_yaxes(title_text="weighted term", type="log", dtick="D2" if narrow else 1, tickformat="~g")
     return _dress(figure, height=320, hovermode="x unified")
 
 
@@ -132,7 +134,7 @@ def live_losses(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]
         _line(name, _thin(points), COLOURS[index % len(COLOURS)], 2)
         for index, (name, points) in enumerate(_terms(rows).items())
     ]
-    return _live(series, steps, {"type": "log", "name": "weighted terms of the loss"})
+    return _live(series, steps, {"type": "log"})
 
 
 def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | None) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | N
         ends = ([0, steps], [baseline, baseline])
         line = _line("constant colour", ends, COLOURS[1], 2)
         series.append({**line, "lineStyle": {**line["lineStyle"], "type": "dashed"}})
-    return _live(series, steps, {"type": "value", "name": "PSNR in dB", "scale": True})
+    return _live(series, steps, {"type": "value", "scale": True})
 
 
 def _terms(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
@@ -198,11 +200,9 @@ def _line(name: str, points: tuple[Sequence[float], Sequence[float]], colour: st
 
 
 def _live(series: list[dict[str, Any]], steps: int, axis: dict[str, Any]) -> dict[str, Any]:
-    name = axis.pop("name")
     return {
         "animation": False,
-        "title": {"text": name, "left": 0, "top": 0, "textStyle": {"fontSize": 13, "fontWeight": "normal"}},
-        "grid": {"left": 4, "right": 12, "top": 30, "bottom": 48, "containLabel": True},
+        "grid": {"left": 4, "right": 12, "top": 12, "bottom": 32, "containLabel": True},
         "legend": {"bottom": 0, "left": 0, "type": "scroll", "itemWidth": 16, "icon": "roundRect", "itemHeight": 3},
         "tooltip": {"trigger": "axis", "confine": True, "valueFormatter": "%.3g"},
         "xAxis": {"type": "value", "min": 0, "max": steps, "splitLine": {"show": False}},

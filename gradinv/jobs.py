@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -270,12 +270,24 @@ def sentence(error: BaseException) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Progress:
-    """What the page shows of an inversion at one step. Pictures are WebP data URIs in the originals' order.
+class Pictures:
+    """A snapshot as a page draws it: WebP data URIs in the originals' order, the seeds' one row each.
 
-    `seeds` has one row a seed, `restored` the restored label and `psnr` the consensus's PSNR (dB) of each original;
-    `curves` are the recorded rows so far, `speed` seconds an iteration and `remaining` seconds (None before the first
-    step), `store` the recording itself.
+    `restored` has the restored label and `psnr` the consensus's PSNR in dB of each original.
+    """
+
+    restored: tuple[int, ...]
+    consensus: tuple[str, ...]
+    seeds: tuple[tuple[str, ...], ...]
+    psnr: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What the page shows of an inversion at one step.
+
+    `curves` are the recorded rows so far, `speed` is in seconds an iteration, `remaining` in seconds (both None before
+    the first step), `store` the recording itself.
     """
 
     step: int
@@ -283,10 +295,7 @@ class Progress:
     seconds: float
     speed: float | None
     remaining: float | None
-    restored: tuple[int, ...]
-    consensus: tuple[str, ...]
-    seeds: tuple[tuple[str, ...], ...]
-    psnr: tuple[float, ...]
+    pictures: Pictures
     curves: tuple[Mapping[str, Any], ...]
     store: MemoryStore
 
@@ -295,8 +304,8 @@ class Progress:
 class Inversion:
     """The page's job: share the gradient of `pixels` (B, 3, S, S) in [0, 1], invert it, record that in memory.
 
-    `load` gives the worker a model of its own, since hooks on a network hear every thread that runs it. `captions`
-    is whatever the page wants to know of each picture; it never reaches the attack.
+    `load` gives the worker a model of its own, since hooks on a network hear every thread that runs it. `facts`
+    is whatever the page wants to know of the batch; it never reaches the attack.
     """
 
     INTERVAL = 0.75  # seconds between updates; with a page tick of the same length a change shows within two seconds
@@ -306,7 +315,7 @@ class Inversion:
     pixels: Tensor
     labels: tuple[int, ...]
     config: AttackConfig
-    captions: Sequence[Any] = ()
+    facts: Any = None
 
     @property
     def cost(self) -> int:
@@ -333,7 +342,19 @@ class Inversion:
 
         def show(snapshot: Snapshot) -> None:
             pace.append((snapshot.seconds, snapshot.step))
-            progress = self._progress(snapshot, pace, recorder.curves, store)
+            speed = None
+            if (steps := pace[-1][1] - pace[0][1]) > 0:
+                speed = (pace[-1][0] - pace[0][0]) / steps
+            progress = Progress(
+                step=snapshot.step,
+                steps=snapshot.steps,
+                seconds=snapshot.seconds,
+                speed=speed,
+                remaining=None if speed is None else speed * (snapshot.steps - snapshot.step),
+                pictures=self.pictures(snapshot),
+                curves=tuple(recorder.curves),
+                store=store,
+            )
             handle.publish(progress, sum(len(store.read(name)) for name in store.names()))
 
         def thinned(snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
@@ -354,30 +375,15 @@ class Inversion:
             show(snapshot)
         return "done" if recorder.run["status"] == "done" else "stopped"
 
-    def _progress(
-        self,
-        snapshot: Snapshot,
-        pace: Sequence[tuple[float, int]],
-        curves: Sequence[Mapping[str, Any]],
-        store: MemoryStore,
-    ) -> Progress:
+    def pictures(self, snapshot: Snapshot) -> Pictures:
+        """A live or replayed snapshot of this run, paired with the originals."""
         order = metrics.pair(snapshot.consensus, snapshot.labels, self.pixels, self.labels)
         consensus = snapshot.consensus[order]
-        speed = None
-        if (steps := pace[-1][1] - pace[0][1]) > 0:
-            speed = (pace[-1][0] - pace[0][0]) / steps
-        return Progress(
-            step=snapshot.step,
-            steps=snapshot.steps,
-            seconds=snapshot.seconds,
-            speed=speed,
-            remaining=None if speed is None else speed * (snapshot.steps - snapshot.step),
+        return Pictures(
             restored=tuple(snapshot.labels[index] for index in order.tolist()),
             consensus=figures.tiles(consensus),
             seeds=tuple(figures.tiles(pixels[order]) for pixels in snapshot.seeds),
             psnr=tuple(metrics.psnr(consensus, self.pixels).tolist()),
-            curves=tuple(curves),
-            store=store,
         )
 
 

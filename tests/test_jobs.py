@@ -309,9 +309,9 @@ def test_no_traceback_reaches_the_sentence() -> None:
 # The inversion as a job: the smallest real one, ResNet-18 on 32-px pictures.
 
 
-def inversion(**changes: object) -> Inversion:
+def inversion(iterations: int = 3) -> Inversion:
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    config = AttackConfig.preset("demo", seeds=2, **{"iterations": 3, **changes})
+    config = AttackConfig.preset("demo", seeds=2, iterations=iterations)
     return Inversion(lambda: load_model("resnet18-tiny", device="cpu", image_size=32), pixels, (3, 7), config)
 
 
@@ -336,15 +336,17 @@ def test_an_inversion_publishes_pictures_from_the_start_to_the_end_and_records_t
     first, last = listener.updates[0], listener.updates[-1]
     assert (first.step, first.remaining) == (0, None)
     assert (last.step, last.steps, last.remaining) == (3, 3, 0)
-    assert len(last.consensus) == len(last.psnr) == len(last.restored) == 2
-    assert [len(row) for row in last.seeds] == [2, 2]
-    assert all(uri.startswith("data:image/webp;base64,") for row in (last.consensus, *last.seeds) for uri in row)
-    assert set(last.restored) == {3, 7}
+    pictures = last.pictures
+    assert len(pictures.consensus) == len(pictures.psnr) == len(pictures.restored) == 2
+    assert [len(row) for row in pictures.seeds] == [2, 2]
+    rows = (pictures.consensus, *pictures.seeds)
+    assert all(uri.startswith("data:image/webp;base64,") for row in rows for uri in row)
+    assert set(pictures.restored) == {3, 7}
     assert listener.sizes[-1] > listener.sizes[0] > 0
     recording = Recording.open(last.store)
     assert recording.run["status"] == "done"
     assert recording.steps[-1] == 3
-    assert recording.run["metrics"]["consensus"]["psnr"] == pytest.approx(last.psnr)
+    assert recording.run["metrics"]["consensus"]["psnr"] == pytest.approx(pictures.psnr)
 
 
 def test_a_stopped_inversion_ends_early_with_its_last_pictures_recorded() -> None:

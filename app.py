@@ -1,0 +1,23 @@
+"""The laboratory: page set-up and navigation. Everything on a page is in gradinv.web."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from gradinv.paths import ASSETS
+from gradinv.web import live
+
+st.set_page_config(
+    page_title="gradinv: what a shared gradient gives away",
+    page_icon=str(ASSETS / "icon.svg"),
+    layout="wide",
+    menu_items={
+        "About": "gradinv inverts shared gradients into the pictures behind them. It is made to show a risk, with "
+        "openly licensed pictures or your own."
+    },
+)
+st.html(ASSETS / "style.css")
+page = st.navigation(
+    [st.Page(live.page, title="Live", icon=":material/play_circle:", url_path="live", default=True)], position="top"
+)
+page.run()

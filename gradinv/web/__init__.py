@@ -1,0 +1,1 @@
+"""The pages. With app.py the only place that imports Streamlit."""

@@ -1,0 +1,179 @@
+"""The page Live: choose the pictures, see what the server receives, and watch it rebuild them."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import streamlit as st
+import torch
+
+from gradinv import figures
+from gradinv.config import AttackConfig
+from gradinv.inversion import check_memory
+from gradinv.jobs import Inversion, manager, sentence
+from gradinv.metrics import constant_colour, measure
+from gradinv.models import MODELS, Model
+from gradinv.types import GradinvError
+from gradinv.web import markup, pick, run, settings, shared
+
+log = logging.getLogger(__name__)
+
+KNOWN = (
+    "the network with all its weights",
+    "the gradient of the batch's mean loss",
+    "the batch size",
+    "the input size and how pictures are scaled and normalised",
+)
+BN_KNOWN = {
+    "approx": "the BN statistics of the training data, stored in the weights",
+    "exact": "the BN statistics of this very batch, which you let leak",
+    "none": "",
+}
+UNKNOWN = (
+    "the pictures",
+    "their classes, until it reads them from the gradient",
+    "which part of the gradient comes from which picture",
+)
+
+
+def page() -> None:
+    """Everything on the page. Whatever goes wrong is one sentence here and a traceback in the log."""
+    try:
+        if job := st.query_params.get("job"):
+            run.view(job)
+        else:
+            _set_up()
+    except GradinvError as error:
+        st.error(str(error))
+    except Exception as error:
+        st.error(sentence(error).replace("The run failed", "This page failed"))
+
+
+def _set_up() -> None:
+    st.html(
+        '<header class="gi-lead"><h1>What does a shared gradient give away?</h1><p>In federated learning, a client '
+        "keeps its pictures and shares only the gradient that they cause. Choose the pictures, see what the server "
+        "receives, and watch it turn the gradient back into pictures.</p></header>"
+    )
+    name = settings.choose_model()
+    network = _network(name)
+    if network is None:
+        return
+    st.header("1. The client’s pictures", anchor=False)
+    batch = pick.panel(network)
+    st.header("2. What the server receives", anchor=False)
+    received = st.container()
+    st.header("3. The attack", anchor=False)
+    config, problem = None, None
+    try:
+        config = settings.panel(name)
+        _check(network, batch, config)
+    except GradinvError as error:
+        problem = str(error)
+    _start_bar(network, batch, config, problem)
+    # Last, since it computes: everything else is on the page by then.
+    with received:
+        _received(network, batch, config)
+
+
+def _network(name: str) -> Model | None:
+    """The page's own copy of the model, or None as long as its download has not been agreed to."""
+    if not shared.at_hand(name) and not st.button(
+        f"Load {name}", type="primary", icon=":material/download:", help=MODELS[name].origin
+    ):
+        st.info(
+            f"{name} is not bundled: its weights (98 MB) are downloaded from PyTorch’s server the first time. "
+            "The two bundled networks work offline."
+        )
+        return None
+    with st.spinner(f"Loading {name}", show_time=True):
+        return shared.model(name)
+
+
+def _check(network: Model, batch: pick.Batch, config: AttackConfig) -> None:
+    """Raises GradinvError for what would only fail later."""
+    if not batch.members:
+        raise GradinvError("Choose at least one picture.")
+    if batch.problems:
+        raise GradinvError("Some pictures of the batch cannot be used; remove them first.")
+    if len(batch.members) > len(network.classes):
+        raise GradinvError(
+            f"A batch of {len(batch.members)} pictures has more labels than the {len(network.classes)} classes that "
+            "can be restored; choose fewer."
+        )
+    check_memory(network, len(batch.members), config)
+
+
+def _received(network: Model, batch: pick.Batch, config: AttackConfig | None) -> None:
+    if not batch.members:
+        st.info("Nothing yet: the batch is empty.")
+        return
+    key = tuple((member.chosen.id, member.label) for member in batch.members)
+    preview = shared.preview(network.name, key, torch.stack([member.pixels for member in batch.members]))
+    left, right = st.columns([3, 2], gap="medium")
+    with left:
+        count = sum(parameter.numel() for parameter in network.network.parameters())
+        st.markdown(f"**The gradient: {count / 1e6:.1f} million numbers**, here the size of each layer’s part")
+        st.plotly_chart(
+            figures.gradient_norms(preview.norms),
+            key="norms",
+            config={"displayModeBar": False},
+            alt=f"Bar chart of the gradient norm of each of the {len(preview.norms)} layers of {network.name}",
+        )
+    with right:
+        true = [member.name for member in batch.members]
+        restored = [network.class_name(label) for label in preview.restored]
+        st.markdown("**The labels, read from the last layer**")
+        st.markdown(markup.labels(true, restored), unsafe_allow_html=True)
+        if len(set(true)) < len(true):
+            st.warning(
+                "Some pictures share a class. Labels are restored under the assumption that none repeats, so at least "
+                "one will be wrong."
+            )
+    bn = BN_KNOWN[config.bn if config is not None else "approx"]
+    st.html(markup.knowledge([*KNOWN, bn] if bn else KNOWN, UNKNOWN))
+
+
+def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, problem: str | None) -> None:
+    """Always in sight: what is about to run, or why it cannot, and the button."""
+    bar = st.bottom.container(
+        horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="start-bar"
+    )
+    with bar:
+        if problem is None and config is not None:
+            count, seeds = len(batch.members), config.seeds
+            st.markdown(
+                f"**{count} picture{'s' * (count != 1)}** · {network.name} · {seeds} seed{'s' * (seeds != 1)} × "
+                f"{config.iterations:,} iterations"
+            )
+        else:
+            st.markdown(f":material/error: {problem}")
+        pressed = st.button(
+            "Rebuild the pictures",
+            type="primary",
+            icon=":material/play_arrow:",
+            disabled=problem is not None,
+            key="start",
+        )
+        if pressed and config is not None:
+            try:
+                st.query_params["job"] = manager().submit(_work(network, batch, config))
+            except GradinvError as error:
+                st.error(str(error))
+            else:
+                st.rerun()
+
+
+def _work(network: Model, batch: pick.Batch, config: AttackConfig) -> Inversion:
+    pixels = torch.stack([member.pixels for member in batch.members])
+    facts = run.Facts(
+        model=network.name,
+        classes=tuple(known.name for known in network.classes),
+        originals=figures.tiles(pixels),
+        titles=tuple(member.chosen.picture.title for member in batch.members),
+        credits=tuple(member.credit for member in batch.members),
+        baseline=measure(constant_colour(pixels), pixels)["psnr"],
+    )
+    labels = tuple(member.label for member in batch.members)
+    return Inversion(partial(shared.model, network.name, "worker"), pixels, labels, config, facts)

@@ -1,0 +1,183 @@
+"""HTML of the pages' own elements, as strings. No Streamlit.
+
+Everything is on one line, since st.markdown takes it for Markdown after a line break, and every text is escaped here.
+st.markdown patches its elements in place: a picture whose address changes is swapped without flicker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from gradinv.sources import Credit
+
+COLUMNS = 8  # tiles side by side at most
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture as a data URI (None: hidden) with its alternative text and what stands below it."""
+
+    uri: str | None
+    alt: str
+    caption: str = ""
+    note: str = ""
+    mark: bool | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A named row of tiles."""
+
+    name: str
+    tiles: Sequence[Tile]
+    note: str = ""
+
+
+def board(rows: Sequence[Row]) -> str:
+    """Rows of pictures, one below the other in the same order; on a phone, and beyond 8 pictures, each row wraps."""
+    batch = len(rows[0].tiles)
+    kind = f"gi-n{batch}" if batch <= COLUMNS else "gi-many"
+    return f'<div class="gi-board {kind}">' + "".join(_row(row) for row in rows) + "</div>"
+
+
+def _row(row: Row) -> str:
+    note = f"<span>{escape(row.note)}</span>" if row.note else ""
+    return f'<div class="gi-label"><b>{escape(row.name)}</b>{note}</div>' + "".join(_tile(tile) for tile in row.tiles)
+
+
+def _tile(tile: Tile) -> str:
+    if tile.uri is None:
+        picture = f'<div class="gi-hidden" role="img" aria-label="{escape(tile.alt)}">?</div>'
+    else:
+        picture = f'<img src="{tile.uri}" alt="{escape(tile.alt)}" width="128" height="128">'
+    caption = ""
+    if tile.caption or tile.note:
+        note = f"<small>{escape(tile.note)}</small>" if tile.note else ""
+        caption = f"<figcaption>{_mark(tile.mark)}{escape(tile.caption)}{note}</figcaption>"
+    return f'<figure class="gi-tile">{picture}{caption}</figure>'
+
+
+def _mark(right: bool | None) -> str:
+    if right is None:
+        return ""
+    sign, word, kind = ("✓", "restored correctly:", "right") if right else ("✗", "restored wrongly:", "wrong")
+    return f'<span class="gi-{kind}" role="img" aria-label="{word}">{sign}</span> '
+
+
+def card(uri: str, alt: str, caption: str, credit: Credit | None) -> str:
+    """A picture of the batch with its class and who made it."""
+    author = f"<small>{credit_line(credit)}</small>" if credit is not None else "<small>your upload</small>"
+    return (
+        f'<figure class="gi-card"><img src="{uri}" alt="{escape(alt)}" width="128" height="128">'
+        f"<figcaption>{escape(caption)}{author}</figcaption></figure>"
+    )
+
+
+def credit_line(credit: Credit) -> str:
+    """Author, licence with its link, and whether the picture was cropped."""
+    author = _link(credit.source, credit.author)
+    changed = ", cropped" if "crop" in credit.changes else ""
+    return f"{author}, {_link(credit.licence_url, credit.licence)}{changed}"
+
+
+def credits(pictures: Iterable[tuple[str, Credit]]) -> str:
+    """A list of all authors and licences."""
+    lines = "".join(f"<li>{escape(title)}: {credit_line(credit)}</li>" for title, credit in pictures)
+    return f'<ul class="gi-credits">{lines}</ul>'
+
+
+def _link(address: str | None, text: str) -> str:
+    if address is None or not address.startswith("https://"):
+        return escape(text)
+    return f'<a href="{escape(address)}" target="_blank" rel="noopener">{escape(text)}</a>'
+
+
+def labels(true: Sequence[str], restored: Sequence[str]) -> str:
+    """Each true class beside what was restored, wrong ones last: the pairing that restoration itself allows."""
+    left, found, body = list(restored), 0, ""
+    for name in true:
+        if name in left:
+            left.remove(name)
+            found += 1
+            body += f"<tr><td>{escape(name)}</td><td>{_mark(True)}{escape(name)}</td></tr>"
+    missed = list(true)
+    for name in restored:
+        if name in missed:
+            missed.remove(name)
+    for name, wrong in zip(missed, left, strict=True):
+        body += f"<tr><td>{escape(name)}</td><td>{_mark(False)}{escape(wrong)}</td></tr>"
+    verdict = f"{found} of {len(true)} labels read from the gradient alone, before any picture is rebuilt."
+    return (
+        '<div class="gi-scroll"><table class="gi-table"><thead><tr><th>True class</th><th>Restored</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div><p>{verdict}</p>"
+    )
+
+
+def knowledge(known: Sequence[str], hidden: Sequence[str]) -> str:
+    """Two lists: what an attacker knows and what it does not."""
+
+    def points(title: str, items: Sequence[str], kind: str) -> str:
+        lines = "".join(f"<li>{escape(item)}</li>" for item in items)
+        return f'<div class="gi-{kind}"><b>{title}</b><ul>{lines}</ul></div>'
+
+    return (
+        '<div class="gi-knowledge">'
+        + points("An attacker on the server knows", known, "known")
+        + points("It does not know", hidden, "unknown")
+        + "</div>"
+    )
+
+
+def results(rows: Sequence[Sequence[str]], mean: Sequence[str]) -> str:
+    """The final table: per picture class, restored label, PSNR and SSIM of the seeds' mean, consensus and baseline."""
+    head = (
+        '<thead><tr><th rowspan="2">Class</th><th rowspan="2">Restored label</th><th colspan="3">PSNR in dB</th>'
+        '<th colspan="3">SSIM</th></tr><tr>'
+        + "<th>mean of seeds</th><th>consensus</th><th>constant colour</th>" * 2
+        + "</tr></thead>"
+    )
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    foot = "<tfoot><tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in mean) + "</tr></tfoot>"
+    return (
+        f'<div class="gi-scroll" tabindex="0" role="region" aria-label="Final numbers">'
+        f'<table class="gi-table gi-numbers">{head}<tbody>{body}</tbody>{foot}</table></div>'
+    )
+
+
+def facts(items: Sequence[tuple[str, str]]) -> str:
+    """Small labelled numbers side by side."""
+    return (
+        '<dl class="gi-facts">'
+        + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items)
+        + "</dl>"
+    )
+
+
+def progress(share: float, left: str, right: str) -> str:
+    """A bar that is filled to a share in [0, 1], with a text at each of its ends."""
+    percent = round(100 * min(1.0, max(0.0, share)), 1)
+    return (
+        f'<div class="gi-when"><b>{escape(left)}</b><span>{escape(right)}</span></div>'
+        f'<div class="gi-progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent}" '
+        f'aria-label="{escape(left)}"><div style="width:{percent}%"></div></div>'
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a reader says them."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def decibel(value: float | None) -> str:
+    """PSNR as a reader wants it."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.1f} dB"

@@ -1,0 +1,339 @@
+"""A run: waiting, live, and finished. The address names it, so that a refresh or another tab sees the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import streamlit as st
+
+from gradinv import figures, recording
+from gradinv.jobs import Inversion, JobState, Pictures, Progress, manager
+from gradinv.recording import Recording
+from gradinv.sources import Credit
+from gradinv.types import GradinvError
+from gradinv.web import markup
+from gradinv.web.markup import Row, Tile
+
+TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
+BESIDE = 5  # pictures beside which the charts still fit
+
+ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page knows of a run's batch. `originals` are tiles, `baseline` the constant colours' PSNR in dB."""
+
+    model: str
+    classes: tuple[str, ...]
+    originals: tuple[str, ...]
+    titles: tuple[str, ...]
+    credits: tuple[Credit | None, ...]
+    baseline: Sequence[float | None]
+
+    @property
+    def mean_baseline(self) -> float | None:
+        """The mean of the baseline where every image has one."""
+        known = [value for value in self.baseline if value is not None]
+        return sum(known) / len(known) if len(known) == len(self.baseline) else None
+
+
+def view(job: str) -> None:
+    """The page of one job."""
+    state = manager().state(job)
+    if state is None:
+        st.info("This run is not kept here any more: the server keeps the latest ones only, and none over a restart.")
+        st.button("Start a new run", type="primary", on_click=_leave)
+        return
+    _head(state)
+    if state.finished:
+        _finished(state)
+    else:
+        _live(job)
+
+
+def _leave() -> None:
+    st.query_params.pop("job", None)
+    st.session_state.pop("recording", None)
+
+
+def _work(state: JobState) -> tuple[Inversion, Facts]:
+    work = state.work
+    if not isinstance(work, Inversion) or not isinstance(work.facts, Facts):
+        raise GradinvError("This run was not started from this page.")
+    return work, work.facts
+
+
+def _head(state: JobState) -> None:
+    work, facts = _work(state)
+    config = work.config
+    with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
+        st.html(
+            f'<header class="gi-lead gi-run"><h1>From the gradient back to the pictures</h1><p>{facts.model}, batch of '
+            f"{len(facts.originals)}, {config.seeds} seed{'s' * (config.seeds != 1)}, {config.iterations:,} iterations."
+            " The address of this page is the link to this run.</p></header>"
+        )
+        st.button("New run", icon=":material/arrow_back:", on_click=_leave)
+
+
+@st.fragment(run_every=TICK)
+def _live(job: str) -> None:
+    state = manager().state(job)
+    if state is None or state.finished:
+        st.rerun()
+    progress: Progress | None = state.update
+    board, side = _places(len(_work(state)[1].originals))
+    with side:
+        _status(state, progress)
+    with board:
+        hidden = _hide()
+        with st.container(key="timeline"):
+            _timeline(state, progress)
+        _board(state, progress.pictures if progress is not None else None, hidden)
+    with side:
+        _live_charts(state, progress)
+
+
+def _places(batch: int) -> tuple[Any, Any]:
+    """Where the pictures go and where the numbers go: side by side while the batch is small."""
+    if batch <= BESIDE:
+        board, side = st.columns([5, 3], gap="large")
+        return board, side
+    side = st.container()
+    return st.container(), side
+
+
+def _timeline(state: JobState, progress: Progress | None) -> None:
+    if state.status == "queued":
+        others = "one run is" if state.place == 1 else f"{state.place} runs are"
+        shown = markup.progress(0, f"Place {state.place} in the queue", f"{others} ahead; this one starts by itself")
+    elif progress is None:
+        shown = markup.progress(0, "Preparing", "loading the network, sharing the gradient")
+    else:
+        left = f"{markup.duration(progress.remaining)} left" if progress.remaining is not None else "starting"
+        shown = markup.progress(progress.step / progress.steps, f"Step {progress.step:,} of {progress.steps:,}", left)
+    st.markdown(shown, unsafe_allow_html=True)
+
+
+def _status(state: JobState, progress: Progress | None) -> None:
+    st.button(
+        "Leave the queue" if state.status == "queued" else "Stop and keep the result",
+        icon=":material/stop:",
+        key="stop",
+        width="stretch",
+        on_click=manager().cancel,
+        args=(state.id,),
+    )
+    speed = progress.speed if progress is not None else None
+    psnr = _mean(progress.pictures.psnr) if progress is not None else None
+    st.markdown(
+        markup.facts(
+            [
+                ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
+                ("so far", markup.duration(progress.seconds if progress is not None else None)),
+                ("consensus", markup.decibel(psnr)),
+                ("constant colour", markup.decibel(_work(state)[1].mean_baseline)),
+            ]
+        ),
+        unsafe_allow_html=True,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _live_charts(state: JobState, progress: Progress | None) -> None:
+    work, facts = _work(state)
+    curves = progress.curves if progress is not None else ()
+    steps = work.config.iterations
+    charts = st.columns(2) if len(facts.originals) > BESIDE else (st.container(), st.container())
+    with charts[0]:
+        st.markdown("**PSNR in dB**")
+        st.echarts_chart(
+            figures.live_psnr(curves, steps, facts.mean_baseline),
+            key="live-psnr",
+            height=210,
+            alt="PSNR of each seed and of the consensus by step, beside that of the best constant colour",
+        )
+    with charts[1]:
+        st.markdown("**Terms of the loss**")
+        st.echarts_chart(
+            figures.live_losses(curves, steps), key="live-loss", height=210, alt="Terms of the loss by step"
+        )
+
+
+def _hide() -> bool:
+    return st.toggle("Hide the originals (let the class guess)", key="hide", bind="query-params")
+
+
+def _board(state: JobState, pictures: Pictures | None, hidden: bool) -> None:
+    work, facts = _work(state)
+    st.markdown(markup.board(_rows(work, facts, pictures, hidden)), unsafe_allow_html=True)
+
+
+def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool) -> list[Row]:
+    true = [facts.classes[label] for label in work.labels]
+    originals = [
+        Tile(None if hidden else uri, "Hidden original" if hidden else f"Original: {title}", "" if hidden else name)
+        for uri, title, name in zip(facts.originals, facts.titles, true, strict=True)
+    ]
+    rows = [Row("Originals", originals, "what the client kept")]
+    seeds = work.config.seeds
+    if pictures is None:
+        waiting = [Tile(None, "Not there yet")] * len(true)
+        return [*rows, Row("Consensus", waiting), *(Row(f"Seed {seed + 1}", waiting) for seed in range(seeds))]
+    names = [facts.classes[label] for label in pictures.restored]
+    right = [a == b for a, b in zip(pictures.restored, work.labels, strict=True)]
+    consensus = [
+        Tile(uri, f"Reconstruction restored as {name}", name, markup.decibel(value), None if hidden else mark)
+        for uri, name, value, mark in zip(pictures.consensus, names, pictures.psnr, right, strict=True)
+    ]
+    rows.append(Row("Consensus", consensus, "mean of the seeds"))
+    for seed, uris in enumerate(pictures.seeds):
+        tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
+        rows.append(Row(f"Seed {seed + 1}", tiles))
+    return rows
+
+
+def _finished(state: JobState) -> None:
+    work, facts = _work(state)
+    progress: Progress | None = state.update
+    if state.reason:
+        (st.error if state.status == "failed" else st.warning)(state.reason)
+    if progress is None:
+        if not state.reason:
+            st.info("This run was cancelled before it began.")
+        return
+    recorded = _recording(state.id, progress)
+    board, side = _places(len(facts.originals))
+    with side:
+        _outcome(state, progress, recorded)
+    with board:
+        _replay(state)
+    st.header("Numbers", anchor=False)
+    _table(work, facts, recorded, progress.pictures.restored)
+    left, right = st.columns(2, gap="large")
+    curves = recorded.curves
+    with left:
+        st.markdown("**PSNR by step**")
+        st.plotly_chart(
+            figures.psnr_curves(curves, facts.mean_baseline),
+            key="psnr",
+            alt="PSNR of each seed and of the consensus by step; dashed, that of the best constant colour",
+        )
+    with right:
+        st.markdown("**Terms of the loss by step**")
+        st.plotly_chart(figures.loss_curves(curves), key="loss", alt="Each weighted term of the loss by step")
+    credits = [(title, credit) for title, credit in zip(facts.titles, facts.credits, strict=True) if credit]
+    if credits:
+        st.html(f"<p>Pictures:</p>{markup.credits(credits)}")
+
+
+def _recording(job: str, progress: Progress) -> Recording:
+    """The finished run, opened once a session."""
+    kept = st.session_state.get("recording")
+    if kept is None or kept[0] != job:
+        st.session_state.recording = kept = (job, Recording.open(progress.store))
+    opened: Recording = kept[1]
+    return opened
+
+
+def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
+    speed = recorded.run["seconds_per_iteration"]
+    st.markdown(f"**{ENDINGS[state.status]}** after {progress.step:,} of {progress.steps:,} iterations")
+    st.markdown(
+        markup.facts(
+            [
+                ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
+                ("in all", markup.duration(progress.seconds)),
+                ("consensus", markup.decibel(_mean(progress.pictures.psnr))),
+                ("constant colour", markup.decibel(_work(state)[1].mean_baseline)),
+            ]
+        ),
+        unsafe_allow_html=True,
+    )
+    store, name = progress.store, f"gradinv-{progress.step}"
+    st.download_button(
+        "Everything: pictures, curves, settings (zip)",
+        store.zip,
+        f"{name}.zip",
+        "application/zip",
+        icon=":material/folder_zip:",
+        width="stretch",
+        type="primary",
+        on_click="ignore",
+    )
+    st.download_button(
+        "Numbers and settings (JSON)",
+        lambda: store.read("run.json"),
+        f"{name}.json",
+        "application/json",
+        icon=":material/data_object:",
+        width="stretch",
+        on_click="ignore",
+    )
+    st.download_button(
+        "Animation (GIF)",
+        lambda: recording.gif(recorded),
+        f"{name}.gif",
+        "image/gif",
+        icon=":material/animation:",
+        width="stretch",
+        on_click="ignore",
+    )
+
+
+@st.fragment
+def _replay(state: JobState) -> None:
+    work, _ = _work(state)
+    last: Progress = state.update
+    recorded = _recording(state.id, last)
+    hidden = _hide()
+    step = last.step
+    with st.container(key="timeline"):
+        if len(recorded.steps) > 1:
+            step = st.select_slider("Replay: step", recorded.steps, recorded.steps[-1], key=f"replay-{state.id}")
+    _board(state, last.pictures if step == last.step else work.pictures(recorded.snapshot(step)), hidden)
+
+
+def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequence[int]) -> None:
+    numbers = recorded.run["metrics"]
+    if numbers is None:
+        return
+    columns = [
+        _mean_columns([seed["psnr"] for seed in numbers["seeds"]]),
+        numbers["consensus"]["psnr"],
+        numbers["baseline"]["psnr"],
+        _mean_columns([seed["ssim"] for seed in numbers["seeds"]]),
+        numbers["consensus"]["ssim"],
+        numbers["baseline"]["ssim"],
+    ]
+    digits = [1, 1, 1, 3, 3, 3]
+    rows = [
+        [facts.classes[label], facts.classes[found], *(_number(c[i], d) for c, d in zip(columns, digits, strict=True))]
+        for i, (label, found) in enumerate(zip(work.labels, restored, strict=True))
+    ]
+    right = sum(a == b for a, b in zip(work.labels, restored, strict=True))
+    mean = ["Mean", f"{right} of {len(rows)} right"]
+    mean += [_number(_mean_known(c), d) for c, d in zip(columns, digits, strict=True)]
+    st.markdown(markup.results(rows, mean), unsafe_allow_html=True)
+    st.caption(
+        "PSNR rewards blur, so the best constant colour stands beside it: a reconstruction below it can still be "
+        "recognised, and SSIM or the eye judges better."
+    )
+
+
+def _mean_columns(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    return [_mean_known(column) for column in zip(*rows, strict=True)]
+
+
+def _mean_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

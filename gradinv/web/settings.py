@@ -1,0 +1,147 @@
+"""The attack's settings, built from the fields of AttackConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import streamlit as st
+
+from gradinv.config import AttackConfig
+from gradinv.models import MODELS
+from gradinv.types import GradinvError
+
+PRESET_WORDS = {
+    "demo": "Demo: measured to work best with the bundled models",
+    "paper": "Paper: the constants of the CVPR 2021 paper, 20,000 iterations",
+}
+BN_WORDS = {
+    "approx": "Stored in the weights",
+    "exact": "The client's own batch",
+    "none": "Not used",
+}
+BN_HELP = (
+    "Batch-normalisation statistics that the attack matches. Those stored in the weights are always available. The "
+    "statistics of the client's own batch leak with synchronised BN only, and give a lot away by themselves."
+)
+_PLAIN = ("seeds", "iterations", "bn")  # have widgets of their own
+
+
+def choose_model() -> str:
+    """The model's name."""
+    name = st.segmented_control(
+        "Network whose gradient is shared",
+        list(MODELS),
+        default="resnet50-tiny",
+        required=True,
+        key="model",
+        bind="query-params",
+        on_change=_restore_defaults,
+    )
+    st.caption(f"{MODELS[name].description}. Top-1 accuracy {MODELS[name].accuracy:g} %. {_origin(name)}")
+    return str(name)
+
+
+def _origin(name: str) -> str:
+    origin = MODELS[name].origin
+    return origin[0].upper() + origin[1:] + "."
+
+
+def panel(model: str) -> AttackConfig:
+    """Seeds, iterations, preset and BN assumption, the rest in an expander. Raises GradinvError for what cannot be."""
+    preset = st.segmented_control(
+        "Preset",
+        list(PRESET_WORDS),
+        format_func=PRESET_WORDS.__getitem__,
+        default="demo",
+        required=True,
+        key="preset",
+        bind="query-params",
+        on_change=_restore_defaults,
+    )
+    base = AttackConfig.preset(preset, model)
+    left, middle, right = st.columns([1, 1, 2])
+    seeds = left.number_input(
+        "Seeds",
+        1,
+        1024,
+        base.seeds,
+        key="seeds",
+        bind="query-params",
+        help="Independent reconstructions from different random starts. Their mean is the consensus.",
+    )
+    iterations = middle.number_input(
+        "Iterations",
+        1,
+        1_000_000,
+        base.iterations,
+        step=50,
+        key="iterations",
+        bind="query-params",
+        help="Optimisation steps of each seed.",
+    )
+    bn = right.segmented_control(
+        "BN statistics that the attacker uses",
+        list(BN_WORDS),
+        format_func=BN_WORDS.__getitem__,
+        default=base.bn,
+        required=True,
+        key="bn",
+        bind="query-params",
+        help=BN_HELP,
+    )
+    with st.expander("Advanced settings"):
+        advanced = _advanced(base)
+    return AttackConfig.from_dict({**advanced, "seeds": int(seeds), "iterations": int(iterations), "bn": bn})
+
+
+def _advanced(base: AttackConfig) -> dict[str, Any]:
+    values = {}
+    fields = [item for item in dataclasses.fields(AttackConfig) if item.name not in _PLAIN]
+    with st.container(key="advanced"):
+        for start in range(0, len(fields), 3):
+            for column, item in zip(st.columns(3), fields[start : start + 3], strict=False):
+                with column:
+                    values[item.name] = _widget(item, getattr(base, item.name))
+    return values
+
+
+def _widget(item: dataclasses.Field[Any], default: Any) -> Any:
+    """One field's widget; → a value of the field's type."""
+    name, told = item.name.replace("_", " ").capitalize(), item.metadata
+    text = told["help"][0].upper() + told["help"][1:]
+    common: dict[str, Any] = {"key": f"set_{item.name}", "help": text, "persist_state": "session"}
+    if told["choices"]:
+        return st.selectbox(name, told["choices"], told["choices"].index(default), **common)
+    if isinstance(default, bool):
+        return st.toggle(name, default, **common)
+    if isinstance(default, tuple):
+        return _shares(st.text_input(name, ", ".join(f"{share:g}" for share in default), **common))
+    least = told["least"]
+    if isinstance(default, int):
+        return int(st.number_input(name, int(least), None, default, **common))
+    return float(st.number_input(name, float(least), None, float(default), step=_step(default), format="%g", **common))
+
+
+def _step(value: float) -> float:
+    """A step that suits the value's size."""
+    return float(f"{value / 10:.0e}") if value > 0 else 0.1
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
+    except ValueError as error:
+        raise GradinvError(f"Stages are numbers separated by commas, such as 0.25, 0.3, 0.45, not {text!r}.") from error
+
+
+def _restore_defaults() -> None:
+    """A preset, and a preset for another model, brings its own values."""
+    base = AttackConfig.preset(
+        st.session_state.preset if "preset" in st.session_state else "demo", st.session_state.model
+    )
+    for item in dataclasses.fields(AttackConfig):
+        key = item.name if item.name in _PLAIN else f"set_{item.name}"
+        if key in st.session_state:
+            value = getattr(base, item.name)
+            st.session_state[key] = ", ".join(f"{share:g}" for share in value) if isinstance(value, tuple) else value

@@ -1,0 +1,107 @@
+"""What all visitors share: loaded models, thumbnails, previews. Nothing here belongs to one session."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import streamlit as st
+import torch
+from PIL import ImageOps
+from torch import Tensor
+
+from gradinv import figures
+from gradinv.images import to_pixels
+from gradinv.labels import restore_labels
+from gradinv.models import MODELS, Model, load_model
+from gradinv.sources import ImageFolder, Picture, SampleSet, gallery
+from gradinv.types import GradinvError
+from gradinv.victim import observe
+
+User = Literal["page", "worker"]
+_KEPT = 2  # models for each user
+
+_models: OrderedDict[tuple[User, str], Model] = OrderedDict()
+_loading = threading.RLock()
+_using = threading.Lock()
+
+
+def model(name: str, user: User = "page") -> Model:
+    """A named model, loaded once a process and user. Raises GradinvError where it cannot be had.
+
+    The worker has a model of its own: hooks on a network hear every thread that runs it.
+    """
+    with _loading:
+        key: tuple[User, str] = (user, name)
+        if key not in _models:
+            _models[key] = load_model(name)
+            for oldest in [known for known in _models if known[0] == user][:-_KEPT]:
+                del _models[oldest]
+            # What has been loaded stays: the garbage collector need not walk it again.
+            gc.freeze()
+        _models.move_to_end(key)
+        return _models[key]
+
+
+def at_hand(name: str) -> bool:
+    """Whether the model can be had without a download that nobody has agreed to yet."""
+    return MODELS[name].bundled or ("page", name) in _models
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the server receives and reads at once: each layer's gradient norm, the labels restored from it."""
+
+    norms: dict[str, float]
+    restored: tuple[int, ...]
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def preview(name: str, batch: tuple[tuple[str, int], ...], _pixels: Tensor) -> Preview:
+    """Share the gradient of pixels (B, 3, S, S) in [0, 1] and look at it. `batch`: what tells it from others, and its
+    labels. Raises GradinvError where the labels cannot be restored."""
+    network = model(name)
+    with _using:
+        observation = observe(network, _pixels, torch.tensor([label for _, label in batch]))
+    return Preview(figures.layer_norms(observation), tuple(restore_labels(network, observation).tolist()))
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def prediction(name: str, upload: str, _pixels: Tensor) -> int:
+    """The label that a model gives a picture of pixels (3, S, S) in [0, 1]."""
+    with _using:
+        return int(model(name).predict(_pixels[None])[0])
+
+
+@st.cache_data(max_entries=4096, show_spinner=False)
+def thumbnail(source: str, key: str, _picture: Picture) -> str:
+    """A square thumbnail as a data URI. Raises GradinvError for a picture that cannot be decoded."""
+    return figures.tile(ImageOps.fit(_picture.open(), (128, 128)), quality=70)
+
+
+def gallery_of(network: Model) -> list[Picture]:
+    """The gallery pictures whose class the model knows."""
+    return gallery(network)
+
+
+@st.cache_resource(show_spinner=False)
+def folder() -> ImageFolder:
+    """The ImageNet folder that GRADINV_IMAGENET names. Raises GradinvError where it is none."""
+    return ImageFolder()
+
+
+@st.cache_resource(show_spinner=False)
+def sample_set() -> SampleSet:
+    """The public sample set, fetched picture by picture."""
+    return SampleSet()
+
+
+def pixels_of(pictures: Sequence[Picture], network: Model) -> Tensor:
+    """Pixels (B, 3, S, S) in [0, 1] as the model takes them. Raises GradinvError for one that cannot be decoded."""
+    if not pictures:
+        raise GradinvError("Choose at least one picture.")
+    return torch.stack([to_pixels(picture.open(), network.preprocessing) for picture in pictures])

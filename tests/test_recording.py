@@ -20,9 +20,11 @@ from torchvision.transforms.functional import pil_to_tensor
 from gradinv import __version__, metrics
 from gradinv import recording as recording_module
 from gradinv.config import AttackConfig
+from gradinv.inversion import invert
 from gradinv.models import ImageClass, Model
 from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, gif
 from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term
+from gradinv.victim import observe
 
 SIDE = 16
 CONFIG = AttackConfig(seeds=2, iterations=4)
@@ -498,3 +500,29 @@ def test_gif_wraps_after_eight_pictures() -> None:
     image = recording_module._mosaic(torch.zeros(9, 3, 64, 64))
     assert image.size == (8 * 128, 2 * 128)
     assert image.getpixel((200, 200)) == (255, 255, 255) and image.getpixel((100, 200)) == (0, 0, 0)
+
+
+def test_a_real_run_live_and_replayed(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> None:
+    pixels, labels = small_batch
+    config = AttackConfig.preset("demo", iterations=6, seeds=2, stages=())
+    observation = observe(small_model, pixels, labels)
+    store = MemoryStore()
+    made = Recorder(
+        store, config=config, model=small_model, observation=observation, originals=pixels, labels=labels.tolist()
+    )
+    live = list(made.follow(invert(small_model, observation, config, every=2)))
+    replayed = list(Recording.open(store).snapshots())
+    assert [one.step for one in replayed] == [one.step for one in live] == [0, 2, 4, 6]
+    assert replayed[0].terms == live[0].terms == {} and replayed[0].distance == live[0].distance == ()
+    for one, other in zip(replayed, live, strict=True):
+        assert one.terms == other.terms and one.distance == other.distance and one.labels == other.labels
+    assert set(live[-1].terms) >= {"gradient", "tv", "bn"}
+    # The images that are kept are those that were measured, to half a grey level.
+    kept = Recording.open(store).images("consensus")
+    assert kept is not None
+    torch.testing.assert_close(
+        metrics.psnr(kept, pixels),
+        torch.tensor(made.run["metrics"]["consensus"]["psnr"], dtype=torch.float64),
+        atol=0.2,
+        rtol=0,
+    )

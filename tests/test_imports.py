@@ -1,0 +1,140 @@
+"""The architecture of docs: imports point down, the attack does not see what only its audience may see."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Lowest first. A module may import from the layers below its own, and from its own as long as nothing goes in circles.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"gradinv", "gradinv.types", "gradinv.paths"}),
+    frozenset({"gradinv.config", "gradinv.images"}),
+    frozenset({"gradinv.models"}),
+    frozenset(
+        f"gradinv.{name}"
+        for name in ("consensus", "defenses", "features", "labels", "metrics", "objective", "registration", "sources")
+    )
+    | {"gradinv.stepping", "gradinv.victim"},
+    frozenset({"gradinv.inversion"}),
+    frozenset({"gradinv.evaluation", "gradinv.figures", "gradinv.jobs", "gradinv.recording"}),
+    frozenset({"gradinv.cli", "gradinv.web"}),
+    frozenset({"gradinv.__main__", "app"}),
+)
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted([*ROOT.glob("gradinv/**/*.py"), *ROOT.glob("app.py")])
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it: at the top, in functions, for the type checker only."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # relative: from the package, or from one of those above it
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            # `from gradinv import metrics` imports a module, `from gradinv.types import Snapshot` does not.
+            names |= {name if (name := f"{base}.{alias.name}") in FILES else base for alias in node.names}
+    return names
+
+
+IMPORTS = {module: imported(path) for module, path in FILES.items()}
+
+
+def layer(module: str) -> int:
+    parent = "gradinv.web" if module.startswith("gradinv.web.") else module
+    found = [index for index, modules in enumerate(LAYERS) if parent in modules]
+    assert found, f"{module} is in none of the layers: say here where it belongs"
+    return found[0]
+
+
+def below(module: str, imports: dict[str, set[str]]) -> set[str]:
+    """All modules of the project that a module needs, directly or not."""
+    seen: set[str] = set()
+    waiting = {module}
+    while waiting:
+        new = {name for item in waiting for name in imports[item] if name in imports} - seen
+        seen |= new
+        waiting = new
+    return seen
+
+
+def outside(module: str) -> set[str]:
+    return {name.split(".")[0] for name in IMPORTS[module]}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_down(module: str) -> None:
+    upward = {name for name in IMPORTS[module] if name in FILES and layer(name) > layer(module)}
+    assert not upward, f"{module} imports from above: {sorted(upward)}"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_import_goes_in_circles(module: str) -> None:
+    assert module not in below(module, IMPORTS)
+
+
+@pytest.mark.parametrize("module", ["gradinv.inversion", "gradinv.objective", "gradinv.features", "gradinv.labels"])
+def test_the_attack_does_not_see_victim_metrics_or_sources(module: str) -> None:
+    assert not below(module, IMPORTS) & {"gradinv.victim", "gradinv.metrics", "gradinv.sources"}
+
+
+def test_streamlit_stays_in_the_web_package_and_the_app() -> None:
+    users = {module for module in FILES if "streamlit" in outside(module)}
+    assert "app" in users
+    assert {module for module in users - {"app"} if not module.startswith("gradinv.web.")} == set()
+
+
+def test_app_holds_no_tensors() -> None:
+    assert not outside("app") & {"torch", "torchvision", "numpy"}
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, gradinv; print(sorted(sys.modules.keys() & {'torch', 'numpy', 'PIL', 'streamlit'}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# The rules above hold nothing if the reader of imports misses some.
+@pytest.mark.parametrize(
+    ("line", "module"),
+    [
+        ("import gradinv.metrics", "gradinv.metrics"),
+        ("import gradinv.metrics as m", "gradinv.metrics"),
+        ("from gradinv import metrics", "gradinv.metrics"),
+        ("from gradinv.metrics import psnr", "gradinv.metrics"),
+        ("from . import metrics", "gradinv.metrics"),
+        ("from .metrics import psnr", "gradinv.metrics"),
+        ("def f():\n    from gradinv import metrics", "gradinv.metrics"),
+        ("from streamlit.runtime import Runtime", "streamlit.runtime"),
+    ],
+)
+def test_reader_sees_every_form_of_import(
+    line: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gradinv" / "inversion.py"
+    path.parent.mkdir()
+    path.write_text(line)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert module in imported(path)
+
+
+def test_need_is_followed_through_other_modules() -> None:
+    def graph(**imports: Iterable[str]) -> dict[str, set[str]]:
+        return {module: set(names) for module, names in imports.items()}
+
+    assert below("a", graph(a=["b", "torch"], b=["c"], c=[])) == {"b", "c"}
+    assert "a" in below("a", graph(a=["b"], b=["a"]))

@@ -202,7 +202,7 @@ def _invert(args: argparse.Namespace) -> int:
     from gradinv import metrics
     from gradinv.inversion import invert
     from gradinv.models import load_model
-    from gradinv.recording import DirectoryStore, Recorder, Recording
+    from gradinv.recording import DirectoryStore, Recorder, Recording, thinned
     from gradinv.types import GradinvError
     from gradinv.victim import observe
 
@@ -234,7 +234,7 @@ def _invert(args: argparse.Namespace) -> int:
         )
         shown = _with_progress(first, stream, recorder, config.iterations, baseline)
         try:
-            for _ in recorder.follow(_thinned(shown, _every(args, config))):
+            for _ in recorder.follow(thinned(shown, _every(args, config))):
                 pass
         except (Exception, KeyboardInterrupt) as raised:
             if args.debug:
@@ -465,18 +465,6 @@ def _with_progress(
             bar.set_postfix_str(f"distance {distance:.3f}, PSNR {psnr:.1f} dB (constant {baseline:.1f})", refresh=False)
             bar.update(snapshot.step - bar.n)
             yield snapshot
-
-
-def _thinned(snapshots: Iterator[Snapshot], every: int) -> Iterator[Snapshot]:
-    """Every so many steps, and the last snapshot whatever its step; the others were for the progress bar."""
-    held: Snapshot | None = None
-    for snapshot in snapshots:
-        held = snapshot
-        if snapshot.step % every == 0 or snapshot.final:
-            held = None
-            yield snapshot
-    if held is not None:
-        yield held
 
 
 @contextlib.contextmanager

@@ -337,6 +337,20 @@ class Recorder:
         self._store.write("run.json", (json.dumps(self.run, indent=2, allow_nan=False) + "\n").encode())
 
 
+def thinned(snapshots: Iterator[Snapshot], gap: float) -> Iterator[Snapshot]:
+    """The first snapshot, then one whenever `gap` steps have passed, and the last: those worth recording of many."""
+    due = 0.0
+    held: Snapshot | None = None
+    for snapshot in snapshots:
+        if snapshot.final or snapshot.step >= due:
+            due, held = snapshot.step + gap, None
+            yield snapshot
+        else:
+            held = snapshot
+    if held is not None:
+        yield held
+
+
 class Recording:
     """A recorded run, finished or not. `run` is the content of run.json, `curves` the rows of curves.csv.
 

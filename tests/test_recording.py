@@ -22,7 +22,7 @@ from gradinv import recording as recording_module
 from gradinv.config import AttackConfig
 from gradinv.inversion import invert
 from gradinv.models import ImageClass, Model
-from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, gif
+from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, gif, thinned
 from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term
 from gradinv.victim import observe
 
@@ -443,6 +443,21 @@ def test_originals_and_labels_go_together(model: Model, observation: Observation
         Recorder(
             MemoryStore(), config=CONFIG, model=model, observation=observation, originals=ORIGINALS[:1], labels=[1]
         )
+
+
+@pytest.mark.parametrize(
+    ("steps", "gap", "kept"),
+    [
+        ((0, 2, 3, 5, 6, 9, 10), 3, [0, 3, 6, 9, 10]),
+        ((0, 1, 3, 4), 3, [0, 3, 4]),
+        ((0, 1, 2, 3, 4, 5, 6), 2.5, [0, 3, 6]),
+        ((0, 3), 3, [0, 3]),
+        ((0, 9, 10), 20, [0, 10]),
+        ((), 3, []),
+    ],
+)
+def test_thinned_keeps_every_so_many_steps_and_the_last(steps: tuple[int, ...], gap: float, kept: list[int]) -> None:
+    assert [one.step for one in thinned((snapshot(step, steps=10) for step in steps), gap)] == kept
 
 
 def test_memory_store_as_a_zip(model: Model, observation: Observation) -> None:

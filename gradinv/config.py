@@ -86,7 +86,8 @@ class AttackConfig:
     labels: str = _option("column-minimum", "how labels are restored (Eqn 8)", choices=("column-minimum",))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
+        if isinstance(self.stages, list):  # as JSON has it
+            object.__setattr__(self, "stages", tuple(self.stages))
         for item in dataclasses.fields(self):
             value: Any = getattr(self, item.name)
             choices, least = item.metadata["choices"], item.metadata["least"]

@@ -239,9 +239,15 @@ def relative_bn_distance(
     """The mean over layers of ‖μ − μ_t‖/‖μ_t‖ + ‖σ² − σ²_t‖/‖σ²_t‖; a scalar.
 
     Scale-free, because at small sizes the raw sum is ruled by the deep layers, whose maps give few samples a channel.
+    A target of zeros (one image on a 1×1 map has no variance) has no scale: such a layer is left out.
     """
-    parts = [vector_norm(mean - target.mean[name]) / vector_norm(target.mean[name]) for name, mean in means.items()]
-    parts += [vector_norm(var - target.var[name]) / vector_norm(target.var[name]) for name, var in variances.items()]
+
+    def relative(found: Tensor, wanted: Tensor) -> Tensor:
+        scale = vector_norm(wanted)
+        return vector_norm(found - wanted) * torch.where(scale > 0, 1 / scale, 0)
+
+    parts = [relative(mean, target.mean[name]) for name, mean in means.items()]
+    parts += [relative(var, target.var[name]) for name, var in variances.items()]
     return torch.stack(parts).sum() / len(means)
 
 

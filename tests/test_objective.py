@@ -86,6 +86,12 @@ def test_bn_distances_by_hand():
     assert relative_bn_distance(means, variances, target).item() == pytest.approx(5 / 5 + 1 / 2)
 
 
+def test_a_layer_without_variance_has_no_relative_distance():
+    target = BatchNormStatistics({"bn": torch.tensor([2.0])}, {"bn": torch.tensor([0.0])})
+    distance = relative_bn_distance({"bn": torch.tensor([1.0])}, {"bn": torch.tensor([0.3])}, target)
+    assert distance.item() == pytest.approx(0.5)
+
+
 def test_features_and_group_by_hand():
     features, recovered = torch.tensor([[1.0, 0.0], [2.0, 2.0]]), torch.tensor([[0.0, 3.0], [1.0, 1.0]])
     assert feature_distance(features, recovered).item() == pytest.approx(0.5)

@@ -16,6 +16,7 @@ st.set_page_config(
         "openly licensed pictures or your own."
     },
 )
+st.logo(str(ASSETS / "icon.svg"), size="large")
 st.html(ASSETS / "style.css")
 page = st.navigation(
     [st.Page(live.page, title="Live", icon=":material/play_circle:", url_path="live", default=True)], position="top"

@@ -75,6 +75,7 @@ def _set_up() -> None:
     # Last, since it computes: everything else is on the page by then.
     with received:
         _received(network, batch, config)
+    shared.warm(name)
 
 
 def _network(name: str) -> Model | None:
@@ -142,10 +143,9 @@ def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, p
     )
     with bar:
         if problem is None and config is not None:
-            count, seeds = len(batch.members), config.seeds
             st.markdown(
-                f"**{count} picture{'s' * (count != 1)}** · {network.name} · {seeds} seed{'s' * (seeds != 1)} × "
-                f"{config.iterations:,} iterations"
+                f"**{markup.count(len(batch.members), 'picture')}** · {network.name} · "
+                f"{markup.count(config.seeds, 'seed')} × {markup.count(config.iterations, 'iteration')}"
             )
         else:
             st.markdown(f":material/error: {problem}")
@@ -169,6 +169,8 @@ def _work(network: Model, batch: pick.Batch, config: AttackConfig) -> Inversion:
     pixels = torch.stack([member.pixels for member in batch.members])
     facts = run.Facts(
         model=network.name,
+        preset=st.session_state.preset,
+        chosen=tuple(member.chosen for member in batch.members),
         classes=tuple(known.name for known in network.classes),
         originals=figures.tiles(pixels),
         titles=tuple(member.chosen.picture.title for member in batch.members),

@@ -166,6 +166,11 @@ def progress(share: float, left: str, right: str) -> str:
     )
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as a reader says them."""
     if seconds is None or not math.isfinite(seconds):

@@ -70,7 +70,8 @@ def chosen() -> list[Chosen]:
     return batch
 
 
-def _choose(batch: Sequence[Chosen]) -> None:
+def choose(batch: Sequence[Chosen]) -> None:
+    """Make this the batch, and name its gallery pictures in the address."""
     if len(batch) > LARGEST:
         st.session_state.notice = f"A batch takes at most {LARGEST} pictures here; the others were left out."
     st.session_state.batch = list(batch[:LARGEST])
@@ -179,11 +180,11 @@ def _card(member: Member, network: Model) -> None:
 
 
 def _remove(identity: str) -> None:
-    _choose([item for item in chosen() if item.id != identity])
+    choose([item for item in chosen() if item.id != identity])
 
 
 def _keep_only(identities: Sequence[str]) -> None:
-    _choose([item for item in chosen() if item.id in identities])
+    choose([item for item in chosen() if item.id in identities])
 
 
 def _draw_row(label: str, drawing: Callable[[int, int], tuple[list[Picture], str | None]], source: Source) -> None:
@@ -203,7 +204,7 @@ def _draw(drawing: Callable[[int, int], tuple[list[Picture], str | None]], sourc
         return
     if warning:
         st.session_state.notice = warning
-    _choose([Chosen(source, picture.key, picture) for picture in pictures])
+    choose([Chosen(source, picture.key, picture) for picture in pictures])
 
 
 def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> None:
@@ -220,7 +221,7 @@ def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> 
         picked = st.session_state[key]
         kept = [item for item in chosen() if item.source != source or item.id not in by_key or item.id in picked]
         have = {item.id for item in kept if item.source == source}
-        _choose(kept + [Chosen(source, name, by_key[name]) for name in picked if name not in have])
+        choose(kept + [Chosen(source, name, by_key[name]) for name in picked if name not in have])
 
     with st.container(key=f"thumbnails-{source}"):
         st.pills(
@@ -299,7 +300,7 @@ def _add(picture: Picture) -> None:
         st.session_state.notice = str(error)
         return
     if all(item.id != picture.key for item in chosen()):
-        _choose([*chosen(), Chosen("samples", picture.key, picture)])
+        choose([*chosen(), Chosen("samples", picture.key, picture)])
 
 
 def _upload(network: Model) -> None:
@@ -323,7 +324,7 @@ def _upload(network: Model) -> None:
             added.append(Chosen("upload", secrets.token_hex(8), picture))
         except GradinvError as error:
             notices.append(str(error))
-    _choose([*chosen(), *added])
+    choose([*chosen(), *added])
     if notices:
         st.session_state.notice = " ".join(notices)
     # A new uploader: the old one would keep the files themselves.

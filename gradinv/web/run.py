@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import streamlit as st
@@ -13,8 +14,9 @@ from gradinv.jobs import Inversion, JobState, Pictures, Progress, manager
 from gradinv.recording import Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import markup
+from gradinv.web import markup, pick, settings
 from gradinv.web.markup import Row, Tile
+from gradinv.web.pick import Chosen
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
 BESIDE = 5  # pictures beside which the charts still fit
@@ -24,9 +26,12 @@ ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 
 @dataclass(frozen=True)
 class Facts:
-    """What the page knows of a run's batch. `originals` are tiles, `baseline` the constant colours' PSNR in dB."""
+    """What the page knows of a run. `originals` are tiles, `baseline` the constant colours' PSNR in dB, `chosen` what
+    the pictures were chosen as."""
 
     model: str
+    preset: str
+    chosen: tuple[Chosen, ...]
     classes: tuple[str, ...]
     originals: tuple[str, ...]
     titles: tuple[str, ...]
@@ -45,7 +50,7 @@ def view(job: str) -> None:
     state = manager().state(job)
     if state is None:
         st.info("This run is not kept here any more: the server keeps the latest ones only, and none over a restart.")
-        st.button("Start a new run", type="primary", on_click=_leave)
+        st.button("Start a new run", type="primary", on_click=_leave, args=(None,))
         return
     _head(state)
     if state.finished:
@@ -54,9 +59,14 @@ def view(job: str) -> None:
         _live(job)
 
 
-def _leave() -> None:
+def _leave(state: JobState | None) -> None:
+    """Back to the choice, with this run's pictures and settings."""
     st.query_params.pop("job", None)
     st.session_state.pop("recording", None)
+    if state is not None:
+        work, facts = _work(state)
+        pick.choose(facts.chosen)
+        settings.restore(facts.model, facts.preset, work.config)
 
 
 def _work(state: JobState) -> tuple[Inversion, Facts]:
@@ -70,12 +80,13 @@ def _head(state: JobState) -> None:
     work, facts = _work(state)
     config = work.config
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
+        what = f"{markup.count(config.seeds, 'seed')}, {markup.count(config.iterations, 'iteration')}"
         st.html(
-            f'<header class="gi-lead gi-run"><h1>From the gradient back to the pictures</h1><p>{facts.model}, batch of '
-            f"{len(facts.originals)}, {config.seeds} seed{'s' * (config.seeds != 1)}, {config.iterations:,} iterations."
-            " The address of this page is the link to this run.</p></header>"
+            '<header class="gi-lead gi-run"><h1>From the gradient back to the pictures</h1>'
+            f"<p>{escape(facts.model)}, batch of {len(facts.originals)}, {what}. The address of this page is the link to "
+            "this run.</p></header>"
         )
-        st.button("New run", icon=":material/arrow_back:", on_click=_leave)
+        st.button("New run", icon=":material/arrow_back:", on_click=_leave, args=(state,))
 
 
 @st.fragment(run_every=TICK)

@@ -137,11 +137,17 @@ def _shares(text: str) -> tuple[float, ...]:
 
 def _restore_defaults() -> None:
     """A preset, and a preset for another model, brings its own values."""
-    base = AttackConfig.preset(
-        st.session_state.preset if "preset" in st.session_state else "demo", st.session_state.model
-    )
-    for item in dataclasses.fields(AttackConfig):
-        key = item.name if item.name in _PLAIN else f"set_{item.name}"
-        if key in st.session_state:
-            value = getattr(base, item.name)
-            st.session_state[key] = ", ".join(f"{share:g}" for share in value) if isinstance(value, tuple) else value
+    _fill(AttackConfig.preset(st.session_state.get("preset", "demo"), st.session_state.model))
+
+
+def restore(model: str, preset: str, config: AttackConfig) -> None:
+    """Set every widget as it was for a run. To be called before they are drawn."""
+    st.session_state.model, st.session_state.preset = model, preset
+    _fill(config)
+
+
+def _fill(config: AttackConfig) -> None:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        text = ", ".join(f"{share:g}" for share in value) if isinstance(value, tuple) else value
+        st.session_state[item.name if item.name in _PLAIN else f"set_{item.name}"] = text

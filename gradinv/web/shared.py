@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +27,8 @@ User = Literal["page", "worker"]
 _KEPT = 2  # models for each user
 
 _models: OrderedDict[tuple[User, str], Model] = OrderedDict()
-_loading = threading.RLock()
+_loading: defaultdict[tuple[User, str], threading.Lock] = defaultdict(threading.Lock)
+_guard = threading.Lock()
 _using = threading.Lock()
 
 
@@ -35,16 +37,31 @@ def model(name: str, user: User = "page") -> Model:
 
     The worker has a model of its own: hooks on a network hear every thread that runs it.
     """
-    with _loading:
-        key: tuple[User, str] = (user, name)
+    key: tuple[User, str] = (user, name)
+    with _guard:
+        loading = _loading[key]
+    with loading:
         if key not in _models:
-            _models[key] = load_model(name)
-            for oldest in [known for known in _models if known[0] == user][:-_KEPT]:
-                del _models[oldest]
+            loaded = load_model(name)
+            with _guard:
+                _models[key] = loaded
+                for oldest in [known for known in _models if known[0] == user][:-_KEPT]:
+                    del _models[oldest]
             # What has been loaded stays: the garbage collector need not walk it again.
             gc.freeze()
-        _models.move_to_end(key)
         return _models[key]
+
+
+def warm(name: str) -> None:
+    """Load the worker's model while the visitor still chooses, so that the first picture comes sooner."""
+    if ("worker", name) not in _models:
+        threading.Thread(target=_load_quietly, args=(name,), name="gradinv-warm", daemon=True).start()
+
+
+def _load_quietly(name: str) -> None:
+    # Where it cannot be loaded, the job that needs it says so.
+    with contextlib.suppress(GradinvError):
+        model(name, "worker")
 
 
 def at_hand(name: str) -> bool:

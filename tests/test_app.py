@@ -1,0 +1,422 @@
+"""The page, run headless: choosing, the preview, a real run from the button to the numbers, and what can go wrong."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import streamlit as st
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+
+from gradinv import jobs
+from gradinv.jobs import Handle, JobState, Status, manager
+from gradinv.types import GradinvError
+from gradinv.web import markup, shared
+from gradinv.web.pick import FIRST
+
+APP = str(Path(__file__).resolve().parent.parent / "app.py")
+PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
+TINY = {"model": "resnet18-tiny", "seeds": "1", "iterations": "1"}
+
+Open = Callable[..., AppTest]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+    # A warm worker model saves a visitor a second and would cost these tests several.
+    monkeypatch.setattr(shared, "warm", lambda name: None)
+    st.cache_resource.clear()
+    jobs.reset()
+    yield
+    jobs.reset()
+
+
+@pytest.fixture
+def visit() -> Open:
+    """Open the page at an address, as a new visitor."""
+
+    def visit(**address: str) -> AppTest:
+        app = AppTest.from_file(APP, default_timeout=PATIENCE)
+        for name, value in (address if "job" in address else {**TINY, **address}).items():
+            app.query_params[name] = value
+        return app.run()
+
+    return visit
+
+
+def text(app: AppTest) -> str:
+    """Everything that the page says in words."""
+    kinds = (app.markdown, app.header, app.caption, app.info, app.warning, app.error, app.get("html"))
+    return "\n".join(getattr(item, "value", None) or item.proto.body for kind in kinds for item in kind)
+
+
+def address(app: AppTest, name: str) -> str:
+    """A parameter of the page's address."""
+    value = app.query_params[name]
+    return value if isinstance(value, str) else value[-1]
+
+
+def sound(app: AppTest) -> None:
+    assert not app.exception
+
+
+def wait(app: AppTest, until: Callable[[JobState], bool] = lambda state: state.finished) -> AppTest:
+    """Let the page's job come that far, then let the page tick."""
+    assert manager().wait(address(app, "job"), until, PATIENCE)
+    return app.run()
+
+
+def press(app: AppTest, label: str) -> AppTest:
+    return next(button for button in app.button if button.label == label).click().run()
+
+
+def test_the_page_opens_ready_to_start(visit: Open) -> None:
+    app = visit()
+    sound(app)
+    assert not app.error and not app.warning
+    assert [item.picture.key for item in app.session_state.batch] == list(FIRST)
+    assert "4 of 4 labels read from the gradient alone" in text(app)
+    assert "the BN statistics of the training data" in text(app)
+    assert "**4 pictures** · resnet18-tiny · 1 seed × 1 iteration" in text(app)
+    assert not app.button(key="start").disabled
+
+
+def test_author_licence_and_that_it_was_cropped_stand_at_every_picture(visit: Open) -> None:
+    cards = [item.value for item in visit().markdown if 'class="gi-card"' in item.value]
+    assert len(cards) == 4
+    assert all("https://creativecommons.org/" in card and ", cropped" in card for card in cards)
+    assert "Kevin Pluck</a>" in cards[2] and "CC BY 2.0</a>" in cards[2]
+
+
+def test_picking_in_the_gallery_changes_the_batch_and_the_address(visit: Open) -> None:
+    app = visit(pictures="goldfish")
+    grid = next(item for item in app.button_group if item.key == "gallery_grid")
+    assert grid.value == ["goldfish"]
+    grid.set_value(["goldfish", "bison"]).run()
+    sound(app)
+    assert address(app, "pictures") == "goldfish.bison"
+    assert "2 of 2 labels" in text(app)
+    press(app, "Remove")
+    assert address(app, "pictures") == "bison"
+
+
+def test_searching_the_gallery_keeps_what_was_picked(visit: Open) -> None:
+    app = visit()
+    app.text_input(key="gallery_search").set_value("king penguin").run()
+    grid = next(item for item in app.button_group if item.key == "gallery_grid")
+    assert len(grid.options) == 1
+    grid.set_value(["penguin"]).run()
+    assert address(app, "pictures") == ".".join([*FIRST, "penguin"])
+
+
+def test_a_random_draw_has_the_size_that_was_asked_for(visit: Open) -> None:
+    app = visit()
+    app.number_input(key="draw_size").set_value(3).run()
+    press(app, "Draw at random")
+    sound(app)
+    assert len(app.session_state.batch) == 3
+    app.number_input(key="draw_size").set_value(100).run()
+    press(app, "Draw at random")
+    assert "There are only 23 pictures to draw 100 from" in text(app)
+    assert len(app.session_state.batch) == 3
+
+
+def test_an_empty_batch_is_a_sentence_and_no_start(visit: Open) -> None:
+    app = visit(pictures="")
+    sound(app)
+    assert "Choose at least one picture." in text(app)
+    assert app.button(key="start").disabled
+
+
+def test_a_class_that_the_model_lacks_is_named_and_can_be_removed(visit: Open) -> None:
+    app = visit(pictures="goldfish.tiger")
+    sound(app)
+    assert "does not know the class of the gallery's tiger" in text(app)
+    assert app.button(key="start").disabled
+    press(app, "Remove what cannot be used")
+    assert not app.button(key="start").disabled
+
+
+def test_repeated_classes_are_warned_of(visit: Open) -> None:
+    app = visit(pictures="tabby.chelsea")
+    sound(app)
+    assert "Some pictures share a class" in text(app)
+    assert "1 of 2 labels read" in text(app)
+
+
+def test_hostile_addresses_do_no_harm(visit: Open) -> None:
+    app = visit(pictures="../../etc.<script>", model="nothing", seeds="-1", iterations="many", bn="'", preset="x")
+    sound(app)
+    assert "Choose at least one picture." in text(app)
+
+
+def test_a_preset_brings_its_own_settings(visit: Open) -> None:
+    app = visit(seeds="3")
+    next(item for item in app.button_group if item.key == "preset").set_value("paper").run()
+    sound(app)
+    assert app.number_input(key="seeds").value == 8
+    assert app.number_input(key="iterations").value == 20_000
+    assert app.selectbox(key="set_match").value == "l2"
+
+
+def test_a_wrong_advanced_setting_is_one_sentence(visit: Open) -> None:
+    app = visit()
+    app.text_input(key="set_stages").set_value("half").run()
+    sound(app)
+    assert "Stages are numbers separated by commas" in text(app)
+    assert app.button(key="start").disabled
+    app.text_input(key="set_stages").set_value("0.5, 0.4").run()
+    assert "sum to 1" in text(app)
+
+
+def test_more_seeds_than_memory_are_refused_before_the_start(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradinv.inversion.estimate_memory", lambda *_: 10**15)
+    app = visit(seeds="9")
+    sound(app)
+    assert "take fewer seeds or a smaller batch" in text(app)
+    assert app.button(key="start").disabled
+
+
+def test_a_model_that_needs_a_download_says_so_and_loads_nothing(visit: Open) -> None:
+    app = visit(model="resnet50")
+    sound(app)
+    assert "98 MB" in text(app)
+    assert [button.label for button in app.button] == ["Load resnet50"]
+
+
+def test_a_failed_download_is_one_sentence(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise GradinvError("The weights of resnet50 could not be downloaded; take resnet50-tiny.")
+
+    app = visit(model="resnet50")
+    monkeypatch.setattr(shared, "load_model", fail)
+    press(app, "Load resnet50")
+    sound(app)
+    assert "could not be downloaded" in app.error[0].value
+
+
+def test_an_unexpected_error_is_one_sentence_without_a_traceback(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a secret of the server")
+
+    monkeypatch.setattr(shared, "gallery", fail)
+    app = visit()
+    sound(app)
+    assert app.error[0].value == "This page failed unexpectedly (ZeroDivisionError); the server's log says more."
+
+
+def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
+    app = visit(pictures="goldfish.tabby")
+    app.button(key="start").click().run()
+    sound(app)
+    assert "job" in app.query_params
+    app = wait(app)
+    sound(app)
+    said = text(app)
+    assert "**Finished** after 1 of 1 iteration" in said
+    boards = [item.value for item in app.markdown if "gi-board" in item.value]
+    assert len(boards) == 1
+    for alt in ("Original: goldfish", "Original: tabby", "Reconstruction restored as goldfish", "Seed 1: tabby"):
+        assert f'alt="{alt}"' in boards[0]
+    assert "2 of 2 right" in said and "constant colour" in said
+    assert len(app.get("download_button")) == 3
+    assert len(app.get("plotly_chart")) == 2
+
+    # Another tab with the link sees the same, and a new run starts from the same settings and pictures.
+    other = visit(job=address(app, "job"))
+    assert [item.value for item in other.markdown if "gi-board" in item.value] == boards
+    press(other, "New run")
+    sound(other)
+    assert "job" not in other.query_params
+    assert address(other, "pictures") == "goldfish.tabby"
+    assert "**2 pictures** · resnet18-tiny · 1 seed × 1 iteration" in text(other)
+
+
+def test_the_originals_can_be_hidden_and_so_are_the_true_classes(visit: Open) -> None:
+    app = visit(pictures="goldfish")
+    app.button(key="start").click().run()
+    app = wait(app)
+    app.toggle(key="hide").set_value(True).run()
+    sound(app)
+    board = next(item.value for item in app.markdown if "gi-board" in item.value)
+    assert "Original: goldfish" not in board and "Hidden original" in board and "gi-right" not in board
+
+
+def test_the_replay_shows_an_earlier_step(visit: Open) -> None:
+    app = visit(pictures="goldfish", iterations="2")
+    app.button(key="start").click().run()
+    app = wait(app)
+    last = next(item.value for item in app.markdown if "gi-board" in item.value)
+    app.select_slider[0].set_value(0).run()
+    sound(app)
+    first = next(item.value for item in app.markdown if "gi-board" in item.value)
+    assert first != last
+
+
+class Blocking:
+    """Work that lasts until it is stopped."""
+
+    cost = 1
+
+    def check(self) -> None:
+        pass
+
+    def __call__(self, handle: Handle) -> Status:
+        handle.stop.wait(PATIENCE)
+        return "stopped"
+
+
+def test_a_run_waits_its_turn_with_its_place_shown_and_can_leave(visit: Open) -> None:
+    blocking = manager().submit(Blocking())
+    app = visit(pictures="goldfish")
+    app.button(key="start").click().run()
+    sound(app)
+    assert "Place 1 in the queue" in text(app)
+    press(app, "Leave the queue")
+    app = app.run()
+    assert "cancelled before it began" in text(app)
+    manager().cancel(blocking)
+
+
+def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+    take = jobs.Inversion.pictures
+
+    def noticed(self: jobs.Inversion, snapshot: object) -> jobs.Pictures:
+        begun.set()
+        return take(self, snapshot)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(jobs.Inversion, "pictures", noticed)
+    app = visit(pictures="goldfish", iterations="100000")
+    app.button(key="start").click().run()
+    assert begun.wait(PATIENCE)
+    app = wait(app, lambda state: state.update is not None)
+    sound(app)
+    assert "of 100,000" in text(app)
+    press(app, "Stop and keep the result")
+    app = wait(app)
+    sound(app)
+    assert "**Stopped** after" in text(app)
+    assert len(app.get("download_button")) == 3
+
+
+def test_a_failed_run_says_why_and_the_next_one_works(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise GradinvError("The gradient of fc.weight holds values that are not finite, so there is nothing to match.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "invert", fail)
+        app = visit(pictures="goldfish")
+        app.button(key="start").click().run()
+        app = wait(app)
+    sound(app)
+    assert [item.value for item in app.error] == [
+        "The gradient of fc.weight holds values that are not finite, so there is nothing to match."
+    ]
+    press(app, "New run")
+    app.button(key="start").click().run()
+    assert "**Finished**" in text(wait(app))
+
+
+def test_a_run_beyond_the_servers_limit_is_refused_and_nothing_is_lost(
+    visit: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADINV_MAX_COST", "4096")
+    app = visit(pictures="goldfish.bison")
+    app.button(key="start").click().run()
+    sound(app)
+    assert "2.0 times as large as this server accepts" in app.error[0].value
+    assert "job" not in app.query_params
+    assert address(app, "pictures") == "goldfish.bison"
+
+
+def test_a_run_that_is_not_kept_is_said_so(visit: Open) -> None:
+    app = visit(job="nobody-knows-this")
+    sound(app)
+    assert "not kept here any more" in text(app)
+    press(app, "Start a new run")
+    assert "job" not in app.query_params and "The client’s pictures" in text(app)
+
+
+def picture_file(kind: str = "PNG") -> bytes:
+    packed = io.BytesIO()
+    levels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(packed, kind)
+    return packed.getvalue()
+
+
+def source(app: AppTest, name: str) -> AppTest:
+    return next(item for item in app.button_group if item.key == "source").set_value(name).run()
+
+
+def test_uploads_are_classified_by_the_model_or_the_visitor_and_bad_ones_are_one_sentence(visit: Open) -> None:
+    app = source(visit(pictures="goldfish"), "upload")
+    app.file_uploader[0].set_value(
+        [
+            ("mine.png", picture_file(), "image/png"),
+            ("text.png", b"not a picture", "image/png"),
+            ("no.png", b"", "image/png"),
+        ]
+    ).run()
+    sound(app)
+    said = text(app)
+    assert "text.png is not a picture" in said and "no.png is an empty file" in said
+    assert [item.source for item in app.session_state.batch] == ["gallery", "upload"]
+    chooser = next(box for box in app.selectbox if box.label == "Class of mine")
+    chooser.set_value(7).run()
+    sound(app)
+    assert "**2 pictures**" in text(app)
+    assert address(app, "pictures") == "goldfish"
+
+
+def test_an_imagenet_folder_is_searched_by_class_name(
+    visit: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wnid in ("n01443537", "n02123045", "n00000001"):
+        (tmp_path / wnid).mkdir()
+        for number in range(2):
+            (tmp_path / wnid / f"{wnid}_{number}.JPEG").write_bytes(picture_file("JPEG"))
+    monkeypatch.setenv("GRADINV_IMAGENET", str(tmp_path))
+    app = source(visit(pictures=""), "folder")
+    sound(app)
+    assert app.selectbox(key="folder_class").options == ["goldfish (n01443537)", "tabby (n02123045)"]
+    app.text_input(key="folder_search").set_value("tabby").run()
+    grid = next(item for item in app.button_group if (item.key or "").startswith("folder_grid"))
+    grid.set_value(["n02123045/n02123045_1.JPEG"]).run()
+    sound(app)
+    assert "1 of 1 labels" in text(app)
+    press(app, "Draw at random")
+    assert "There are only" not in text(app) and len(app.session_state.batch) == 4
+
+
+def test_without_an_imagenet_folder_the_page_says_how_to_give_one(visit: Open) -> None:
+    app = source(visit(), "folder")
+    sound(app)
+    assert "GRADINV_IMAGENET" in text(app)
+
+
+def test_what_users_write_is_escaped() -> None:
+    tile = markup.Tile("data:,", '"><script>', "<b>bold</b>")
+    shown = markup.board([markup.Row("<i>", [tile])])
+    assert "<script" not in shown and "<b>bold" not in shown and "<i>" not in shown
+    assert "&lt;b&gt;bold" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(None, "–"), (0.4, "0 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (7320, "2 h 02 min")]
+)
+def test_durations_are_said_as_people_do(seconds: float | None, said: str) -> None:
+    assert markup.duration(seconds) == said
+
+
+def test_wrongly_restored_labels_stand_beside_what_they_should_have_been() -> None:
+    shown = markup.labels(["a", "b", "a"], ["a", "c", "b"])
+    assert shown.count("restored correctly:") == 2 and shown.count("restored wrongly:") == 1
+    assert "2 of 3 labels" in shown
+    assert "<td>a</td><td><span" in shown.split("restored wrongly:")[0]

@@ -127,7 +127,8 @@ def test_settings_of_the_page_are_known_to_streamlit() -> None:
     config = importlib.import_module("streamlit.config")
     settings = flat(tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text()))
     assert {name for name in settings if name not in config._config_options_template} == set()
-    assert settings["browser.gatherUsageStats"] is False and settings["server.headless"] is True
+    assert settings["browser.gatherUsageStats"] is False and settings["browser.serverAddress"] == "localhost"
+    assert settings["server.headless"] is True
     assert settings["runner.postScriptGC"] is False and settings["server.fileWatcherType"] == "none"
 
 

@@ -216,6 +216,6 @@ def _dress(figure: go.Figure, **layout: Any) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
-        legend={"orientation": "h", "y": -0.2, "x": 0, "title": None},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.24, "x": 0, "title": None},
         **layout,
     )

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -24,7 +24,7 @@ from gradinv import figures, metrics
 from gradinv.config import AttackConfig
 from gradinv.inversion import check_memory, invert
 from gradinv.models import Model
-from gradinv.recording import MemoryStore, Recorder
+from gradinv.recording import MemoryStore, Recorder, thinned
 from gradinv.types import GradinvError, Snapshot
 from gradinv.victim import observe
 
@@ -340,40 +340,43 @@ class Inversion:
         )
         pace: deque[tuple[float, int]] = deque(maxlen=20)
 
-        def show(snapshot: Snapshot) -> None:
-            pace.append((snapshot.seconds, snapshot.step))
-            speed = None
-            if (steps := pace[-1][1] - pace[0][1]) > 0:
-                speed = (pace[-1][0] - pace[0][0]) / steps
-            progress = Progress(
-                step=snapshot.step,
-                steps=snapshot.steps,
-                seconds=snapshot.seconds,
-                speed=speed,
-                remaining=None if speed is None else speed * (snapshot.steps - snapshot.step),
-                pictures=self.pictures(snapshot),
-                curves=tuple(recorder.curves),
-                store=store,
-            )
+        def publish(progress: Progress) -> None:
             handle.publish(progress, sum(len(store.read(name)) for name in store.names()))
 
-        def thinned(snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
-            """Those to record: evenly spread and always the last; the others are only shown."""
-            gap, due, held = self.config.iterations / self.FRAMES, 0.0, None
+        def shown(snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
             for snapshot in snapshots:
-                if snapshot.final or snapshot.step >= due:
-                    due, held = snapshot.step + gap, None
-                    yield snapshot
-                else:
-                    held = snapshot
-                    show(snapshot)
-            if held is not None:
-                yield held
+                pace.append((snapshot.seconds, snapshot.step))
+                publish(self._progress(snapshot, pace, recorder.curves, store))
+                yield snapshot
 
         run = invert(model, observation, self.config, interval=self.INTERVAL, stop=handle.stop)
-        for snapshot in recorder.follow(thinned(run)):
-            show(snapshot)
+        last: Snapshot | None = None
+        for recorded in recorder.follow(thinned(shown(run), self.config.iterations / self.FRAMES)):
+            last = recorded
+        if last is not None:
+            # Once more, now that everything is recorded.
+            publish(self._progress(last, pace, recorder.curves, store))
         return "done" if recorder.run["status"] == "done" else "stopped"
+
+    def _progress(
+        self,
+        snapshot: Snapshot,
+        pace: Sequence[tuple[float, int]],
+        curves: Sequence[Mapping[str, Any]],
+        store: MemoryStore,
+    ) -> Progress:
+        steps = pace[-1][1] - pace[0][1]
+        speed = (pace[-1][0] - pace[0][0]) / steps if steps > 0 else None
+        return Progress(
+            step=snapshot.step,
+            steps=snapshot.steps,
+            seconds=snapshot.seconds,
+            speed=speed,
+            remaining=None if speed is None else speed * (snapshot.steps - snapshot.step),
+            pictures=self.pictures(snapshot),
+            curves=tuple(curves),
+            store=store,
+        )
 
     def pictures(self, snapshot: Snapshot) -> Pictures:
         """A live or replayed snapshot of this run, paired with the originals."""

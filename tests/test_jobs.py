@@ -346,6 +346,7 @@ def test_an_inversion_publishes_pictures_from_the_start_to_the_end_and_records_t
     recording = Recording.open(last.store)
     assert recording.run["status"] == "done"
     assert recording.steps[-1] == 3
+    assert [row["step"] for row in last.curves] == [row["step"] for row in recording.curves]
     assert recording.run["metrics"]["consensus"]["psnr"] == pytest.approx(pictures.psnr)
 
 
@@ -365,7 +366,7 @@ def test_a_long_run_records_no_more_frames_than_it_should(monkeypatch: pytest.Mo
     monkeypatch.setattr(Inversion, "FRAMES", 2)
     listener = Listener()
     inversion(iterations=6)(listener)
-    assert [update.step for update in listener.updates] == [0, 1, 2, 3, 4, 5, 6]
+    assert [update.step for update in listener.updates] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert Recording.open(listener.updates[-1].store).steps == [0, 3, 6]
 
 

@@ -67,9 +67,9 @@ def _mark(right: bool | None) -> str:
     return f'<span class="gi-{kind}" role="img" aria-label="{word}">{sign}</span> '
 
 
-def card(uri: str, alt: str, caption: str, credit: Credit | None) -> str:
-    """A picture of the batch with its class and who made it."""
-    author = f"<small>{credit_line(credit)}</small>" if credit is not None else "<small>your upload</small>"
+def card(uri: str, alt: str, caption: str, credit: Credit | None, origin: str) -> str:
+    """A picture of the batch with its class and who made it, or its origin where that is all that is known."""
+    author = f"<small>{credit_line(credit) if credit is not None else escape(origin)}</small>"
     return (
         f'<figure class="gi-card"><img src="{uri}" alt="{escape(alt)}" width="128" height="128">'
         f"<figcaption>{escape(caption)}{author}</figcaption></figure>"

@@ -155,7 +155,13 @@ def _card(member: Member, network: Model) -> None:
     with st.container(width=148, gap="xxsmall", key=f"card-{item.id}"):
         uri = shared.thumbnail(item.source, item.id, item.picture)
         st.markdown(
-            markup.card(uri, f"Picture of the batch: {item.picture.title}", member.name, member.credit),
+            markup.card(
+                uri,
+                f"Picture of the batch: {item.picture.title}",
+                member.name,
+                member.credit,
+                "your upload" if item.source == "upload" else SOURCES[item.source],
+            ),
             unsafe_allow_html=True,
         )
         if item.picture.wnid is None:

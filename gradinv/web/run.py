@@ -83,7 +83,7 @@ def _head(state: JobState) -> None:
         what = f"{markup.count(config.seeds, 'seed')}, {markup.count(config.iterations, 'iteration')}"
         st.html(
             '<header class="gi-lead gi-run"><h1>From the gradient back to the pictures</h1>'
-            f"<p>{escape(facts.model)}, batch of {len(facts.originals)}, {what}. The address of this page is the link to "
+            f"<p>{escape(facts.model)}, batch of {len(facts.originals)}, {what}. This page’s address is the link to "
             "this run.</p></header>"
         )
         st.button("New run", icon=":material/arrow_back:", on_click=_leave, args=(state,))
@@ -144,8 +144,8 @@ def _status(state: JobState, progress: Progress | None) -> None:
             [
                 ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
                 ("so far", markup.duration(progress.seconds if progress is not None else None)),
-                ("consensus", markup.decibel(psnr)),
-                ("constant colour", markup.decibel(_work(state)[1].mean_baseline)),
+                ("PSNR of the consensus", markup.decibel(psnr)),
+                ("of a constant colour", markup.decibel(_work(state)[1].mean_baseline)),
             ]
         ),
         unsafe_allow_html=True,
@@ -260,8 +260,8 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
             [
                 ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
                 ("in all", markup.duration(progress.seconds)),
-                ("consensus", markup.decibel(_mean(progress.pictures.psnr))),
-                ("constant colour", markup.decibel(_work(state)[1].mean_baseline)),
+                ("PSNR of the consensus", markup.decibel(_mean(progress.pictures.psnr))),
+                ("of a constant colour", markup.decibel(_work(state)[1].mean_baseline)),
             ]
         ),
         unsafe_allow_html=True,

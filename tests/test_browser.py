@@ -1,0 +1,218 @@
+"""The app as a process, driven in Chromium: from the first look to a reconstruction and back by its link."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PATHS = ("/usr/bin/chromium", "/snap/bin/chromium", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+PATIENCE = 180_000  # milliseconds after which something hangs; nothing depends on how fast it is
+READY = '[data-testid="stApp"][data-test-script-state="notRunning"]'
+RECONSTRUCTION = '.gi-board img[alt^="Reconstruction"]'
+
+# Text whose contrast with what is painted behind it is below 4.5, icons and what is disabled left out.
+FAINT = """() => {
+  const parse = text => {
+    const numbers = text.match(/[\\d.]+/g).map(Number), scale = text.startsWith('color(srgb') ? 255 : 1;
+    return [...numbers.slice(0, 3).map(v => v * scale), numbers[3] ?? 1];
+  };
+  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const luminance = colour => {
+    const [red, green, blue] = colour.map(v => linear(v / 255));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const behind = element => {
+    const layers = [];
+    for (let node = element; node; node = node.parentElement) {
+      const colour = parse(getComputedStyle(node).backgroundColor);
+      if (colour[3]) layers.push(colour);
+      if (colour[3] === 1) break;
+    }
+    return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255, 1]);
+  };
+  const faint = [];
+  const walk = document.createTreeWalker(document.querySelector('[data-testid="stApp"]'), NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement, style = getComputedStyle(element);
+    const text = walk.currentNode.textContent.trim();
+    const visible = element.checkVisibility({opacityProperty: true, visibilityProperty: true});
+    if (!text || !visible || element.getBoundingClientRect().width < 2) continue;
+    if (element.closest('script, style, svg, [disabled]') || style.fontFamily.includes('Material')) continue;
+    const colour = parse(style.color);
+    for (let node = element; node; node = node.parentElement) colour[3] *= parseFloat(getComputedStyle(node).opacity);
+    const ground = behind(element);
+    const [high, low] = [luminance(over(colour, ground)), luminance(ground)].sort((a, b) => b - a);
+    if ((high + 0.05) / (low + 0.05) < 4.5) faint.push(text);
+  }
+  return faint;
+}"""
+
+
+def executable() -> str | None:
+    """A Chromium that is installed here, else playwright's own, else None."""
+    found = [path for name in NAMES if (path := shutil.which(name))] + [path for path in PATHS if Path(path).exists()]
+    if found:
+        return found[0]
+    with playwright.sync_playwright() as driver:
+        own = driver.chromium.executable_path
+    return own if Path(own).exists() else None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    command = [
+        sys.executable,
+        "-m",
+        "streamlit",
+        "run",
+        "app.py",
+        "--server.address=127.0.0.1",
+        f"--server.port={port}",
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                assert process.poll() is None, log.read_text(encoding="utf-8")
+                try:
+                    with urllib.request.urlopen(f"{address}/_stcore/health", timeout=5):
+                        break
+                except (urllib.error.URLError, ConnectionError, TimeoutError):
+                    time.sleep(0.1)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(30)
+    assert "Traceback" not in log.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = executable()
+    if path is None:
+        pytest.skip("no Chromium here: install one, or run `playwright install chromium`")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """A page of the app with all that went wrong on it."""
+
+    def __init__(self, browser: Any, width: int = 1280, scheme: str = "light") -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        self.page.set_default_timeout(PATIENCE)
+        self.troubles: list[str] = []
+        self.page.on("console", lambda m: self.troubles.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.page.on("requestfailed", lambda request: self.troubles.append(request.url))
+        self.page.on("request", lambda request: self._check(request.url))
+
+    def _check(self, url: str) -> None:
+        if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")):
+            self.troubles.append(f"asks for {url}")
+
+    def open(self, url: str) -> Visit:
+        self.page.goto(url)
+        return self.settle()
+
+    def settle(self) -> Visit:
+        """Wait until the script has run and nothing is a placeholder any more."""
+        self.page.wait_for_selector(READY)
+        self.page.wait_for_selector('[data-testid="stSkeleton"]', state="detached")
+        return self
+
+
+def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_reload(server: str, browser: Any) -> None:
+    visit = Visit(browser).open(f"{server}/?model=resnet18-tiny&seeds=1&iterations=6&pictures=goldfish")
+    page = visit.page
+    page.get_by_role("button", name="pizza").click()
+    page.get_by_text("2 of 2 labels read from the gradient alone").wait_for()
+    visit.settle()
+    page.get_by_role("button", name="Rebuild the pictures").click()
+
+    page.wait_for_selector(RECONSTRUCTION)
+    first = page.locator(RECONSTRUCTION).first
+    before = first.get_attribute("src")
+    page.evaluate(f"() => {{ window.kept = document.querySelector('{RECONSTRUCTION}') }}")
+    page.get_by_text("Finished after 6 of 6 iterations").wait_for()
+    assert before is not None and before.startswith("data:image/webp")
+    assert first.get_attribute("src") != before
+    assert page.locator(RECONSTRUCTION).count() == 2
+
+    # What has been drawn has a size, and the link leads back to it: after a reload, and in another tab.
+    assert first.evaluate("image => image.complete && image.naturalWidth >= 64")
+    assert "job=" in page.url
+    shown = first.get_attribute("src")
+    page.reload()
+    page.wait_for_selector(RECONSTRUCTION)
+    assert page.locator(RECONSTRUCTION).first.get_attribute("src") == shown
+    other = Visit(browser).open(page.url)
+    other.page.wait_for_selector(RECONSTRUCTION)
+    assert other.page.locator(RECONSTRUCTION).first.get_attribute("src") == shown
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Everything").click()
+    assert download.value.suggested_filename == "gradinv-6.zip"
+    assert visit.troubles == other.troubles == []
+
+
+def test_live_pictures_are_swapped_in_place_and_stop_ends_the_run(server: str, browser: Any) -> None:
+    visit = Visit(browser).open(f"{server}/?model=resnet18-tiny&seeds=1&iterations=5000&pictures=goldfish")
+    page = visit.page
+    page.get_by_role("button", name="Rebuild the pictures").click()
+    page.wait_for_selector(RECONSTRUCTION)
+    page.evaluate(
+        f"""() => {{ window.kept = document.querySelector('{RECONSTRUCTION}'); window.source = window.kept.src;
+        window.chart = document.querySelector('[data-testid="stEChartsChart"] canvas') }}"""
+    )
+    page.wait_for_function("() => window.kept.src !== window.source")
+    assert page.evaluate("() => document.contains(window.kept) && document.contains(window.chart)")
+    page.get_by_role("button", name="Stop and keep the result").click()
+    page.get_by_text("Stopped after").wait_for()
+    assert page.locator(RECONSTRUCTION).count() == 1
+    assert visit.troubles == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_can_be_read_and_says_what_its_pictures_show(
+    server: str, browser: Any, width: int, scheme: str
+) -> None:
+    visit = Visit(browser, width, scheme).open(f"{server}/?model=resnet18-tiny")
+    visit.page.get_by_text("4 of 4 labels read").wait_for()
+    visit.settle()
+    main = '[data-testid="stMain"]'
+    assert visit.page.evaluate(f"() => document.querySelector('{main}').scrollWidth") <= width
+    assert visit.page.evaluate("() => [...document.images].filter(image => !image.hasAttribute('alt')).length") == 0
+    assert visit.page.evaluate(FAINT) == []
+    assert visit.troubles == []

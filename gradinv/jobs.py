@@ -256,17 +256,17 @@ class JobManager:
             del self._jobs[oldest.id]
 
 
-def sentence(error: BaseException) -> str:
-    """What a visitor reads of an exception; the log has the rest."""
+def sentence(error: BaseException, what: str = "The run") -> str:
+    """What a visitor reads of an exception in `what`; the log has the rest."""
     if isinstance(error, GradinvError):
         return str(error)
-    log.error("A job failed", exc_info=error)
+    log.error("%s failed", what, exc_info=error)
     exhausted = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "The GPU ran out of memory; choose fewer pictures or a smaller model."
     if exhausted or isinstance(error, MemoryError):
         return "The machine ran out of memory; choose fewer pictures or seeds, or a smaller model."
-    return f"The run failed unexpectedly ({type(error).__name__}); the server's log says more."
+    return f"{what} failed unexpectedly ({type(error).__name__}); the server's log says more."
 
 
 @dataclass(frozen=True, eq=False)

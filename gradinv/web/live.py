@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import streamlit as st
@@ -11,13 +10,12 @@ import torch
 from gradinv import figures
 from gradinv.config import AttackConfig
 from gradinv.inversion import check_memory
-from gradinv.jobs import Inversion, manager, sentence
+from gradinv.jobs import Inversion, manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.types import GradinvError
 from gradinv.web import markup, pick, run, settings, shared
-
-log = logging.getLogger(__name__)
+from gradinv.web.guard import guarded
 
 KNOWN = (
     "the network with all its weights",
@@ -38,16 +36,12 @@ UNKNOWN = (
 
 
 def page() -> None:
-    """Everything on the page. Whatever goes wrong is one sentence here and a traceback in the log."""
-    try:
+    """Everything on the page."""
+    with guarded():
         if job := st.query_params.get("job"):
             run.view(job)
         else:
             _set_up()
-    except GradinvError as error:
-        st.error(str(error))
-    except Exception as error:
-        st.error(sentence(error).replace("The run failed", "This page failed"))
 
 
 def _set_up() -> None:
@@ -170,7 +164,7 @@ def _work(network: Model, batch: pick.Batch, config: AttackConfig) -> Inversion:
     facts = run.Facts(
         model=network.name,
         preset=st.session_state.preset,
-        chosen=tuple(member.chosen for member in batch.members),
+        chosen=tuple(member.chosen for member in batch.members if member.chosen.source != "upload"),
         classes=tuple(known.name for known in network.classes),
         originals=figures.tiles(pixels),
         titles=tuple(member.chosen.picture.title for member in batch.members),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import streamlit as st
+from PIL import Image
 from torch import Tensor
 
 from gradinv.images import to_pixels
@@ -26,6 +28,7 @@ SOURCES: dict[Source, str] = {
 FIRST = ("goldfish", "tabby", "lion", "coffee")
 LARGEST = 256  # pictures in a batch, more than any limit of memory lets pass on a small machine
 SHOWN = 24  # thumbnails of a folder at a time
+KEPT_SIDE = 288  # pixels of an upload's shorter side
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ def chosen() -> list[Chosen]:
         st.session_state.batch = [_of_gallery(pictures[key]) for key in dict.fromkeys(keys) if key in pictures]
     batch: list[Chosen] = st.session_state.batch
     return batch
+
+
+def begun() -> bool:
+    """Whether this visitor has chosen before."""
+    return "batch" in st.session_state
 
 
 def choose(batch: Sequence[Chosen]) -> None:
@@ -326,8 +334,9 @@ def _upload(network: Model) -> None:
     for file in files:
         try:
             picture = from_upload(file.getvalue(), file.name)
-            notices += picture.load()[1]
-            added.append(Chosen("upload", secrets.token_hex(8), picture))
+            image, notes = picture.load()
+            notices += notes
+            added.append(Chosen("upload", secrets.token_hex(8), replace(picture, load=partial(_kept, _shrunk(image)))))
         except GradinvError as error:
             notices.append(str(error))
     choose([*chosen(), *added])
@@ -336,3 +345,14 @@ def _upload(network: Model) -> None:
     # A new uploader: the old one would keep the files themselves.
     st.session_state.upload_turn = turn + 1
     st.rerun()
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    """As large as the gallery's pictures, which is enough for every network here: sessions share one memory."""
+    factor = KEPT_SIDE / min(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    return image if factor >= 1 else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _kept(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    return image, []

@@ -15,6 +15,7 @@ from gradinv.recording import Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
 from gradinv.web import markup, pick, settings
+from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
 
@@ -27,7 +28,7 @@ ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 @dataclass(frozen=True)
 class Facts:
     """What the page knows of a run. `originals` are tiles, `baseline` the constant colours' PSNR in dB, `chosen` what
-    the pictures were chosen as."""
+    the pictures were chosen as, but for uploads, which only their own session keeps."""
 
     model: str
     preset: str
@@ -65,7 +66,8 @@ def _leave(state: JobState | None) -> None:
     st.session_state.pop("recording", None)
     if state is not None:
         work, facts = _work(state)
-        pick.choose(facts.chosen)
+        if not pick.begun():
+            pick.choose(facts.chosen)
         settings.restore(facts.model, facts.preset, work.config)
 
 
@@ -91,6 +93,11 @@ def _head(state: JobState) -> None:
 
 @st.fragment(run_every=TICK)
 def _live(job: str) -> None:
+    with guarded():
+        _tick(job)
+
+
+def _tick(job: str) -> None:
     state = manager().state(job)
     if state is None or state.finished:
         st.rerun()
@@ -198,8 +205,10 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
         return [*rows, Row("Consensus", waiting), *(Row(f"Seed {seed + 1}", waiting) for seed in range(seeds))]
     names = [facts.classes[label] for label in pictures.restored]
     right = [a == b for a, b in zip(pictures.restored, work.labels, strict=True)]
+    if hidden:  # a restored label would end the guessing
+        names = [f"picture {place + 1}" for place in range(len(names))]
     consensus = [
-        Tile(uri, f"Reconstruction restored as {name}", name, markup.decibel(value), None if hidden else mark)
+        Tile(uri, f"Reconstruction of {name}", name, markup.decibel(value), None if hidden else mark)
         for uri, name, value, mark in zip(pictures.consensus, names, pictures.psnr, right, strict=True)
     ]
     rows.append(Row("Consensus", consensus, "mean of the seeds"))
@@ -223,9 +232,10 @@ def _finished(state: JobState) -> None:
     with side:
         _outcome(state, progress, recorded)
     with board:
-        _replay(state)
+        hidden = _hide()
+        _replay(state, hidden)
     st.header("Numbers", anchor=False)
-    _table(work, facts, recorded, progress.pictures.restored)
+    _table(work, facts, recorded, progress.pictures.restored, hidden)
     left, right = st.columns(2, gap="large")
     curves = recorded.curves
     with left:
@@ -239,7 +249,7 @@ def _finished(state: JobState) -> None:
         st.markdown("**Terms of the loss by step**")
         st.plotly_chart(figures.loss_curves(curves), key="loss", alt="Each weighted term of the loss by step")
     credits = [(title, credit) for title, credit in zip(facts.titles, facts.credits, strict=True) if credit]
-    if credits:
+    if credits and not hidden:
         st.html(f"<p>Pictures:</p>{markup.credits(credits)}")
 
 
@@ -267,42 +277,47 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
         unsafe_allow_html=True,
     )
     store, name = progress.store, f"gradinv-{progress.step}"
-    st.download_button(
-        "Everything: pictures, curves, settings (zip)",
-        store.zip,
-        f"{name}.zip",
-        "application/zip",
-        icon=":material/folder_zip:",
-        width="stretch",
-        type="primary",
-        on_click="ignore",
-    )
-    st.download_button(
-        "Numbers and settings (JSON)",
-        lambda: store.read("run.json"),
-        f"{name}.json",
-        "application/json",
-        icon=":material/data_object:",
-        width="stretch",
-        on_click="ignore",
-    )
-    st.download_button(
-        "Animation (GIF)",
-        lambda: recording.gif(recorded),
-        f"{name}.gif",
-        "image/gif",
-        icon=":material/animation:",
-        width="stretch",
-        on_click="ignore",
-    )
+    with st.container(horizontal=len(progress.pictures.psnr) > BESIDE):
+        st.download_button(
+            "Everything: pictures, curves, settings (zip)",
+            store.zip,
+            f"{name}.zip",
+            "application/zip",
+            icon=":material/folder_zip:",
+            width="stretch",
+            type="primary",
+            on_click="ignore",
+        )
+        st.download_button(
+            "Numbers and settings (JSON)",
+            lambda: store.read("run.json"),
+            f"{name}.json",
+            "application/json",
+            icon=":material/data_object:",
+            width="stretch",
+            on_click="ignore",
+        )
+        st.download_button(
+            "Animation (GIF)",
+            lambda: recording.gif(recorded),
+            f"{name}.gif",
+            "image/gif",
+            icon=":material/animation:",
+            width="stretch",
+            on_click="ignore",
+        )
 
 
 @st.fragment
-def _replay(state: JobState) -> None:
+def _replay(state: JobState, hidden: bool) -> None:
+    with guarded():
+        _scrub(state, hidden)
+
+
+def _scrub(state: JobState, hidden: bool) -> None:
     work, _ = _work(state)
     last: Progress = state.update
     recorded = _recording(state.id, last)
-    hidden = _hide()
     step = last.step
     with st.container(key="timeline"):
         if len(recorded.steps) > 1:
@@ -310,7 +325,7 @@ def _replay(state: JobState) -> None:
     _board(state, last.pictures if step == last.step else work.pictures(recorded.snapshot(step)), hidden)
 
 
-def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequence[int]) -> None:
+def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequence[int], hidden: bool) -> None:
     numbers = recorded.run["metrics"]
     if numbers is None:
         return
@@ -323,9 +338,13 @@ def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequenc
         numbers["baseline"]["ssim"],
     ]
     digits = [1, 1, 1, 3, 3, 3]
+    names = [
+        (f"picture {place + 1}", "hidden") if hidden else (facts.classes[true], facts.classes[found])
+        for place, (true, found) in enumerate(zip(work.labels, restored, strict=True))
+    ]
     rows = [
-        [facts.classes[label], facts.classes[found], *(_number(c[i], d) for c, d in zip(columns, digits, strict=True))]
-        for i, (label, found) in enumerate(zip(work.labels, restored, strict=True))
+        [*own, *(_number(column[place], digit) for column, digit in zip(columns, digits, strict=True))]
+        for place, own in enumerate(names)
     ]
     right = sum(a == b for a, b in zip(work.labels, restored, strict=True))
     mean = ["Mean", f"{right} of {len(rows)} right"]

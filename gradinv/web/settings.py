@@ -11,9 +11,10 @@ from gradinv.config import AttackConfig
 from gradinv.models import MODELS
 from gradinv.types import GradinvError
 
+PRESETS = {"demo": "Demo", "paper": "Paper"}
 PRESET_WORDS = {
-    "demo": "Demo: measured to work best with the bundled models",
-    "paper": "Paper: the constants of the CVPR 2021 paper, 20,000 iterations",
+    "demo": "What was measured to work best with the bundled networks on a CPU.",
+    "paper": "The constants of the CVPR 2021 paper, for large images and a GPU; on a CPU, take far fewer iterations.",
 }
 BN_WORDS = {
     "approx": "Stored in the weights",
@@ -51,14 +52,15 @@ def panel(model: str) -> AttackConfig:
     """Seeds, iterations, preset and BN assumption, the rest in an expander. Raises GradinvError for what cannot be."""
     preset = st.segmented_control(
         "Preset",
-        list(PRESET_WORDS),
-        format_func=PRESET_WORDS.__getitem__,
+        list(PRESETS),
+        format_func=PRESETS.__getitem__,
         default="demo",
         required=True,
         key="preset",
         bind="query-params",
         on_change=_restore_defaults,
     )
+    st.caption(PRESET_WORDS[preset])
     base = AttackConfig.preset(preset, model)
     left, middle, right = st.columns([1, 1, 2])
     seeds = left.number_input(
@@ -89,6 +91,7 @@ def panel(model: str) -> AttackConfig:
         key="bn",
         bind="query-params",
         help=BN_HELP,
+        wrap=True,
     )
     with st.expander("Advanced settings"):
         advanced = _advanced(base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
@@ -47,8 +46,6 @@ def model(name: str, user: User = "page") -> Model:
                 _models[key] = loaded
                 for oldest in [known for known in _models if known[0] == user][:-_KEPT]:
                     del _models[oldest]
-            # What has been loaded stays: the garbage collector need not walk it again.
-            gc.freeze()
         return _models[key]
 
 

@@ -25,8 +25,8 @@ COLOURS = ("#0f8f86", "#d9662b", "#7c6bd6", "#3c80cf", "#c2568c", "#8c8020")
 NEUTRAL = "#7b858c"
 
 TERMS = {
-    "gradient": "gradient matching",
-    "features": "recovered features",
+    "gradient": "gradient",
+    "features": "features",
     "bn": "BN statistics",
     "tv": "total variation",
     "l2": "ℓ2 norm",
@@ -202,8 +202,8 @@ def _line(name: str, points: tuple[Sequence[float], Sequence[float]], colour: st
 def _live(series: list[dict[str, Any]], steps: int, axis: dict[str, Any]) -> dict[str, Any]:
     return {
         "animation": False,
-        "grid": {"left": 4, "right": 12, "top": 12, "bottom": 32, "containLabel": True},
-        "legend": {"bottom": 0, "left": 0, "type": "scroll", "itemWidth": 16, "icon": "roundRect", "itemHeight": 3},
+        "grid": {"left": 4, "right": 12, "top": 12, "bottom": 46, "containLabel": True},
+        "legend": {"bottom": 0, "left": 0, "itemWidth": 16, "icon": "roundRect", "itemHeight": 3},
         "tooltip": {"trigger": "axis", "confine": True, "valueFormatter": "%.3g"},
         "xAxis": {"type": "value", "min": 0, "max": steps, "splitLine": {"show": False}},
         "yAxis": axis,

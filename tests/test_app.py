@@ -156,6 +156,14 @@ def test_hostile_addresses_do_no_harm(visit: Open) -> None:
     assert "Choose at least one picture." in text(app)
 
 
+def test_settings_are_read_from_the_address(visit: Open) -> None:
+    app = visit(preset="paper", bn="none", seeds="2", iterations="7")
+    sound(app)
+    assert "Paper: the constants" in text(app) and "None: the attack does without." in text(app)
+    assert "2 seeds × 7 iterations" in text(app)
+    assert app.selectbox(key="set_match").value == "l2"
+
+
 def test_a_preset_brings_its_own_settings(visit: Open) -> None:
     app = visit(seeds="3")
     next(item for item in app.button_group if item.key == "preset").set_value("paper").run()
@@ -258,6 +266,17 @@ def test_the_replay_shows_an_earlier_step(visit: Open) -> None:
     sound(app)
     first = next(item.value for item in app.markdown if "gi-board" in item.value)
     assert first != last
+
+
+def test_the_seeds_of_a_single_picture_stand_side_by_side(visit: Open) -> None:
+    app = visit(pictures="goldfish", seeds="2")
+    app.button(key="start").click().run()
+    app = wait(app)
+    sound(app)
+    board = next(item.value for item in app.markdown if "gi-board" in item.value)
+    top, seeds = board.split('<div class="gi-board ')[1:]
+    assert top.startswith("gi-n1") and top.count("<img") == 2
+    assert seeds.startswith("gi-n2") and seeds.count("<img") == 2
 
 
 class Blocking:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -173,13 +173,13 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
         st.echarts_chart(
             figures.live_psnr(curves, steps, facts.mean_baseline),
             key="live-psnr",
-            height=210,
+            height=225,
             alt="PSNR of each seed and of the consensus by step, beside that of the best constant colour",
         )
     with charts[1]:
         st.markdown("**Terms of the loss**")
         st.echarts_chart(
-            figures.live_losses(curves, steps), key="live-loss", height=210, alt="Terms of the loss by step"
+            figures.live_losses(curves, steps), key="live-loss", height=225, alt="Terms of the loss by step"
         )
 
 
@@ -189,7 +189,14 @@ def _hide() -> bool:
 
 def _board(state: JobState, pictures: Pictures | None, hidden: bool) -> None:
     work, facts = _work(state)
-    st.markdown(markup.board(_rows(work, facts, pictures, hidden)), unsafe_allow_html=True)
+    rows = _rows(work, facts, pictures, hidden)
+    if len(facts.originals) == 1 and work.config.seeds > 1:
+        # One picture: its seeds stand side by side instead of in a long column.
+        seeds = [replace(row.tiles[0], caption=row.name) for row in rows[2:]]
+        shown = markup.board(rows[:2]) + markup.board([Row("Seeds", seeds)])
+    else:
+        shown = markup.board(rows)
+    st.markdown(shown, unsafe_allow_html=True)
 
 
 def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool) -> list[Row]:

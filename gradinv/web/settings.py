@@ -11,20 +11,15 @@ from gradinv.config import AttackConfig
 from gradinv.models import MODELS
 from gradinv.types import GradinvError
 
-PRESETS = {"demo": "Demo", "paper": "Paper"}
-PRESET_WORDS = {
-    "demo": "What was measured to work best with the bundled networks on a CPU.",
-    "paper": "The constants of the CVPR 2021 paper, for large images and a GPU; on a CPU, take far fewer iterations.",
+PRESETS = {
+    "demo": "Demo: what was measured to work best with the bundled networks on a CPU.",
+    "paper": "Paper: the constants of the CVPR 2021 paper, for large images and a GPU; a CPU wants far fewer iterations.",
 }
-BN_WORDS = {
-    "approx": "Stored in the weights",
-    "exact": "The client's own batch",
-    "none": "Not used",
+BN = {
+    "approx": "Approx: those of the training data, stored in the weights and always available.",
+    "exact": "Exact: those of the client’s own batch. They leak with synchronised BN only, and tell much by themselves.",
+    "none": "None: the attack does without.",
 }
-BN_HELP = (
-    "Batch-normalisation statistics that the attack matches. Those stored in the weights are always available. The "
-    "statistics of the client's own batch leak with synchronised BN only, and give a lot away by themselves."
-)
 _PLAIN = ("seeds", "iterations", "bn")  # have widgets of their own
 
 
@@ -53,14 +48,13 @@ def panel(model: str) -> AttackConfig:
     preset = st.segmented_control(
         "Preset",
         list(PRESETS),
-        format_func=PRESETS.__getitem__,
         default="demo",
         required=True,
         key="preset",
         bind="query-params",
         on_change=_restore_defaults,
     )
-    st.caption(PRESET_WORDS[preset])
+    st.caption(PRESETS[preset])
     base = AttackConfig.preset(preset, model)
     left, middle, right = st.columns([1, 1, 2])
     seeds = left.number_input(
@@ -84,15 +78,13 @@ def panel(model: str) -> AttackConfig:
     )
     bn = right.segmented_control(
         "BN statistics that the attacker uses",
-        list(BN_WORDS),
-        format_func=BN_WORDS.__getitem__,
+        list(BN),
         default=base.bn,
         required=True,
         key="bn",
         bind="query-params",
-        help=BN_HELP,
-        wrap=True,
     )
+    right.caption(BN[bn])
     with st.expander("Advanced settings"):
         advanced = _advanced(base)
     return AttackConfig.from_dict({**advanced, "seeds": int(seeds), "iterations": int(iterations), "bn": bn})

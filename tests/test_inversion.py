@@ -99,7 +99,7 @@ def test_the_group_term_pulls_seeds_together(small_model, observation):
 
 @pytest.mark.parametrize("preset", ["paper", "demo"])
 def test_every_term_of_the_presets_runs(small_model, observation, preset):
-    config = AttackConfig.preset(preset, iterations=8, seeds=2)
+    config = AttackConfig.preset(preset, iterations=8, seeds=2, layers="all")
     *_, last = invert(small_model, observation, config)
     expected = {
         "paper": {"gradient", "bn", "tv", "l2", "group"},

@@ -87,13 +87,13 @@ def gradient_norms(norms: Mapping[str, float]) -> go.Figure:
 def loss_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     """Lines: each weighted term of the objective over the steps, the mean of the seeds, on a logarithmic axis."""
     figure = go.Figure()
-    for index, (name, (steps, values)) in enumerate(_terms(rows).items()):
+    for name, (steps, values) in _terms(rows).items():
         figure.add_scatter(
             x=steps,
             y=values,
             name=name,
             mode="lines",
-            line={"color": COLOURS[index % len(COLOURS)], "width": 2},
+            line={"color": _colour(name), "width": 2},
             hovertemplate="step %{x}: %{y:.3g}",
         )
     figure.update_xaxes(title_text="step")
@@ -130,10 +130,7 @@ def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go
 
 def live_losses(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     """`loss_curves` as ECharts options for a run of so many steps, whose axis does not move while it grows."""
-    series = [
-        _line(name, _thin(points), COLOURS[index % len(COLOURS)], 2)
-        for index, (name, points) in enumerate(_terms(rows).items())
-    ]
+    series = [_line(name, _thin(points), _colour(name), 2) for name, points in _terms(rows).items()]
     return _live(series, steps, {"type": "log"})
 
 
@@ -148,6 +145,12 @@ def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | N
         line = _line("constant colour", ends, COLOURS[1], 2)
         series.append({**line, "lineStyle": {**line["lineStyle"], "type": "dashed"}})
     return _live(series, steps, {"type": "value", "scale": True})
+
+
+def _colour(term: str) -> str:
+    """A term has its colour in every run."""
+    names = list(TERMS.values())
+    return COLOURS[names.index(term) % len(COLOURS)] if term in names else NEUTRAL
 
 
 def _terms(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:

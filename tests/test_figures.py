@@ -66,6 +66,12 @@ def test_loss_curves_average_the_seeds_and_leave_out_what_a_logarithm_cannot_sho
     assert figure.layout.yaxis.type == "log"
 
 
+def test_a_term_has_the_same_colour_whichever_others_there_are() -> None:
+    more = [{**row, "gradient.weighted": 1.0} for row in ROWS]
+    colours = [{t.name: t.line.color for t in figures.loss_curves(rows).data} for rows in (ROWS, more)]
+    assert colours[0]["total variation"] == colours[1]["total variation"] != colours[1]["gradient"]
+
+
 def test_psnr_curves_show_each_seed_the_consensus_and_the_baseline() -> None:
     figure = figures.psnr_curves(ROWS, 13.5)
     assert [trace.name for trace in figure.data] == ["seed 1", "seed 2", "consensus"]

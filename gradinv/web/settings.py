@@ -13,11 +13,11 @@ from gradinv.types import GradinvError
 
 PRESETS = {
     "demo": "Demo: what was measured to work best with the bundled networks on a CPU.",
-    "paper": "Paper: the constants of the CVPR 2021 paper, for large images and a GPU; a CPU wants far fewer iterations.",
+    "paper": "Paper: the constants of the CVPR 2021 paper, for large images and a GPU; on a CPU take fewer iterations.",
 }
 BN = {
     "approx": "Approx: those of the training data, stored in the weights and always available.",
-    "exact": "Exact: those of the client’s own batch. They leak with synchronised BN only, and tell much by themselves.",
+    "exact": "Exact: those of the client’s own batch. They leak with synchronised BN only, and tell a lot alone.",
     "none": "None: the attack does without.",
 }
 _PLAIN = ("seeds", "iterations", "bn")  # have widgets of their own

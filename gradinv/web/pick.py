@@ -223,13 +223,21 @@ def _draw(drawing: Callable[[int, int], tuple[list[Picture], str | None]], sourc
 
 def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> None:
     """Thumbnails to pick from; a picked one is in the batch, wherever else it is shown."""
-    by_key = {picture.key: picture for picture in pictures}
+    thumbnails, problems = {}, []
+    for picture in pictures:
+        try:
+            thumbnails[picture.key] = shared.thumbnail(source, picture.key, picture)
+        except GradinvError as error:
+            problems.append(str(error))
+    by_key = {picture.key: picture for picture in pictures if picture.key in thumbnails}
+    for problem in problems:
+        st.warning(problem)
     st.session_state[key] = [item.id for item in chosen() if item.source == source and item.id in by_key]
 
     def describe(name: str) -> str:
         picture = by_key[name]
         title = "".join(letter for letter in picture.title if letter not in "[]()`*_$<>:")
-        return f"![{title}]({shared.thumbnail(source, name, picture)}) {picture.name}"
+        return f"![{title}]({thumbnails[name]}) {picture.name}"
 
     def sync() -> None:
         picked = st.session_state[key]

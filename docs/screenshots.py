@@ -77,7 +77,7 @@ def photograph(page: Page, name: str) -> None:
 def main() -> None:
     """Photograph the choice, the run when it is almost through, and its end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18-tiny")
+    parser.add_argument("--model", default="resnet50-tiny")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--iterations", type=int, help="default: the demo preset's")
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="path of the browser")

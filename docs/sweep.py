@@ -5,7 +5,7 @@
 
 DIR is an image folder in ImageNet layout. A batch takes one picture of each of K classes, both drawn from the later
 half of each class's sorted files; what is reported (--report) comes from the earlier half. Settings that the
-CSV already holds for a batch are not run again.
+CSV already holds for a batch are not run again. Without settings it only prints the table of what the CSV holds.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def measure(task: tuple[str, str, int, int, str, dict, bool]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", help="JSON objects of config fields, each a setting")
-    parser.add_argument("--images", required=True, type=Path)
+    parser.add_argument("settings", nargs="*", help="JSON objects of config fields, each a setting")
+    parser.add_argument("--images", type=Path, help="image folder, needed for settings to run")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--model", default="resnet18-tiny")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -90,6 +90,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--report", action="store_true", help="the reported half of the pictures (not for tuning)")
     options = parser.parse_args()
+    if options.settings:
+        run(options)
+    table(options.out)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what the CSV does not hold yet, and append it row by row."""
     done = set()
     if options.out.exists():
         with options.out.open(newline="") as file:
@@ -111,6 +118,21 @@ def main() -> None:
         for row in pool.imap(measure, tasks, chunksize=1):
             writer.writerow(row)
             file.flush()
+
+
+def table(path: Path) -> None:
+    """Print the mean over the batches of each setting as a Markdown table."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            groups.setdefault((row["model"], row["setting"]), []).append(row)
+    shown = ["psnr", "ssim", "constant_psnr", "constant_ssim", "distance"]
+    print("| model | setting | pictures |", " | ".join(shown), "|")
+    print("|---" * (3 + len(shown)) + "|")
+    for (model, setting), rows in groups.items():
+        pictures = sum(int(row["batch_size"]) for row in rows)
+        means = [sum(float(row[name]) for row in rows) / len(rows) for name in shown]
+        print(f"| {model} | {setting} | {pictures} |", " | ".join(f"{mean:.3f}" for mean in means), "|")
 
 
 if __name__ == "__main__":

@@ -564,6 +564,8 @@ def _report(say: Callable[[str], None], recording: Recording) -> None:
 
 
 def _image_table(recording: Recording) -> str:
+    from gradinv import metrics
+
     run = recording.run
     true, restored = run["labels"]["true"], run["labels"]["restored"]
     if true is None:
@@ -575,9 +577,9 @@ def _image_table(recording: Recording) -> str:
     for index, (label, place) in enumerate(zip(true, recording.order(), strict=True)):
         name = recording.class_name(restored[place])
         found = name if restored[place] == label else f"{name} (wrong)"
-        rows.append((index, recording.class_name(label), found, *(c[index] for c in _metric_columns(measured))))
+        rows.append((index, recording.class_name(label), found, *(c[index] for c in metrics.columns(measured))))
     if len(rows) > 1:
-        rows.append(("", "mean", "", *(_mean(column) for column in _metric_columns(measured))))
+        rows.append(("", "mean", "", *(metrics.mean(column) for column in metrics.columns(measured))))
     formatted = [
         (*row[:3], *(_figure(value, 2 if place < 3 else 3) for place, value in enumerate(row[3:]))) for row in rows
     ]
@@ -585,15 +587,6 @@ def _image_table(recording: Recording) -> str:
     header += [f"{name} {of}" for name in ("PSNR", "SSIM") for of in ("seeds", "consensus", "constant")]
     footer = "PSNR in dB; seeds: mean over the seeds; constant: each picture's mean colour, the baseline"
     return _table(header, formatted, numbers=range(3, 9)) + "\n" + footer + note
-
-
-def _metric_columns(measured: Mapping[str, Any]) -> list[list[float | None]]:
-    """PSNR, then SSIM: of the seeds on average, of the consensus and of the baseline; one number an image."""
-    columns: list[list[float | None]] = []
-    for name in ("psnr", "ssim"):
-        seeds = [_mean(values) for values in zip(*(seed[name] for seed in measured["seeds"]), strict=True)]
-        columns += [seeds, measured["consensus"][name], measured["baseline"][name]]
-    return columns
 
 
 def _measured_on_frames(recording: Recording) -> dict[str, Any]:
@@ -618,6 +611,8 @@ def _measured_on_frames(recording: Recording) -> dict[str, Any]:
 
 def _term_table(recording: Recording) -> str:
     """Each term's weighted value and the matching distance, mean over the seeds, at the first and the last record."""
+    from gradinv import metrics
+
     rows: dict[int, list[dict[str, Any]]] = {}
     for row in recording.curves:
         if row["distance"] is not None:
@@ -627,16 +622,14 @@ def _term_table(recording: Recording) -> str:
     ends = sorted({min(rows), max(rows)})
     names = ["distance", *(name for name in rows[ends[0]][0] if name.endswith(".weighted"))]
     table = [
-        (name.removesuffix(".weighted"), *(_figure(_mean([row[name] for row in rows[step]]), 4) for step in ends))
+        (
+            name.removesuffix(".weighted"),
+            *(_figure(metrics.mean([row[name] for row in rows[step]]), 4) for step in ends),
+        )
         for name in names
     ]
     header = ("term (weighted)", *(f"step {step}" for step in ends))
     return _table(header, table, numbers=range(1, 1 + len(ends)))
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) and known else None
 
 
 def _figure(value: object, digits: int) -> str:

@@ -35,7 +35,9 @@ def recover_features(model: Model, observation: Observation, labels: Tensor, rou
     layer = model.final_layer
     device = model.device
     if f"{model.final}.bias" not in observation.gradients or layer.bias is None:
-        raise GradinvError("Features can only be recovered where the final layer has a bias; set features to 0 and errors to predicted.")
+        raise GradinvError(
+            "Features can only be recovered where the final layer has a bias; set features=0, errors=predicted."
+        )
     # Double precision: the least squares squares the condition number of A, and the matrices are small.
     weight, bias = layer.weight.double(), layer.bias.double()
     weight_gradient = observation.gradients[f"{model.final}.weight"].to(device).double()

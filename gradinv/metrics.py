@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -57,6 +58,24 @@ def measure(images: Tensor, originals: Tensor) -> dict[str, list[float | None]]:
     """
     values = {"psnr": psnr(images, originals), "ssim": ssim(images, originals)}
     return {name: [x if math.isfinite(x) else None for x in column.tolist()] for name, column in values.items()}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean, or None where a value is missing: what is left out of a mean would pass unnoticed."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def columns(measured: Mapping[str, Any]) -> list[list[float | None]]:
+    """The metrics of run.json as a table's six columns of one number an image.
+
+    PSNR, then SSIM: each of the seeds on average, of the consensus, and of the constant colours.
+    """
+    table: list[list[float | None]] = []
+    for name in ("psnr", "ssim"):
+        seeds = [mean(values) for values in zip(*(seed[name] for seed in measured["seeds"]), strict=True)]
+        table += [seeds, measured["consensus"][name], measured["baseline"][name]]
+    return table
 
 
 def pair(images: Tensor, restored: Sequence[int], originals: Tensor, labels: Sequence[int]) -> Tensor:

@@ -152,3 +152,20 @@ def test_label_counts_that_do_not_fit() -> None:
 def test_images_smaller_than_the_window() -> None:
     with pytest.raises(GradinvError, match="at least 7"):
         metrics.ssim(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))
+
+
+def test_columns_of_a_table_by_hand() -> None:
+    measured = {
+        "seeds": [{"psnr": [10.0, 20.0], "ssim": [0.1, 0.2]}, {"psnr": [14.0, None], "ssim": [0.3, 0.4]}],
+        "consensus": {"psnr": [13.0, 23.0], "ssim": [0.5, 0.6]},
+        "baseline": {"psnr": [1.0, 2.0], "ssim": [0.7, 0.8]},
+    }
+    psnr_columns, ssim_columns = metrics.columns(measured)[:3], metrics.columns(measured)[3:]
+    assert psnr_columns == [[12.0, None], [13.0, 23.0], [1.0, 2.0]]
+    assert ssim_columns == [[pytest.approx(0.2), pytest.approx(0.3)], [0.5, 0.6], [0.7, 0.8]]
+
+
+def test_a_mean_with_a_gap_is_none() -> None:
+    assert metrics.mean([1.0, 2.0]) == 1.5
+    assert metrics.mean([1.0, None]) is None
+    assert metrics.mean([]) is None

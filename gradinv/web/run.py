@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from gradinv import figures, recording
+from gradinv import figures, metrics, recording
 from gradinv.jobs import Inversion, JobState, Pictures, Progress, manager
 from gradinv.recording import Recording
 from gradinv.sources import Credit
@@ -42,8 +42,7 @@ class Facts:
     @property
     def mean_baseline(self) -> float | None:
         """The mean of the baseline where every image has one."""
-        known = [value for value in self.baseline if value is not None]
-        return sum(known) / len(known) if len(known) == len(self.baseline) else None
+        return metrics.mean(self.baseline)
 
 
 def view(job: str) -> None:
@@ -145,7 +144,7 @@ def _status(state: JobState, progress: Progress | None) -> None:
         args=(state.id,),
     )
     speed = progress.speed if progress is not None else None
-    psnr = _mean(progress.pictures.psnr) if progress is not None else None
+    psnr = metrics.mean(progress.pictures.psnr) if progress is not None else None
     st.markdown(
         markup.facts(
             [
@@ -157,10 +156,6 @@ def _status(state: JobState, progress: Progress | None) -> None:
         ),
         unsafe_allow_html=True,
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _live_charts(state: JobState, progress: Progress | None) -> None:
@@ -277,7 +272,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
             [
                 ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
                 ("in all", markup.duration(progress.seconds)),
-                ("PSNR of the consensus", markup.decibel(_mean(progress.pictures.psnr))),
+                ("PSNR of the consensus", markup.decibel(metrics.mean(progress.pictures.psnr))),
                 ("of a constant colour", markup.decibel(_work(state)[1].mean_baseline)),
             ]
         ),
@@ -336,14 +331,7 @@ def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequenc
     numbers = recorded.run["metrics"]
     if numbers is None:
         return
-    columns = [
-        _mean_columns([seed["psnr"] for seed in numbers["seeds"]]),
-        numbers["consensus"]["psnr"],
-        numbers["baseline"]["psnr"],
-        _mean_columns([seed["ssim"] for seed in numbers["seeds"]]),
-        numbers["consensus"]["ssim"],
-        numbers["baseline"]["ssim"],
-    ]
+    columns = metrics.columns(numbers)
     digits = [1, 1, 1, 3, 3, 3]
     names = [
         (f"picture {place + 1}", "hidden") if hidden else (facts.classes[true], facts.classes[found])
@@ -355,21 +343,12 @@ def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequenc
     ]
     right = sum(a == b for a, b in zip(work.labels, restored, strict=True))
     mean = ["Mean", f"{right} of {len(rows)} right"]
-    mean += [_number(_mean_known(c), d) for c, d in zip(columns, digits, strict=True)]
+    mean += [_number(metrics.mean(c), d) for c, d in zip(columns, digits, strict=True)]
     st.markdown(markup.results(rows, mean), unsafe_allow_html=True)
     st.caption(
         "PSNR rewards blur, so the best constant colour stands beside it: a reconstruction below it can still be "
         "recognised, and SSIM or the eye judges better."
     )
-
-
-def _mean_columns(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
-    return [_mean_known(column) for column in zip(*rows, strict=True)]
-
-
-def _mean_known(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _number(value: float | None, digits: int) -> str:

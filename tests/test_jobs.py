@@ -180,11 +180,13 @@ def test_what_is_too_large_or_wrong_or_one_too_many_is_refused(manager: JobManag
         manager.submit(Scripted(cost=250))
     with pytest.raises(GradinvError, match="Choose at least one picture"):
         manager.submit(Scripted(problem="Choose at least one picture."))
-    begun(manager, Scripted())
+    running = Scripted()
+    begun(manager, running)
     for _ in range(3):
         manager.submit(Scripted())
     with pytest.raises(GradinvError, match="3 runs are waiting already"):
         manager.submit(Scripted())
+    running.orders.put("stop")
 
 
 def test_a_running_job_whose_page_is_closed_makes_room_when_another_waits(manager: JobManager, clock: Clock) -> None:

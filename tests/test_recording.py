@@ -519,7 +519,7 @@ def test_gif_wraps_after_eight_pictures() -> None:
 
 def test_a_real_run_live_and_replayed(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> None:
     pixels, labels = small_batch
-    config = AttackConfig.preset("demo", iterations=6, seeds=2, stages=())
+    config = AttackConfig.preset("demo", iterations=6, seeds=2, stages=(), layers="all")
     observation = observe(small_model, pixels, labels)
     store = MemoryStore()
     made = Recorder(

@@ -5,6 +5,8 @@
 #   make app TORCH_INDEX=<url>      torch and torchvision from another package index, e.g. a build for the CPU only
 
 PORT ?= 8501
+# Who can open the page: this machine only, or with ADDRESS=0.0.0.0 everybody on its network.
+ADDRESS ?= localhost
 PYTHON ?=
 
 VENV := .venv
@@ -22,14 +24,14 @@ endif
 .PHONY: app test lint clean help always
 
 help:
-	@echo "make app    set up what is missing and serve the page (PORT=$(PORT))"
+	@echo "make app    set up what is missing and serve the page (PORT=$(PORT), ADDRESS=$(ADDRESS))"
 	@echo "make test   set up what is missing, then linters, type checker and all tests"
 	@echo "make lint   linters and type checker only"
 	@echo "make clean  remove .venv and what the tools cached"
 	@echo "TORCH_INDEX=<url> takes torch from that package index, PYTHON=<path> chooses the interpreter of a new .venv."
 
 app: $(STAMPS)/app
-	$(PY) -m streamlit run app.py --server.port $(PORT)
+	$(PY) -m streamlit run app.py --server.address $(ADDRESS) --server.port $(PORT)
 
 test: lint
 	$(PY) -m pytest

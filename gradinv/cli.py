@@ -71,13 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
-    args = _parser(with_settings=command == "invert").parse_args(argv)
+    try:
+        # Within, because the settings of the attack import torch: seconds in which Ctrl-C may come.
+        return _run(_parser(with_settings=command == "invert").parse_args(argv))
+    except KeyboardInterrupt:
+        return _complain("Interrupted; nothing was kept.", 130)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return _complain("Interrupted; nothing was kept.", 130)
     except BrokenPipeError:
         # Whoever read the output has gone (as `head` does): nothing is left to say, also at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -180,7 +180,7 @@ class ImageFolder:
         """`root` defaults to GRADINV_IMAGENET. Raises GradinvError where there is no such folder or no class in it."""
         chosen = root or os.environ.get("GRADINV_IMAGENET")
         if not chosen:
-            raise GradinvError("No ImageNet folder was given; name one or set GRADINV_IMAGENET.")
+            raise GradinvError("No ImageNet folder was given; set GRADINV_IMAGENET to one and start again.")
         self.root = Path(chosen).expanduser()
         if not self.root.is_dir():
             raise GradinvError(f"There is no folder {self.root}; name the one that holds the class folders.")

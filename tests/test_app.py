@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from streamlit.testing.v1 import AppTest
 
 from gradinv import jobs
 from gradinv.jobs import Handle, JobState, Status, manager
+from gradinv.recording import MemoryStore
+from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, shared
+from gradinv.web import markup, pick, run, shared
 from gradinv.web.pick import FIRST
 
 APP = str(Path(__file__).resolve().parent.parent / "app.py")
@@ -461,3 +464,15 @@ def test_an_error_in_a_tick_is_one_sentence_too(visit: Open, monkeypatch: pytest
     sound(app)
     assert app.error[0].value == "This page failed unexpectedly (ZeroDivisionError); the server's log says more."
     manager().cancel(blocking)
+
+
+def test_the_archive_carries_the_credits_of_the_originals() -> None:
+    store = MemoryStore({"run.json": b"{}"})
+    credit = Credit("Ada", "CC BY 2.0", "https://example.org/licence", "https://example.org/picture", "cropped")
+    facts = run.Facts("resnet18-tiny", "demo", (), (), (), ("lion", "mine"), (credit, None), ())
+    with zipfile.ZipFile(io.BytesIO(run._archive(store, facts))) as archive:
+        assert archive.namelist() == ["images/CREDITS.txt", "run.json"]
+        credits = archive.read("images/CREDITS.txt").decode()
+    assert credits == (
+        "original_00.png: lion, Ada, CC BY 2.0, cropped https://example.org/licence https://example.org/picture\n"
+    )

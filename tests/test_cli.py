@@ -648,3 +648,12 @@ def test_an_undefined_number_is_a_dash(capsys: pytest.CaptureFixture[str], tmp_p
     assert cli.main(["replay", "run"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("0  lion")).split()
     assert row[4] == "–" and row[3] != "–"
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupted)
+    assert cli.main(["invert", "lion"]) == 130
+    assert capsys.readouterr().err == "gradinv: Interrupted; nothing was kept.\n"

@@ -192,7 +192,7 @@ TORCH, APP, TEST = (
     "pip install --editable .[app]",
     "pip install --editable .[app,test]",
 )
-SERVE = "run streamlit run app.py --server.port 8501"
+SERVE = "run streamlit run app.py --server.address localhost --server.port 8501"
 CHECKS = ["run ruff check .", "run ruff format --check .", "run mypy gradinv", "run pytest"]
 GONE = "pip uninstall --quiet --yes torch torchvision"
 
@@ -203,7 +203,8 @@ def from_index(index: str) -> str:
 
 def test_app_installs_what_it_needs_once(makefile: Makefile) -> None:
     assert makefile.make("app") == ["venv", TORCH, APP, SERVE]
-    assert makefile.make("app", "PORT=9000") == ["run streamlit run app.py --server.port 9000"]
+    served = "run streamlit run app.py --server.address 0.0.0.0 --server.port 9000"
+    assert makefile.make("app", "PORT=9000", "ADDRESS=0.0.0.0") == [served]
 
 
 def test_tests_add_their_own_tools_once(makefile: Makefile) -> None:

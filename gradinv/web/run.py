@@ -11,7 +11,7 @@ import streamlit as st
 
 from gradinv import figures, metrics, recording
 from gradinv.jobs import Inversion, JobState, Pictures, Progress, manager
-from gradinv.recording import Recording
+from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
 from gradinv.web import markup, pick, settings
@@ -282,7 +282,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
     with st.container(horizontal=len(progress.pictures.psnr) > BESIDE):
         st.download_button(
             "Everything: pictures, curves, settings (zip)",
-            store.zip,
+            lambda: _archive(store, _work(state)[1]),
             f"{name}.zip",
             "application/zip",
             icon=":material/folder_zip:",
@@ -308,6 +308,18 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
             width="stretch",
             on_click="ignore",
         )
+
+
+def _archive(store: MemoryStore, facts: Facts) -> bytes:
+    """The recording as a zip, with the credits that the originals' licences ask for."""
+    lines = [
+        f"original_{place:02d}.png: {title}, {credit.author}, {credit.licence}, {credit.changes} "
+        f"{credit.licence_url or ''} {credit.source or ''}"
+        for place, (title, credit) in enumerate(zip(facts.titles, facts.credits, strict=True))
+        if credit is not None
+    ]
+    files = {name: store.read(name) for name in store.names()}
+    return MemoryStore({**files, "images/CREDITS.txt": "\n".join([*lines, ""]).encode()}).zip()
 
 
 @st.fragment

@@ -99,7 +99,7 @@ class Objective:
             name: observation.gradients[name].to(model.device, torch.float32)
             for name in matched_parameters(model, config.layers)
         }
-        self._parameters = {name: dict(model.network.named_parameters())[name] for name in self._target}
+        self._parameters = {name: model.network.get_parameter(name) for name in self._target}
         self._errors: Tensor | None = None
         self.weights: dict[str, float] = {}
         self._terms: dict[str, Term] = {}

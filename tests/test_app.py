@@ -216,7 +216,7 @@ def test_an_unexpected_error_is_one_sentence_without_a_traceback(visit: Open, mo
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a secret of the server")
 
-    monkeypatch.setattr(shared, "gallery", fail)
+    monkeypatch.setattr(pick, "gallery", fail)
     app = visit()
     sound(app)
     assert app.error[0].value == "This page failed unexpectedly (ZeroDivisionError); the server's log says more."

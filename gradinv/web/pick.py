@@ -103,7 +103,7 @@ def batch(network: Model) -> Batch:
 
 def _member(item: Chosen, network: Model) -> Member:
     # A picture of the gallery may be of another class for another model.
-    picture = find(shared.gallery_of(network), item.id) if item.source == "gallery" else item.picture
+    picture = find(gallery(network), item.id) if item.source == "gallery" else item.picture
     pixels = to_pixels(picture.open(), network.preprocessing)
     label = network.class_index(picture.wnid) if picture.wnid else _class_of_upload(item, network, pixels)
     if label is None:
@@ -259,7 +259,7 @@ def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> 
 
 
 def _gallery(network: Model) -> None:
-    pictures = shared.gallery_of(network)
+    pictures = gallery(network)
     with st.container(horizontal=True, vertical_alignment="bottom", key="gallery-tools"):
         text = st.text_input(
             "Search by class or title", key="gallery_search", icon=":material/search:", width=300, live=True

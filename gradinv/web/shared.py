@@ -18,7 +18,7 @@ from gradinv import figures
 from gradinv.images import to_pixels
 from gradinv.labels import restore_labels
 from gradinv.models import MODELS, Model, load_model
-from gradinv.sources import ImageFolder, Picture, SampleSet, gallery
+from gradinv.sources import ImageFolder, Picture, SampleSet
 from gradinv.types import GradinvError
 from gradinv.victim import observe
 
@@ -95,11 +95,6 @@ def prediction(name: str, upload: str, _pixels: Tensor) -> int:
 def thumbnail(source: str, key: str, _picture: Picture) -> str:
     """A square thumbnail as a data URI. Raises GradinvError for a picture that cannot be decoded."""
     return figures.tile(ImageOps.fit(_picture.open(), (128, 128)), quality=70)
-
-
-def gallery_of(network: Model) -> list[Picture]:
-    """The gallery pictures whose class the model knows."""
-    return gallery(network)
 
 
 @st.cache_resource(show_spinner=False)

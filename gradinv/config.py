@@ -48,8 +48,9 @@ class AttackConfig:
     features: float = _option(0.0, "weight of the recovered features' cosine distance (not in the paper)", least=0)
     bn: str = _option(
         "approx",
-        "which BN statistics are matched: those stored in the weights, the client's own batch (if leaked), or none",
-        choices=("approx", "exact", "none"),
+        "which BN statistics are matched: those stored in the weights, the client's own batch as it leaked, that batch "
+        "inferred from two successive running statistics, or none",
+        choices=("approx", "exact", "inferred", "none"),
     )
     bn_weight: float = _option(0.1, "weight of the BN term, α_BN", least=0)
     bn_form: str = _option(
@@ -65,6 +66,14 @@ class AttackConfig:
     tv_chroma: float = _option(3.0, "the two chroma channels' share in the luma-chroma form", least=0)
     l2: float = _option(1e-6, "weight of the image's ℓ2 norm, α_ℓ2", least=0)
     group: float = _option(0.01, "weight of group consistency, α_group (Eqn 11)", least=0)
+    registration: str = _option(
+        "flow",
+        "how the group's images are aligned to their mean before they are averaged (Eqn 12): not at all (lazy), by a "
+        "shift, by an affine map, or by an affine map and dense flow",
+        choices=("lazy", "shift", "affine", "flow"),
+    )
+    registration_start: float = _option(0.25, "share of the run before the first registration", least=0)
+    registration_interval: float = _option(0.005, "share of the run between two registrations", least=0)
 
     optimiser_step: str = _option(
         "gradient", "what Adam is fed: the pixel gradient or its sign", choices=("gradient", "sign")
@@ -73,6 +82,12 @@ class AttackConfig:
     warmup: int = _option(50, "steps of linear warm-up (at most a tenth of the run)", least=0)
     noise: float = _option(0.2, "pixel noise after each step, α_n, times the current learning rate", least=0)
     box: bool = _option(False, "clamp pixels to [0, 1] after each step")
+    start: str = _option(
+        "random",
+        "what a seed starts from: noise, or the picture that a learned decoder makes of the recovered features (a "
+        "prior learned from public pictures)",
+        choices=("random", "decoder"),
+    )
     start_scale: float = _option(1.0, "standard deviation of the random start, in normalised units", least=0)
     stages: tuple[float, ...] = field(
         default=(),
@@ -83,7 +98,12 @@ class AttackConfig:
             "least": None,
         },
     )
-    labels: str = _option("column-minimum", "how labels are restored (Eqn 8)", choices=("column-minimum",))
+    labels: str = _option(
+        "column-minimum",
+        "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected, iLRG (these three count "
+        "repeated ones), or the one that explains the gradient best",
+        choices=("auto", "column-minimum", "llg", "bias-corrected", "ilrg"),
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, list):  # as JSON has it
@@ -163,6 +183,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tv_chroma": 2.0,
         "l2": 0.0,
         "group": 0.0,
+        "registration": "lazy",
+        "labels": "auto",
         "optimiser_step": "sign",
         "learning_rate": 0.2,
         "noise": 0.0,

@@ -25,6 +25,8 @@ from PIL import Image
 
 import gradinv
 from gradinv import cli, inversion, victim
+from gradinv.cli.invert import signals_set
+from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import AttackConfig
 from gradinv.models import MODELS
 from gradinv.recording import Recording
@@ -341,22 +343,22 @@ def changed(item: dataclasses.Field[Any]) -> tuple[list[str], Any]:
 @pytest.mark.parametrize("item", dataclasses.fields(AttackConfig), ids=lambda item: item.name)
 def test_every_field_is_an_option(item: dataclasses.Field[Any]) -> None:
     flags, value = changed(item)
-    args = cli._parser(with_settings=True).parse_args(["invert", "lion", *flags])
-    settings = cli._settings(args)
+    args = cli._parser("invert").parse_args(["invert", "lion", *flags])
+    settings = settings_given(args)
     assert settings == {item.name: value}
-    assert cli._config("paper", "resnet18-tiny", settings) == AttackConfig(**{item.name: value})
+    assert config_from("paper", "resnet18-tiny", settings) == AttackConfig(**{item.name: value})
 
 
 def test_what_is_not_given_is_the_presets() -> None:
-    args = cli._parser(with_settings=True).parse_args(["invert", "lion", "--no-box", "--stages", ""])
-    config = cli._config("demo", "resnet18-tiny", cli._settings(args))
+    args = cli._parser("invert").parse_args(["invert", "lion", "--no-box", "--stages", ""])
+    config = config_from("demo", "resnet18-tiny", settings_given(args))
     assert config == AttackConfig.preset("demo", "resnet18-tiny", box=False, stages=())
 
 
 def test_a_configuration_file_stands_between_preset_and_flags(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text('{"seeds": 5, "iterations": 7}')
-    args = cli._parser(with_settings=True).parse_args(["invert", "lion", "--config", "settings.json", "--seeds", "6"])
-    config = cli._config("demo", "resnet18-tiny", cli._settings(args))
+    args = cli._parser("invert").parse_args(["invert", "lion", "--config", "settings.json", "--seeds", "6"])
+    config = config_from("demo", "resnet18-tiny", settings_given(args))
     assert config == AttackConfig.preset("demo", "resnet18-tiny", seeds=6, iterations=7)
 
 
@@ -554,7 +556,7 @@ def test_a_gradient_that_is_not_finite(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_the_first_signal_stops_and_the_second_quits() -> None:
     stop = threading.Event()
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with cli._signals_set(stop) as received:
+    with signals_set(stop) as received:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set() and received == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
@@ -651,7 +653,7 @@ def test_an_undefined_number_is_a_dash(capsys: pytest.CaptureFixture[str], tmp_p
 
 
 def test_ctrl_c_while_torch_is_imported_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def interrupted(**_: object) -> None:
+    def interrupted(_: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_parser", interrupted)

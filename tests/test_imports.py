@@ -21,12 +21,14 @@ LAYERS: tuple[frozenset[str], ...] = (
         f"gradinv.{name}"
         for name in ("consensus", "defenses", "features", "labels", "metrics", "objective", "registration", "sources")
     )
-    | {"gradinv.stepping", "gradinv.victim"},
+    | {"gradinv.gallery", "gradinv.prior", "gradinv.stepping", "gradinv.victim"},
     frozenset({"gradinv.inversion"}),
-    frozenset({"gradinv.evaluation", "gradinv.figures", "gradinv.jobs", "gradinv.recording"}),
+    frozenset({"gradinv.evaluation", "gradinv.figures", "gradinv.jobs", "gradinv.peers", "gradinv.recording"}),
     frozenset({"gradinv.cli", "gradinv.web"}),
     frozenset({"gradinv.__main__", "app"}),
 )
+
+PACKAGES = ("gradinv.cli", "gradinv.web")  # each in one layer
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -55,7 +57,7 @@ IMPORTS = {module: imported(path) for module, path in FILES.items()}
 
 
 def layer(module: str) -> int:
-    parent = "gradinv.web" if module.startswith("gradinv.web.") else module
+    parent = next((package for package in PACKAGES if module.startswith(f"{package}.")), module)
     found = [index for index, modules in enumerate(LAYERS) if parent in modules]
     assert found, f"{module} is in none of the layers: say here where it belongs"
     return found[0]

@@ -1,0 +1,351 @@
+"""`gradinv invert`: from pictures to their gradient, and back."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from gradinv.cli.replay import report
+from gradinv.cli.say import complain, diagnosis, listed, speaker
+
+# torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradinv.config import AttackConfig
+    from gradinv.models import Model
+    from gradinv.recording import Recorder
+    from gradinv.sources import Picture
+    from gradinv.types import Observation, Snapshot
+
+
+RECORDS = 100  # about how many steps of a run are recorded, unless --every says otherwise
+
+REFRESH = 0.5  # seconds between two updates of the progress bar
+
+HELP = "reconstruct pictures from the gradient of their batch"
+EXAMPLES = """\
+examples:
+  gradinv invert goldfish tabby lion coffee            pictures of the bundled gallery, by name
+  gradinv invert holiday.jpg --class "sports car"      a picture of your own and its class
+  gradinv invert --samples 4 --seed 7                  four of the gallery, drawn at random
+  gradinv invert --imagenet val --random 8             eight of a folder in ImageNet layout (<wnid>/*.JPEG)
+  gradinv invert lion --preset paper --iterations 500  the constants of the paper, but fewer steps
+  gradinv invert lion --gradient 0 --json              the control without the gradient, for a script
+  gradinv invert lion --config runs/old/run.json       the settings of an earlier run
+
+exit codes: 0; 2 bad use; 1 the run failed; 130 stopped by Ctrl-C, with what was recorded kept
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
+    """The options of the command, with all settings of the attack where it is the one that was `chosen`."""
+    pictures = parser.add_argument_group("the client's pictures")
+    pictures.add_argument("images", nargs="*", metavar="IMAGE", help="a picture file, or the name of a gallery picture")
+    pictures.add_argument("--samples", type=int, metavar="N", help="draw N pictures from the gallery")
+    pictures.add_argument("--imagenet", metavar="DIR", help="a folder in ImageNet layout (else: GRADINV_IMAGENET)")
+    pictures.add_argument("--random", type=int, metavar="N", help="draw N pictures from that folder")
+    pictures.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="how many pictures to draw where none is named (from --imagenet, else the gallery); otherwise a check",
+    )
+    pictures.add_argument(
+        "--class",
+        action="append",
+        default=[],
+        dest="classes",
+        metavar="CLASS",
+        help="class name or WordNet id of the picture files: once for all, or once for each; by default that of the "
+        "file's folder (n01443537), else what the network takes the picture for",
+    )
+    options = parser.add_argument_group("the run")
+    options.add_argument(
+        "--model", default="auto", help="a name that `gradinv models` lists, or a weights file (default: %(default)s)"
+    )
+    options.add_argument("--image-size", type=int, metavar="PX", help="side of the images (default: the model's own)")
+    options.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    options.add_argument("--preset", default="demo", help="paper or demo (default: %(default)s)")
+    options.add_argument("--config", metavar="FILE", help="settings as JSON over those of the preset, or a run.json")
+    options.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<time>-<model>)")
+    options.add_argument(
+        "--every", type=int, metavar="N", help=f"record every N steps (default: about {RECORDS} records)"
+    )
+    if chosen:
+        from gradinv.cli.settings import add_settings
+
+        add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from gradinv import metrics
+    from gradinv.cli.settings import config_from, settings_given
+    from gradinv.inversion import invert
+    from gradinv.models import load_model
+    from gradinv.recording import DirectoryStore, Recorder, Recording, thinned
+    from gradinv.types import GradinvError
+    from gradinv.victim import observe
+
+    say = speaker(args)
+    out = _choose_folder(args.out)
+    if args.every is not None and args.every < 1:
+        raise GradinvError(f"--every takes a number of steps of at least 1, not {args.every}.")
+    settings = settings_given(args)
+    model = load_model(args.model, device=args.device, image_size=args.image_size)
+    config = config_from(args.preset, model.name, settings)
+    pictures = _choose_pictures(args, model, config.seed, say)
+    pixels = _open_pictures(pictures, model, say)
+    labels = _choose_labels(args, pictures, pixels, model, say)
+
+    observation = observe(model, pixels, torch.tensor(labels), share_bn=config.bn == "exact")
+    _describe(say, model, observation, config, labels)
+
+    stop = threading.Event()
+    stream = invert(model, observation, config, every=every(args, config), interval=REFRESH, stop=stop)
+    first = next(stream)  # what cannot be run is said here, before anything is written
+    _describe_labels(say, model, labels, first.labels)
+    out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
+    baseline = float(metrics.psnr(metrics.constant_colour(pixels), pixels).mean())
+
+    error: BaseException | None = None
+    with signals_set(stop) as received:
+        recorder = Recorder(
+            DirectoryStore(out), config=config, model=model, observation=observation, originals=pixels, labels=labels
+        )
+        shown = _with_progress(first, stream, recorder, config.iterations, baseline)
+        try:
+            for _ in recorder.follow(thinned(shown, every(args, config))):
+                pass
+        except (Exception, KeyboardInterrupt) as raised:
+            if args.debug:
+                raise
+            error = raised
+
+    run = recorder.run
+    done = f"{run['iterations']['done']} of {run['iterations']['total']} iterations"
+    if args.json:
+        print(json.dumps(run, indent=2))
+    elif not isinstance(error, KeyboardInterrupt):
+        # A full disk may be why the run failed; then even less can be read back than was shown so far.
+        with contextlib.suppress(GradinvError):
+            report(say, Recording.open(out))
+    if isinstance(error, KeyboardInterrupt):
+        return complain(f"Quit at once; what had been recorded of {done} is kept in {out}.", 130)
+    if error is not None:
+        sentence, _ = diagnosis(error)
+        return complain(f"{sentence.rstrip('.')}. What had been recorded after {done} is kept in {out}.", 1)
+    if run["status"] == "stopped":
+        return complain(f"Stopped after {done}; the run is kept in {out}.", 128 + received[0])
+    say(f"The run is kept in {out}.")
+    return 0
+
+
+def _choose_folder(name: str | None) -> Path | None:
+    """The folder that was asked for. Raises GradinvError where something is in it already."""
+    from gradinv.types import GradinvError
+
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise GradinvError(f"The folder {path} is not empty; name another with --out, or remove it first.")
+    except OSError as error:
+        raise GradinvError(f"The folder {path} cannot be used ({error.strerror}); name another with --out.") from error
+    return path
+
+
+def every(args: argparse.Namespace, config: AttackConfig) -> int:
+    every: int | None = args.every
+    return every if every is not None else max(1, config.iterations // RECORDS)
+
+
+def _choose_pictures(args: argparse.Namespace, model: Model, seed: int, say: Callable[[str], None]) -> list[Picture]:
+    """By name, or drawn from the gallery or a folder. Raises GradinvError where the request contradicts itself."""
+    from gradinv import sources
+    from gradinv.types import GradinvError
+
+    if args.images:
+        if args.samples is not None or args.random is not None or args.imagenet is not None:
+            raise GradinvError("Pictures are either named or drawn at random (--samples, --imagenet), not both.")
+        if args.batch_size not in (None, len(args.images)):
+            raise GradinvError(
+                f"The batch size is the number of pictures named, {len(args.images)}, not {args.batch_size}; "
+                "leave --batch-size out."
+            )
+        gallery = sources.gallery(model)
+        return [sources.from_path(name) if _is_path(name) else sources.find(gallery, name) for name in args.images]
+    if args.samples is not None and (args.random is not None or args.imagenet is not None):
+        raise GradinvError("Pictures are drawn from the gallery (--samples) or a folder (--imagenet), not both.")
+    counts = {count for count in (args.samples, args.random, args.batch_size) if count is not None}
+    if len(counts) > 1:
+        raise GradinvError(
+            f"The batch size is {args.batch_size} and {args.samples if args.random is None else args.random} pictures "
+            "are to be drawn; leave one of the two out."
+        )
+    if not counts:
+        wanted = "--random N" if args.imagenet is not None else "--samples N"
+        raise GradinvError(f"Which pictures? Name some (gradinv invert goldfish lion) or draw some with {wanted}.")
+    (count,) = counts
+    if args.random is not None or args.imagenet is not None:
+        known = {item.wnid for item in model.classes}
+        pictures, warning = sources.ImageFolder(args.imagenet).draw(count, seed, known)
+    else:
+        pictures, warning = sources.draw(sources.gallery(model), count, seed)
+    if warning:
+        say(warning)
+    return pictures
+
+
+def _is_path(name: str) -> bool:
+    path = Path(name)
+    return path.name != name or path.suffix != "" or path.is_file()
+
+
+def _open_pictures(pictures: Sequence[Picture], model: Model, say: Callable[[str], None]) -> Tensor:
+    """Decode and preprocess: → pixels (B, 3, S, S) in [0, 1]. Notes on what was converted are said."""
+    import torch
+
+    from gradinv.images import to_pixels
+
+    batch = []
+    for picture in pictures:
+        image, notes = picture.load()
+        for note in notes:
+            say(note)
+        batch.append(to_pixels(image, model.preprocessing))
+    return torch.stack(batch)
+
+
+def _choose_labels(
+    args: argparse.Namespace, pictures: Sequence[Picture], pixels: Tensor, model: Model, say: Callable[[str], None]
+) -> list[int]:
+    """Each picture's label: named by --class, known to its source, or else what the network takes it for."""
+    from gradinv.types import GradinvError
+
+    files = [index for index, picture in enumerate(pictures) if args.images and _is_path(args.images[index])]
+    if args.classes and len(args.classes) not in (1, len(files)):
+        raise GradinvError(
+            f"--class was given {len(args.classes)} times for {len(files)} picture files; "
+            "give it once, or once for each."
+        )
+    if args.classes and not files:
+        raise GradinvError("--class is for picture files; the classes of the other pictures are known.")
+    named = [_find_class(name, model) for name in args.classes]
+    chosen = dict(zip(files, named * len(files) if len(named) == 1 else named, strict=False))
+    labels = []
+    for index, picture in enumerate(pictures):
+        label = chosen.get(index)
+        if label is None and picture.wnid:
+            label = model.class_index(picture.wnid)
+            if label is None:
+                raise GradinvError(
+                    f"{model.name} does not know the class {picture.name} of {picture.title}; "
+                    "take another model, or another class with --class."
+                )
+        if label is None:
+            label = int(model.predict(pixels[index : index + 1])[0])
+            say(f"{picture.title}: no class was given; {model.name} takes it for {model.class_name(label)}.")
+        labels.append(label)
+    return labels
+
+
+def _find_class(text: str, model: Model) -> int:
+    """The label of a WordNet id or a class name, or of the only class whose name contains the text."""
+    from gradinv.types import GradinvError
+
+    if (label := model.class_index(text)) is not None:
+        return label
+    names = [item.name.casefold() for item in model.classes]
+    wanted = text.casefold().strip()
+    exact = [label for label, name in enumerate(names) if name == wanted]
+    found = exact or [label for label, name in enumerate(names) if wanted and wanted in name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise GradinvError(
+            f"The class {text!r} could be {listed([model.class_name(label) for label in found[:5]], 'or')}; "
+            "name one of them."
+        )
+    near = difflib.get_close_matches(wanted, names, n=3)
+    hint = f"did you mean {listed(near, 'or')}?" if near else "name another, or take another model."
+    raise GradinvError(f"{model.name} has no class {text!r}; {hint}")
+
+
+def _describe(
+    say: Callable[[str], None], model: Model, observation: Observation, config: AttackConfig, labels: Sequence[int]
+) -> None:
+    size = model.preprocessing.size
+    accuracy = "" if model.accuracy is None else f", top-1 {model.accuracy:g} %"
+    say(f"{model.name}: {len(model.classes)} classes at {size} × {size} px{accuracy}, on {model.device}")
+    say(f"The client's batch: {', '.join(model.class_name(label) for label in labels)}")
+    norm = sum(float(gradient.square().sum()) for gradient in observation.gradients.values()) ** 0.5
+    numbers = sum(gradient.numel() for gradient in observation.gradients.values())
+    say(
+        f"The server receives the mean gradient of {len(observation.gradients)} parameters ({numbers:,} numbers, "
+        f"norm {norm:.3g}) and the batch size {observation.batch_size}."
+    )
+    say("It knows the weights and the preprocessing, but neither the pictures nor their labels.")
+    if observation.bn is not None:
+        say("The client also shares the exact batch-normalisation statistics of its batch (--bn exact).")
+    elif config.bn == "approx":
+        say("Batch-normalisation statistics: those stored in the weights (--bn approx).")
+    repeats = len(labels) - len(set(labels))
+    if repeats and config.labels == "column-minimum":
+        say(f"Classes repeat: {config.labels} restores distinct labels, so at least {repeats} will be wrong.")
+
+
+def _describe_labels(say: Callable[[str], None], model: Model, labels: Sequence[int], restored: Sequence[int]) -> None:
+    right = sum((Counter(labels) & Counter(restored)).values())
+    names = ", ".join(model.class_name(label) for label in restored)
+    say(f"Labels restored from the gradient: {names} ({right} of {len(labels)} right)")
+
+
+def _with_progress(
+    first: Snapshot, stream: Iterator[Snapshot], recorder: Recorder, total: int, baseline: float
+) -> Iterator[Snapshot]:
+    """Pass the snapshots on and show how far the run is; on the standard error, and only where that is a terminal."""
+    from tqdm import tqdm
+
+    yield first
+    with tqdm(total=total, unit="it", dynamic_ncols=True, disable=None) as bar:
+        for snapshot in stream:
+            # The PSNR of the last record: it is measured there anyway.
+            psnr = recorder.curves[-1]["consensus_psnr"]
+            distance = sum(snapshot.distance) / max(1, len(snapshot.distance))
+            bar.set_postfix_str(f"distance {distance:.3f}, PSNR {psnr:.1f} dB (constant {baseline:.1f})", refresh=False)
+            bar.update(snapshot.step - bar.n)
+            yield snapshot
+
+
+@contextlib.contextmanager
+def signals_set(stop: threading.Event) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM set `stop`, the second one ends the process: → the signals received so far."""
+    received: list[int] = []
+    handled = (signal.SIGINT, signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        stop.set()
+        for other in handled:
+            signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, handle) for number in handled}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,138 @@
+"""`gradinv replay`: what a recorded run found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradinv.cli.say import figure, speaker, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradinv.recording import Recording
+
+
+HELP = "show what a recorded run found, or make an animation of it"
+EXAMPLES = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
+    """Which run, and what of it."""
+    parser.add_argument("directory", metavar="DIR", help="the folder of the run")
+    parser.add_argument("--gif", metavar="FILE", help="write the consensus over the steps as an animated GIF")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gradinv.recording import DirectoryStore, Recording, gif
+
+    say = speaker(args)
+    recording = Recording.open(args.directory)
+    if args.gif is not None:
+        target = Path(args.gif).expanduser()
+        DirectoryStore(target.parent).write(target.name, gif(recording))
+        say(f"The animation is in {target}.")
+    if args.json:
+        print(json.dumps(recording.run, indent=2))
+        return 0
+    run = recording.run
+    environment = run["environment"]
+    say(f"{run['model']['name']} on {environment['device']}, gradinv {environment['gradinv']}: {run['status']}")
+    if "error" in run:
+        say(run["error"])
+    report(say, recording)
+    return 0
+
+
+def report(say: Callable[[str], None], recording: Recording) -> None:
+    """Images, terms and costs of a recorded run. A PSNR never stands without that of a constant colour."""
+    run = recording.run
+    if not recording.steps:
+        say("Nothing was recorded of this run yet.")
+        return
+    say("")
+    say(_image_table(recording))
+    say("")
+    if terms := _term_table(recording):
+        say(terms)
+        say("")
+    each = run["seconds_per_iteration"]
+    memory = run["peak_memory_mb"]
+    say(
+        f"{run['iterations']['done']} of {run['iterations']['total']} iterations in {run['seconds']:.1f} s"
+        + ("" if each is None else f", {each:.3f} s each")
+        + ("" if memory is None else f", at most {memory / 1000:.2f} GB of memory")
+        + f"; {len(recording.steps)} steps recorded"
+    )
+
+
+def _image_table(recording: Recording) -> str:
+    from gradinv import metrics
+
+    run = recording.run
+    true, restored = run["labels"]["true"], run["labels"]["restored"]
+    if true is None:
+        return table(("#", "restored"), [(i, recording.class_name(label)) for i, label in enumerate(restored)])
+    measured, note = run["metrics"], ""
+    if measured is None:
+        measured, note = _measured_on_frames(recording), "\n(measured on the last recorded frame, which is lossy)"
+    rows: list[tuple[object, ...]] = []
+    for index, (label, place) in enumerate(zip(true, recording.order(), strict=True)):
+        name = recording.class_name(restored[place])
+        found = name if restored[place] == label else f"{name} (wrong)"
+        rows.append((index, recording.class_name(label), found, *(c[index] for c in metrics.columns(measured))))
+    if len(rows) > 1:
+        rows.append(("", "mean", "", *(metrics.mean(column) for column in metrics.columns(measured))))
+    formatted = [
+        (*row[:3], *(figure(value, 2 if place < 3 else 3) for place, value in enumerate(row[3:]))) for row in rows
+    ]
+    header = ["#", "class", "restored"]
+    header += [f"{name} {of}" for name in ("PSNR", "SSIM") for of in ("seeds", "consensus", "constant")]
+    footer = "PSNR in dB; seeds: mean over the seeds; constant: each picture's mean colour, the baseline"
+    return table(header, formatted, numbers=range(3, 9)) + "\n" + footer + note
+
+
+def _measured_on_frames(recording: Recording) -> dict[str, Any]:
+    """The metrics of a run that never ended, as run.json would have them."""
+    from gradinv import metrics
+    from gradinv.types import GradinvError
+
+    last, originals = recording.snapshot(recording.steps[-1]), recording.originals()
+    if originals is None:
+        raise GradinvError(f"{recording.store} lacks its originals; record the run again.")
+    true = recording.run["labels"]["true"]
+
+    def measured(images: Tensor) -> dict[str, list[float | None]]:
+        return metrics.measure(images[metrics.pair(images, last.labels, originals, true)], originals)
+
+    return {
+        "seeds": [measured(pixels) for pixels in last.seeds],
+        "consensus": measured(last.consensus),
+        "baseline": metrics.measure(metrics.constant_colour(originals), originals),
+    }
+
+
+def _term_table(recording: Recording) -> str:
+    """Each term's weighted value and the matching distance, mean over the seeds, at the first and the last record."""
+    from gradinv import metrics
+
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for row in recording.curves:
+        if row["distance"] is not None:
+            rows.setdefault(row["step"], []).append(row)
+    if not rows:
+        return ""
+    ends = sorted({min(rows), max(rows)})
+    names = ["distance", *(name for name in rows[ends[0]][0] if name.endswith(".weighted"))]
+    values = [
+        (
+            name.removesuffix(".weighted"),
+            *(figure(metrics.mean([row[name] for row in rows[step]]), 4) for step in ends),
+        )
+        for name in names
+    ]
+    header = ("term (weighted)", *(f"step {step}" for step in ends))
+    return table(header, values, numbers=range(1, 1 + len(ends)))

@@ -1,0 +1,54 @@
+"""How the command speaks: text aside where the output is for a machine, tables, one sentence an error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+
+def speaker(args: argparse.Namespace) -> Callable[[str], None]:
+    """Where text for people goes: to the output, or aside where that is for a machine."""
+    stream = sys.stderr if args.json else sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=stream, flush=True)
+
+    return say
+
+
+def diagnosis(error: BaseException) -> tuple[str, int]:
+    """One sentence and the exit code: 2 for what the user can mend, 1 for what nobody foresaw."""
+    from gradinv.types import GradinvError
+
+    if isinstance(error, GradinvError):
+        return str(error), 2
+    reason = " ".join(str(error).split())
+    return f"Unexpected {type(error).__name__}: {reason or 'no reason given'} (--debug shows where).", 1
+
+
+def complain(sentence: str, code: int) -> int:
+    print(f"gradinv: {sentence}", file=sys.stderr)
+    return code
+
+
+def figure(value: object, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, float | int) else "–"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> str:
+    """Aligned columns, those of `numbers` to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def listed(words: Sequence[str], last: str) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"

@@ -1,0 +1,66 @@
+"""The settings of the attack as options: one for each field of AttackConfig."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradinv.config import AttackConfig
+from gradinv.types import GradinvError
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of AttackConfig; those left out keep the preset's value."""
+    group = parser.add_argument_group("settings of the attack (default: the preset's)")
+    for item in dataclasses.fields(AttackConfig):
+        flag = "--" + item.name.replace("_", "-")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": item.metadata["help"].replace("%", "%%")}
+        if isinstance(item.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(item.default, tuple):
+            options |= {"type": _shares, "metavar": "S,S,…"}
+        elif item.metadata["choices"]:
+            options["choices"] = item.metadata["choices"]
+        else:
+            options |= {"type": type(item.default), "metavar": "N" if isinstance(item.default, int) else "X"}
+        group.add_argument(flag, dest=_setting(item.name), **options)
+
+
+def _setting(name: str) -> str:
+    # Apart from the other options, whatever a field may be called.
+    return f"setting {name}"
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(share) for share in text.split(",") if share.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"numbers separated by commas are expected, not {text!r}") from error
+
+
+def settings_given(args: argparse.Namespace) -> dict[str, Any]:
+    """What is to differ from the preset: the configuration file's settings, then those of the command line."""
+    settings: dict[str, Any] = {}
+    if args.config is not None:
+        try:
+            settings = json.loads(Path(args.config).expanduser().read_text(encoding="utf-8"))
+        except OSError as error:
+            raise GradinvError(f"The configuration {args.config} cannot be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise GradinvError(f"The configuration {args.config} is not JSON ({error}).") from error
+        if isinstance(settings, dict) and "format" in settings and isinstance(settings.get("config"), dict):
+            settings = settings["config"]  # a run.json
+        if not isinstance(settings, dict):
+            raise GradinvError(f"The configuration {args.config} must be a JSON object of settings.")
+    given = vars(args)
+    names = (item.name for item in dataclasses.fields(AttackConfig))
+    return {**settings, **{name: given[_setting(name)] for name in names if _setting(name) in given}}
+
+
+def config_from(preset: str, model: str, settings: Mapping[str, Any]) -> AttackConfig:
+    base = AttackConfig.preset(preset, model)
+    return AttackConfig.from_dict({**base.to_dict(), **settings})

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from gradinv.models import Model
 from gradinv.types import GradinvError, Observation
 
+METHODS = ("auto", "column-minimum", "llg", "bias-corrected", "ilrg")
 
-def restore_labels(model: Model, observation: Observation, method: str = "column-minimum") -> Tensor:
-    """The batch's labels (B,), int64, most certain first: ŷ = argsort(min_m ∇_{W_{m,n}^{FC}} L)[:K] (Eqn 8).
 
-    Assumes features after a ReLU, and that no label repeats. Raises GradinvError where K exceeds the classes or the
-    gradient is not finite.
+@dataclass(frozen=True, eq=False)
+class RestoredLabels:
+    """The batch's `labels` (B,), int64, most certain first, the `method` that read them, and how far to trust them."""
+
+    labels: Tensor
+    method: str
+    confidence: float
+
+
+def restore_labels(model: Model, observation: Observation, method: str = "auto") -> RestoredLabels:
+    """Read the batch's labels from the final layer's gradient.
+
+    Raises GradinvError for an unknown method, where it needs a bias that the layer lacks, where the batch size cannot
+    be, and where the gradient is not finite.
     """
-    if method != "column-minimum":
-        raise GradinvError(f"There is no label restoration {method!r}; take column-minimum.")
+    if method not in METHODS:
+        raise GradinvError(f"There is no label restoration {method!r}; take one of {', '.join(METHODS)}.")
     name = f"{model.final}.weight"
     if name not in observation.gradients:
         raise GradinvError(f"The observation has no gradient of {name}; labels are read from it.")
-    return column_minimum(observation.gradients[name], observation.batch_size)
+    gradient = observation.gradients[name]
+    return RestoredLabels(column_minimum(gradient, observation.batch_size), "column-minimum", 1.0)
 
 
 def column_minimum(gradient: Tensor, batch_size: int) -> Tensor:

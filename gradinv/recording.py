@@ -191,7 +191,7 @@ class Recorder:
                 "device": str(model.device),
                 "threads": torch.get_num_threads(),
             },
-            "labels": {"true": self._labels, "restored": None, "method": config.labels},
+            "labels": {"true": self._labels, "restored": None, "method": config.labels, "confidence": None},
             "iterations": {"done": 0, "total": config.iterations},
             "seconds": 0.0,
             "seconds_per_iteration": None,
@@ -224,7 +224,12 @@ class Recorder:
     def _record(self, snapshot: Snapshot) -> None:
         # run.json first: a frame cannot be read without the number of labels.
         self._update(
-            labels={**self.run["labels"], "restored": list(snapshot.labels)},
+            labels={
+                "true": self._labels,
+                "restored": list(snapshot.labels),
+                "method": snapshot.label_method or self._config.labels,
+                "confidence": snapshot.label_confidence,
+            },
             iterations={"done": snapshot.step, "total": snapshot.steps},
             seconds=snapshot.seconds,
             seconds_per_iteration=snapshot.seconds / snapshot.step if snapshot.step else None,
@@ -432,6 +437,8 @@ class Recording:
             distance=tuple(row["distance"] for row in rows if row["distance"] is not None),
             seconds=rows[0]["seconds"],
             labels=labels,
+            label_method=self.run["labels"].get("method", ""),
+            label_confidence=self.run["labels"].get("confidence"),
         )
 
     def originals(self) -> Tensor | None:

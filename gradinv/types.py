@@ -149,7 +149,8 @@ class Snapshot:
     `seeds` are each seed's pixels (G, B, 3, H, W), `consensus` the group's pixels (B, 3, H, W), both in [0, 1] and at
     full size also while a coarser stage is optimised. `terms` go by name and are those of the last step. `distance`
     is, per seed, one minus the cosine similarity between the gradient of the seed's images and the observed one over
-    all matched parameters. `seconds` counts from the start of the run. `labels` are the restored labels, one an image.
+    all matched parameters. `seconds` counts from the start of the run. `labels` are the restored labels, one an image,
+    `label_method` is what read them and `label_confidence` how far to trust them, in [0, 1], None where nobody says.
     """
 
     step: int
@@ -160,6 +161,8 @@ class Snapshot:
     distance: tuple[float, ...]
     seconds: float
     labels: tuple[int, ...]
+    label_method: str = ""
+    label_confidence: float | None = None
 
     @property
     def final(self) -> bool:

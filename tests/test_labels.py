@@ -19,7 +19,7 @@ def test_column_minimum_by_hand():
 def test_restores_every_label_of_a_batch(small_model, small_batch):
     pixels, labels = small_batch
     restored = restore_labels(small_model, observe(small_model, pixels, labels))
-    assert sorted(restored.tolist()) == [1, 2, 4]
+    assert sorted(restored.labels.tolist()) == [1, 2, 4]
 
 
 @pytest.mark.parametrize("batch_size", [0, 5])

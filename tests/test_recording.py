@@ -105,7 +105,7 @@ def test_run_json_has_every_field_of_the_design(tmp_path: Path, model: Model, ob
         "device": "cpu",
         "threads": torch.get_num_threads(),
     }
-    assert run["labels"] == {"true": TRUE, "restored": list(RESTORED), "method": "column-minimum"}
+    assert run["labels"] == {"true": TRUE, "restored": list(RESTORED), "method": "column-minimum", "confidence": None}
     assert run["iterations"] == {"done": 4, "total": 4}
     assert run["seconds"] == 1.0 and run["seconds_per_iteration"] == 0.25
     assert run["peak_memory_mb"] > 10

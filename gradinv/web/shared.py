@@ -81,7 +81,7 @@ def preview(name: str, batch: tuple[tuple[str, int], ...], _pixels: Tensor) -> P
     network = model(name)
     with _using:
         observation = observe(network, _pixels, torch.tensor([label for _, label in batch]))
-    return Preview(figures.layer_norms(observation), tuple(restore_labels(network, observation).tolist()))
+    return Preview(figures.layer_norms(observation), tuple(restore_labels(network, observation).labels.tolist()))
 
 
 @st.cache_data(max_entries=256, show_spinner=False)

@@ -100,7 +100,7 @@ class AttackConfig:
     )
     labels: str = _option(
         "column-minimum",
-        "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected, iLRG (these three count "
+        "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected or iLRG (these count "
         "repeated ones), or the one that explains the gradient best",
         choices=("auto", "column-minimum", "llg", "bias-corrected", "ilrg"),
     )

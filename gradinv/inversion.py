@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from gradinv.config import AttackConfig
 from gradinv.consensus import consensus
-from gradinv.labels import restore_labels
+from gradinv.labels import RestoredLabels, restore_labels
 from gradinv.models import Model
 from gradinv.objective import Judgement, Objective
+from gradinv.prior import preview
 from gradinv.types import GradinvError, Observation, Snapshot, Term
 
 
@@ -41,16 +42,16 @@ def invert(
     """
     check_observation(model, observation)
     check_memory(model, observation.batch_size, config)
-    labels = restore_labels(model, observation, config.labels)
-    objective = Objective(model, observation, labels, config)
-    run = _Run(model, observation.batch_size, config)
-    return _iterate(run, objective, tuple(labels.tolist()), every, interval, stop or threading.Event())
+    restored = restore_labels(model, observation, config.labels)
+    objective = Objective(model, observation, restored.labels, config)
+    run = _Run(model, observation.batch_size, config, _start(model, objective, config))
+    return _iterate(run, objective, restored, every, interval, stop or threading.Event())
 
 
 def _iterate(
     run: _Run,
     objective: Objective,
-    labels: tuple[int, ...],
+    restored: RestoredLabels,
     every: int | None,
     interval: float | None,
     stop: threading.Event,
@@ -60,7 +61,7 @@ def _iterate(
     steps = run.config.iterations
 
     def snapshot(step: int) -> Snapshot:
-        return _snapshot(run, objective, judgements, step, time.perf_counter() - started, labels)
+        return _snapshot(run, objective, judgements, step, time.perf_counter() - started, restored)
 
     yield snapshot(0)
     for step in range(1, steps + 1):
@@ -78,10 +79,20 @@ def _iterate(
             return
 
 
-class _Run:
-    """The state that is optimised: every seed's images, their generators, one Adam over all."""
+def _start(model: Model, objective: Objective, config: AttackConfig) -> Tensor | None:
+    """The normalised picture (B, 3, S, S) that every seed's noise is added to, or None for noise alone."""
+    if config.start == "random" or objective.recovered is None:
+        return None
+    return model.preprocessing.normalise(preview(model, objective.recovered.features))
 
-    def __init__(self, model: Model, batch_size: int, config: AttackConfig) -> None:
+
+class _Run:
+    """The state that is optimised: every seed's images, their generators, one Adam over all.
+
+    `_group` is the group's mean that the seeds are drawn to: once registration has begun it is held between two.
+    """
+
+    def __init__(self, model: Model, batch_size: int, config: AttackConfig, start: Tensor | None = None) -> None:
         self.model = model
         self.config = config
         size = model.preprocessing.size
@@ -90,8 +101,11 @@ class _Run:
             torch.Generator(model.device).manual_seed(_seed_of(config.seed, index)) for index in range(config.seeds)
         ]
         side = self._plan[0][1]
-        start = [self._normal(index, (batch_size, 3, side, side)) for index in range(config.seeds)]
-        self.images = torch.stack(start) * config.start_scale
+        noise = [self._normal(index, (batch_size, 3, side, side)) for index in range(config.seeds)]
+        self.images = torch.stack(noise) * config.start_scale
+        if start is not None:
+            self.images += F.interpolate(start, (side, side), mode="area")
+        self._group: Tensor | None = None
         self._limits = model.preprocessing.bounds(self.images)
         self._project()
         self._adam = self._optimiser()
@@ -116,8 +130,7 @@ class _Run:
         """One iteration of every seed; None, and nothing changed, where `stop` was set on the way."""
         config = self.config
         self._enter_stage(step)
-        with torch.no_grad():
-            group = consensus(self.full_size())
+        group = self._drawn_to(step)
         judgements, gradients = [], []
         for images in self.images:
             if stop.is_set():
@@ -141,6 +154,24 @@ class _Run:
                 self.images += rate * config.noise * torch.stack(noise)
             self._project()
         return judgements
+
+    def consensus(self, step: int) -> Tensor:
+        """What the seeds agree on after `step` steps, normalised (B, 3, S, S): registered once that has begun."""
+        begun = step >= self.config.registration_start * self.config.iterations
+        with torch.no_grad():
+            return consensus(self.full_size(), self.config.registration if begun else "lazy")
+
+    def _drawn_to(self, step: int) -> Tensor:
+        """E(x̂_{g∈G}) of Eqn 11: the plain mean of this step, or the registered mean (Eqn 12), renewed at intervals."""
+        config = self.config
+        if config.group == 0:  # nothing is drawn to it
+            return self.full_size().detach().mean(0)
+        first = math.ceil(config.registration_start * config.iterations)
+        interval = max(1, round(config.registration_interval * config.iterations))
+        held = config.registration != "lazy" and step > first and (step - first) % interval > 0
+        if self._group is None or not held:
+            self._group = self.consensus(step)
+        return self._group
 
     def _enter_stage(self, step: int) -> None:
         side = next(side for first, side in reversed(self._plan) if step >= first)
@@ -242,7 +273,7 @@ def _seed_of(seed: int, index: int) -> int:
 
 
 def _snapshot(
-    run: _Run, objective: Objective, judgements: list[Judgement], step: int, seconds: float, labels: tuple[int, ...]
+    run: _Run, objective: Objective, judgements: list[Judgement], step: int, seconds: float, restored: RestoredLabels
 ) -> Snapshot:
     full = run.full_size().detach()
     preprocessing = run.model.preprocessing
@@ -258,9 +289,11 @@ def _snapshot(
         step=step,
         steps=run.config.iterations,
         seeds=preprocessing.denormalise(full).cpu(),
-        consensus=preprocessing.denormalise(consensus(full)).cpu(),
+        consensus=preprocessing.denormalise(run.consensus(step)).cpu(),
         terms=terms,
         distance=tuple(float(judgement.distance) for judgement in judgements),
         seconds=seconds,
-        labels=labels,
+        labels=tuple(restored.labels.tolist()),
+        label_method=restored.method,
+        label_confidence=restored.confidence,
     )

@@ -17,7 +17,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from gradinv.config import AttackConfig
-from gradinv.features import recover_features
+from gradinv.features import RecoveredFeatures, recover_features
 from gradinv.models import Model
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
 
@@ -87,7 +87,8 @@ def running_statistics(network: nn.Module) -> BatchNormStatistics:
 class Objective:
     """What a seed's images are judged by. Built once a run, from what the attacker has.
 
-    Calling it with a seed's normalised images gives a `Judgement`.
+    Calling it with a seed's normalised images gives a `Judgement`. `recovered` holds the features that were solved for
+    the run, where its config uses them.
     """
 
     def __init__(self, model: Model, observation: Observation, labels: Tensor, config: AttackConfig) -> None:
@@ -101,14 +102,15 @@ class Objective:
         }
         self._parameters = {name: model.network.get_parameter(name) for name in self._target}
         self._errors: Tensor | None = None
+        self.recovered: RecoveredFeatures | None = None
         self.weights: dict[str, float] = {}
         self._terms: dict[str, Term] = {}
         self._collect(model, observation, config)
 
     def _collect(self, model: Model, observation: Observation, config: AttackConfig) -> None:
         """Take the terms whose weight is not zero. All need the forward pass; only matching needs the backward."""
-        if config.features > 0 or config.errors == "recovered":
-            recovered = recover_features(model, observation, self._labels)
+        if config.features > 0 or config.errors == "recovered" or config.start == "decoder":
+            self.recovered = recovered = recover_features(model, observation, self._labels)
             if config.errors == "recovered":
                 self._errors = recovered.errors
             self._add("features", config.features, lambda e: feature_distance(e.features, recovered.features))

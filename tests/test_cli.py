@@ -335,7 +335,8 @@ def changed(item: dataclasses.Field[Any]) -> tuple[list[str], Any]:
     if isinstance(item.default, bool):
         return ([flag], True) if not item.default else ([flag.replace("--", "--no-", 1)], False)
     if choices := item.metadata["choices"]:
-        return [flag, choices[-1]], choices[-1]
+        value = next(choice for choice in reversed(choices) if choice != item.default)
+        return [flag, value], value
     value = item.default + 3 if isinstance(item.default, int) else item.default + 1 / 3
     return [flag, repr(value)], value
 

@@ -21,7 +21,7 @@ def other_value(item: dataclasses.Field[Any]) -> Any:
     if item.name == "stages":
         return (1 / 3, 2 / 3)
     if choices := item.metadata["choices"]:
-        return choices[-1]
+        return next(choice for choice in reversed(choices) if choice != item.default)
     if isinstance(item.default, bool):
         return not item.default
     return item.default + 3 if isinstance(item.default, int) else item.default + 1 / 3

@@ -6,12 +6,15 @@ import csv
 import hashlib
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.parse import urlsplit
 
 import safetensors
 import safetensors.torch
@@ -35,7 +38,10 @@ class ImageClass:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a named model without loading it. `accuracy` is top-1 in percent on validation pictures."""
+    """What is known of a named model without loading it. `accuracy` is top-1 in percent on validation pictures.
+
+    A `headless` one is published without a final layer: `gradinv head` downloads it and fits one.
+    """
 
     name: str
     description: str
@@ -45,6 +51,7 @@ class ModelInfo:
     accuracy: float
     origin: str
     sha256: str | None = None
+    headless: bool = False
 
     @property
     def bundled(self) -> bool:
@@ -84,8 +91,30 @@ MODELS = {
             accuracy=76.1,
             origin="torchvision IMAGENET1K_V1, downloaded on first use (98 MB)",
         ),
+        ModelInfo(
+            "resnet50-moco",
+            "ResNet-50 at 224 px, trained without labels (MoCo v2, 800 epochs); wants a GPU",
+            arch="resnet50",
+            size=224,
+            classes=1000,
+            accuracy=71.1,  # of the linear classifier that its authors fitted
+            origin="facebookresearch/moco, downloaded by gradinv head, which fits its final layer",
+            headless=True,
+        ),
     )
 }
+
+MOCO_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
+"""Where the MoCo v2 backbone is published, as the README of facebookresearch/moco has it; GRADINV_MOCO_URL names a
+mirror."""
+
+# That README states the first 8 of the 32 digits of the file's md5, and nothing else of it is published. They tell a
+# damaged or an exchanged file, but would not stop somebody who forges one: it is read as weights only.
+_MOCO_MD5 = "a04e12f8"
+
+# The file's size is not published. Both encoders, the queue and the momentum of the optimiser would be 370 MB; whoever
+# sends much more sends something else.
+_MOCO_MOST = 1_000_000_000
 
 # What a weights file may hold: the networks of torchvision with BN and a final linear layer called fc.
 _ARCHITECTURES: tuple[str, ...] = (
@@ -144,6 +173,18 @@ class Model:
         return logits.argmax(1).cpu()
 
 
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A network whose final layer is about to be fitted: the `model` has one, but it may mean nothing.
+
+    `arch` is torchvision's name of it, `origin` says for people where its weights are from.
+    """
+
+    model: Model
+    arch: str
+    origin: str
+
+
 def choose_device(name: str | torch.device = "auto") -> torch.device:
     """`auto` is a CUDA device where one works, else the CPU. Raises GradinvError for what this machine lacks."""
     if name == "auto":
@@ -164,24 +205,135 @@ def load_model(name: str = "auto", *, device: str | torch.device = "auto", image
     one or does not fit (naming the layer), a failed download, or a device that is not there.
     """
     target = choose_device(device)
-    if image_size is not None and not 8 <= image_size <= 1024:
-        raise GradinvError(f"The image size must be between 8 and 1024 pixels, not {image_size}.")
+    _check_size(image_size)
     if name == "auto":
         here = target.type == "cuda" and _torchvision_file("resnet50").is_file()
         name = "resnet50" if here else "resnet50-tiny"
         log.info("auto chose %s", name)
     info = MODELS.get(name)
     if info is None:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise GradinvError(f"There is no model or weights file {name!r}; named models are {', '.join(MODELS)}.")
-        model = _from_file(path, image_size)
+        model = _from_file(_existing(name), image_size)
     elif info.bundled:
         model = _bundled(info, image_size)
+    elif info.headless:
+        model = _fitted(info, image_size)
     else:
         model = _from_torchvision(info, image_size)
     model.network.eval().to(target)
     return model
+
+
+def load_backbone(
+    name: str,
+    *,
+    device: str | torch.device = "auto",
+    image_size: int | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Backbone:
+    """What `gradinv head` fits a final layer to: a named model, or a path to weights with or without one.
+
+    A path may also lead to a checkpoint of MoCo, whose query encoder is taken. The published one, `resnet50-moco`, is
+    downloaded where it is not at hand; `progress` is then called with the bytes received and the size, where the server
+    states it. Raises GradinvError as `load_model` does.
+    """
+    info = MODELS.get(name)
+    if info is not None and not info.headless:
+        model = load_model(name, device=device, image_size=image_size)
+        return Backbone(model, info.arch, info.origin)
+    target = choose_device(device)
+    _check_size(image_size)
+    path = _moco_file(progress) if info is not None else _existing(name)
+    state, metadata = _read_state(path)
+    encoder = {key.removeprefix("encoder_q."): value for key, value in state.items() if key.startswith("encoder_q.")}
+    if info is not None and not encoder:
+        raise GradinvError(f"{path} is not a checkpoint of MoCo (it has no layers encoder_q.*); remove it.")
+    size = image_size or (info.size if info is not None else _size(state, metadata))
+    # MoCo's own head, two layers before the contrast, knows no classes and is dropped.
+    state = {key: value for key, value in (encoder or state).items() if not key.startswith("fc.")}
+    arch = info.arch if info is not None else metadata.get("arch") or _guess_architecture(state)
+    network = _build(arch, 1)
+    empty = {key: torch.zeros_like(value) for key, value in network.state_dict().items() if key.startswith("fc.")}
+    _fill(network, {**state, **empty}, path.name)
+    network.eval().to(target)
+    model = Model(
+        name if info is not None else path.stem,
+        network,
+        _sha256(path),
+        _preprocessing(size),
+        _name_classes(1, {}),
+        None,
+    )
+    return Backbone(model, arch, info.origin if info is not None else path.name)
+
+
+def save_fitted(
+    path: Path, backbone: Backbone, weight: Tensor, bias: Tensor, wnids: list[str], accuracy: float, **notes: str
+) -> None:
+    """Write the backbone with a final layer `weight` (N, D), `bias` (N,) of the classes `wnids` for `load_model`.
+
+    `accuracy` is top-1 in percent; `notes` go into the file's metadata, beside what the backbone is. The file is there
+    whole or not at all. Raises GradinvError where it cannot be written.
+    """
+    model = backbone.model
+    state = {key: value.detach().cpu().contiguous() for key, value in model.network.state_dict().items()}
+    state |= {f"{model.final}.weight": weight.cpu().contiguous(), f"{model.final}.bias": bias.cpu().contiguous()}
+    metadata = {
+        "arch": backbone.arch,
+        "image_size": str(model.preprocessing.size),
+        "classes": json.dumps(wnids),
+        "accuracy": f"{accuracy:.2f}",
+        "backbone": f"{model.name}, {backbone.origin}",
+        "backbone_sha256": model.sha256,
+        **notes,
+    }
+    handle, temporary = _beside(path)
+    try:
+        os.close(handle)
+        safetensors.torch.save_file(state, temporary, metadata=metadata)
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise GradinvError(f"{path} cannot be written ({_reason(error)}); make room there or name another.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file to be written. Raises GradinvError where it could not be written there."""
+    if path.suffix != ".safetensors":
+        raise GradinvError(f"The network is written as safetensors; name a file that ends in .safetensors, not {path}.")
+    if path.is_dir():
+        raise GradinvError(f"{path} is a folder; name a file in it.")
+    handle, temporary = _beside(path)
+    os.close(handle)
+    temporary.unlink()
+
+
+def _beside(path: Path) -> tuple[int, Path]:
+    """A new file, open, in the folder that `path` is to lie in."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".part", prefix=f".{path.stem}-", dir=path.parent)
+    except OSError as error:
+        raise GradinvError(f"{path} cannot be written ({_reason(error)}); name another.") from error
+    return handle, Path(name)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def cache_folder(name: str) -> Path:
+    """The folder of that name under GRADINV_CACHE, or else under this platform's cache folder."""
+    if chosen := os.environ.get("GRADINV_CACHE"):
+        return Path(chosen).expanduser() / name
+    import pooch  # slow to import
+
+    return Path(pooch.os_cache("gradinv")) / name
+
+
+def fitted_file(name: str) -> Path:
+    """Where a named headless model lies once its final layer was fitted."""
+    return cache_folder("models") / f"{name}.safetensors"
 
 
 def imagenet_classes() -> tuple[ImageClass, ...]:
@@ -198,6 +350,18 @@ def tiny_classes() -> tuple[ImageClass, ...]:
 def _read_classes(path: Path) -> tuple[ImageClass, ...]:
     with path.open(newline="", encoding="utf-8") as file:
         return tuple(ImageClass(row["wnid"], row["name"].split(",")[0].strip()) for row in csv.DictReader(file))
+
+
+def _check_size(image_size: int | None) -> None:
+    if image_size is not None and not 8 <= image_size <= 1024:
+        raise GradinvError(f"The image size must be between 8 and 1024 pixels, not {image_size}.")
+
+
+def _existing(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise GradinvError(f"There is no model or weights file {name!r}; named models are {', '.join(MODELS)}.")
+    return path
 
 
 def _preprocessing(size: int) -> Preprocessing:
@@ -244,18 +408,90 @@ def _from_torchvision(info: ModelInfo, image_size: int | None) -> Model:
     )
 
 
+def _fitted(info: ModelInfo, image_size: int | None) -> Model:
+    path = fitted_file(info.name)
+    if not path.is_file():
+        raise GradinvError(
+            f"{info.name} has no final layer yet; fit one once with `gradinv head --imagenet DIR`, the folder of your "
+            "ImageNet pictures."
+        )
+    model = _from_file(path, image_size)
+    # A record of a run knows the classes of a named model by its name, so one of other classes needs another.
+    complete = model.classes == imagenet_classes()
+    return replace(model, name=info.name if complete else f"{info.name}-{len(model.classes)}")
+
+
+def _moco_file(progress: Callable[[int, int | None], None] | None) -> Path:
+    """The published checkpoint in the cache, fetched if it is not there or damaged."""
+    import pooch  # slow to import, and needed for nothing else here
+    import requests
+
+    pooch.get_logger().setLevel("WARNING")  # it would print the hash that it would like to be told
+    url = os.environ.get("GRADINV_MOCO_URL") or MOCO_URL
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise GradinvError(f"The address in GRADINV_MOCO_URL must begin with https:// or http://, not be {url!r}.")
+    path = cache_folder("models") / MOCO_URL.rsplit("/", 1)[-1]
+    instead = f"try again later or put the file at {path}"
+    download = partial(_download_moco, progress=progress)
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "md5").hexdigest().startswith(_MOCO_MD5):
+                    return path
+            path.unlink()
+        # Pooch knows whole hashes only, so the downloader compares what is known of this one.
+        return Path(pooch.retrieve(url, None, path.name, path.parent, downloader=download))
+    except requests.HTTPError as error:
+        raise GradinvError(f"The MoCo v2 backbone could not be downloaded ({error}); {instead}.") from error
+    except requests.RequestException as error:
+        host = urlsplit(url).netloc
+        raise GradinvError(
+            f"The MoCo v2 backbone could not be downloaded from {host}: no connection; {instead}."
+        ) from error
+    except OSError as error:
+        raise GradinvError(
+            f"The MoCo v2 backbone could not be kept in {path.parent} ({_reason(error)}); make room there or set "
+            "GRADINV_CACHE."
+        ) from error
+    except ValueError as error:  # of `_download_moco`
+        raise GradinvError(f"The MoCo v2 backbone arrived with other contents than published; {instead}.") from error
+
+
+def _download_moco(url: str, output: str, _: Any, *, progress: Callable[[int, int | None], None] | None = None) -> None:
+    """Pooch's downloader, but one that raises ValueError for what is too large or not what was published."""
+    import requests
+
+    digest = hashlib.md5(usedforsecurity=False)
+    received = 0
+    with requests.get(url, stream=True, timeout=(10, 30)) as answer:
+        answer.raise_for_status()
+        stated = answer.headers.get("Content-Length", "")
+        with open(output, "wb") as file:
+            for part in answer.iter_content(1 << 20):
+                received += len(part)
+                if received > _MOCO_MOST:
+                    raise ValueError(f"{url} has more than {_MOCO_MOST} bytes")
+                digest.update(part)
+                file.write(part)
+                if progress is not None:
+                    progress(received, int(stated) if stated.isdecimal() else None)
+    if not digest.hexdigest().startswith(_MOCO_MD5):
+        raise ValueError(f"{url} has the md5 {digest.hexdigest()}")
+
+
 def _from_file(path: Path, image_size: int | None) -> Model:
     state, metadata = _read_state(path)
     final = state.get("fc.weight")
     if final is None or final.ndim != 2:
         raise GradinvError(
-            f"{path} has no final linear layer fc.weight; only torchvision-style networks can be loaded."
+            f"{path} has no final linear layer fc.weight; torchvision-style networks are loaded, and gradinv head fits "
+            "a final layer to one that lacks it."
         )
     count = final.shape[0]
     arch = metadata.get("arch") or _guess_architecture(state)
     network = _build(arch, count)
     _fill(network, state, path.name)
-    size = image_size or int(metadata.get("image_size", 64 if count == len(tiny_classes()) else 224))
+    size = image_size or _size(state, metadata)
     accuracy = metadata.get("accuracy")
     return Model(
         path.stem,
@@ -265,6 +501,12 @@ def _from_file(path: Path, image_size: int | None) -> Model:
         _name_classes(count, metadata),
         float(accuracy) if accuracy is not None else None,
     )
+
+
+def _size(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """The side in pixels that a weights file states, or else that of the bundled or ImageNet's networks."""
+    tiny = "fc.weight" in state and len(state["fc.weight"]) == len(tiny_classes())
+    return int(metadata.get("image_size", 64 if tiny else 224))
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -84,6 +84,93 @@ def running_statistics(network: nn.Module) -> BatchNormStatistics:
     return BatchNormStatistics(means, variances)
 
 
+@contextmanager
+def forward_mode(network: nn.Module, mode: str) -> Iterator[None]:
+    """While open, the network runs as the client's did, "eval" or "train", and its buffers stay as they are.
+
+    In train mode the BN layers normalise by the batch's own statistics and do not track them. Afterwards each module
+    is as it was before.
+    """
+    before = [(module, module.training) for module in network.modules()]
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)] if mode == "train" else []
+    tracked = [(layer, layer.track_running_stats) for layer in layers]
+    network.eval()
+    try:
+        for layer in layers:
+            layer.training, layer.track_running_stats = True, False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+        for layer, tracks in tracked:
+            layer.track_running_stats = tracks
+
+
+def samples_per_layer(model: Model, batch_size: int) -> dict[str, int]:
+    """By BN layer how many values a channel's statistics are of, n = K·H·W, from a dry pass of one black image."""
+    size, samples = model.preprocessing.size, dict[str, int]()
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            samples[name] = batch_size * inputs[0].shape[2] * inputs[0].shape[3]
+
+        return hook
+
+    network = model.network
+    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers]
+    try:
+        with torch.no_grad(), forward_mode(network, "eval"):
+            network(torch.zeros(1, 3, size, size, device=model.device, dtype=next(network.parameters()).dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return samples
+
+
+def check_train_mode(model: Model, batch_size: int) -> None:
+    """Raises GradinvError where a BN layer has one value a channel, which has no variance to normalise by."""
+    single = next((name for name, count in samples_per_layer(model, batch_size).items() if count == 1), None)
+    if single is not None:
+        raise GradinvError(
+            f"In train mode one image of {model.preprocessing.size} px leaves the BN layer {single} one value a "
+            "channel, which has no variance; take more or larger images, or eval mode."
+        )
+
+
+def inferred_statistics(model: Model, observation: Observation) -> BatchNormStatistics:
+    """The client's own batch statistics from two successive running ones, those stored in the weights and `running`.
+
+    A step in train mode makes new = (1 − m)·old + m·batch with the layer's momentum m, so batch =
+    (new − (1 − m)·old)/m; torch averages unbiased variances, hence × (n − 1)/n with n = K·H·W of that layer. Raises
+    GradinvError where the client shared no running statistics or a layer's momentum does not tell.
+    """
+    if observation.running is None:
+        raise GradinvError(
+            "The client did not share its running statistics after the step, so bn=inferred is not possible; take its "
+            "gradient in train mode, or take approx or none."
+        )
+    samples = samples_per_layer(model, observation.batch_size)
+    stored = running_statistics(model.network)
+    means, variances = {}, {}
+    for name, count in samples.items():
+        momentum = model.network.get_submodule(name).momentum
+        if not isinstance(momentum, float) or momentum <= 0:  # None: torch averages over all steps so far
+            raise GradinvError(
+                f"The BN layer {name} has the momentum {momentum}, from which its batch statistics cannot be inferred; "
+                "take approx or none."
+            )
+
+        def batch(new: Tensor, old: Tensor, share: float = momentum) -> Tensor:
+            # In double precision: the division enlarges rounding.
+            return (new.to(old.device).double() - (1 - share) * old.double()) / share
+
+        means[name] = batch(observation.running.mean[name], stored.mean[name]).float()
+        unbiased = batch(observation.running.var[name], stored.var[name])
+        variances[name] = (unbiased * (count - 1) / count).clamp(min=0).float()
+    return BatchNormStatistics(means, variances)
+
+
 class Objective:
     """What a seed's images are judged by. Built once a run, from what the attacker has.
 
@@ -95,28 +182,33 @@ class Objective:
         """labels: the restored ones (B,). Raises GradinvError where the observation lacks what the config asks for."""
         self._model = model
         self._config = config
+        self._mode = observation.mode
         self._labels = labels.to(model.device)
-        self._target = {
-            name: observation.gradients[name].to(model.device, torch.float32)
-            for name in matched_parameters(model, config.layers)
-        }
+        # The control without the gradient asks for none, nor for the network to have the stages that are matched.
+        matched = matched_parameters(model, config.layers) if config.gradient > 0 else []
+        self._target = {name: observation.gradients[name].to(model.device, torch.float32) for name in matched}
+        # They stay the same, and ResNet-50 has 23 million numbers: once a run, not at each step.
+        self._squares = {name: _square(value) for name, value in self._target.items()}
         self._parameters = {name: model.network.get_parameter(name) for name in self._target}
         self._errors: Tensor | None = None
         self.recovered: RecoveredFeatures | None = None
         self.weights: dict[str, float] = {}
         self._terms: dict[str, Term] = {}
         self._collect(model, observation, config)
+        if not self._terms:
+            raise GradinvError("Every term of the objective has weight 0, so there is nothing to optimise.")
 
     def _collect(self, model: Model, observation: Observation, config: AttackConfig) -> None:
         """Take the terms whose weight is not zero. All need the forward pass; only matching needs the backward."""
-        if config.features > 0 or config.errors == "recovered" or config.start == "decoder":
+        errors = config.gradient > 0 and config.errors == "recovered"
+        if config.features > 0 or errors or config.start == "decoder":
             self.recovered = recovered = recover_features(model, observation, self._labels)
-            if config.errors == "recovered":
+            if errors:
                 self._errors = recovered.errors
             self._add("features", config.features, lambda e: feature_distance(e.features, recovered.features))
         matching = MATCHING[config.match]
-        self._add("gradient", config.gradient, lambda e: matching(e.gradients, self._target))
-        if config.bn != "none":
+        self._add("gradient", config.gradient, lambda e: matching(e.gradients, self._target, self._squares))
+        if config.bn != "none" and config.bn_weight > 0:
             targets = _bn_targets(model, observation, config)
             distance = BN_FORMS[config.bn_form]
             self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))
@@ -131,12 +223,15 @@ class Objective:
             self._terms[name] = term
 
     def evaluate(self, images: Tensor, group: Tensor) -> Evaluation:
-        """One forward pass, and where gradients are matched one backward pass, over normalised images (B, 3, S, S)."""
+        """One forward pass, and where gradients are matched one backward pass, over normalised images (B, 3, S, S).
+
+        The forward mode is the client's; the network's buffers never change.
+        """
         inputs: list[Tensor] = []
         network = self._model.network
         handle = self._model.final_layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         try:
-            with batch_statistics(network) as (means, variances):
+            with forward_mode(network, self._mode), batch_statistics(network) as (means, variances):
                 logits = network(images)
         finally:
             handle.remove()
@@ -165,7 +260,7 @@ class Objective:
         if self._config.match == "cosine":
             return raw["gradient"].detach()
         with torch.no_grad():
-            return cosine_distance(evaluation.gradients, self._target)
+            return cosine_distance(evaluation.gradients, self._target, self._squares)
 
 
 def matched_parameters(model: Model, layers: str) -> list[str]:
@@ -190,10 +285,9 @@ class _Cosine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, targets: list[Tensor], *gradients: Tensor) -> Tensor:
+    def forward(ctx: Any, targets: list[Tensor], target: Tensor, *gradients: Tensor) -> Tensor:
         dot = torch.stack([torch.dot(g.reshape(-1), t.reshape(-1)) for g, t in zip(gradients, targets, strict=True)])
-        square = torch.stack([torch.dot(g.reshape(-1), g.reshape(-1)) for g in gradients]).sum()
-        target = torch.stack([torch.dot(t.reshape(-1), t.reshape(-1)) for t in targets]).sum()
+        square = torch.stack([_square(g) for g in gradients]).sum()
         norms = (square * target).sqrt().clamp(min=torch.finfo(square.dtype).tiny)
         cosine = dot.sum() / norms
         ctx.targets = targets
@@ -204,21 +298,36 @@ class _Cosine(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         cosine, norms, square, *gradients = ctx.saved_tensors
         towards, along = -upstream / norms, upstream * cosine / square.clamp(min=torch.finfo(square.dtype).tiny)
-        return None, *(torch.addcmul(g * along, t, towards) for g, t in zip(gradients, ctx.targets, strict=True))
+        return None, None, *(torch.addcmul(g * along, t, towards) for g, t in zip(gradients, ctx.targets, strict=True))
 
 
-def cosine_distance(gradients: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-    """1 − ⟨∇, ΔW⟩ / (‖∇‖ ‖ΔW‖) over all parameters together; a scalar in [0, 2] (Geiping et al. 2020)."""
-    distance: Tensor = _Cosine.apply([target[name] for name in gradients], *gradients.values())
+def _square(values: Tensor) -> Tensor:
+    return torch.dot(values.reshape(-1), values.reshape(-1))
+
+
+def cosine_distance(
+    gradients: Mapping[str, Tensor], target: Mapping[str, Tensor], squares: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """1 − ⟨∇, ΔW⟩ / (‖∇‖ ‖ΔW‖) over all parameters together; a scalar in [0, 2] (Geiping et al. 2020).
+
+    `squares` are the squared norms of the target's tensors, where they are known.
+    """
+    norms = [_square(target[name]) if squares is None else squares[name] for name in gradients]
+    targets = [target[name] for name in gradients]
+    distance: Tensor = _Cosine.apply(targets, torch.stack(norms).sum(), *gradients.values())
     return distance
 
 
-def layer_cosine_distance(gradients: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+def layer_cosine_distance(
+    gradients: Mapping[str, Tensor], target: Mapping[str, Tensor], squares: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """The mean over parameters of each one's own cosine distance; a scalar in [0, 2]."""
-    return torch.stack([cosine_distance({name: value}, target) for name, value in gradients.items()]).mean()
+    return torch.stack([cosine_distance({name: value}, target, squares) for name, value in gradients.items()]).mean()
 
 
-def l2_distance(gradients: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+def l2_distance(
+    gradients: Mapping[str, Tensor], target: Mapping[str, Tensor], _: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """Σ_l ‖∇_{W(l)} − ΔW(l)‖₂, not squared (Eqn 3); a scalar."""
     return torch.stack([vector_norm(value - target[name]) for name, value in gradients.items()]).sum()
 
@@ -291,7 +400,7 @@ def group_distance(images: Tensor, group: Tensor) -> Tensor:
     return vector_norm(images - group)
 
 
-MATCHING: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]] = {
+MATCHING: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]] = {
     "l2": l2_distance,
     "cosine": cosine_distance,
     "layer-cosine": layer_cosine_distance,
@@ -307,6 +416,8 @@ TV_FORMS: dict[str, Callable[..., Tensor]] = {
 def _bn_targets(model: Model, observation: Observation, config: AttackConfig) -> BatchNormStatistics:
     if config.bn == "approx":
         return running_statistics(model.network)
+    if config.bn == "inferred":
+        return inferred_statistics(model, observation)
     if observation.bn is None:
         raise GradinvError(
             "The client did not share its BN statistics, so bn=exact is not possible; take approx or none."

@@ -27,6 +27,9 @@ class GradinvError(ValueError):
 Gradients: TypeAlias = Mapping[str, Tensor]
 """From parameter name to the gradient of the batch's mean cross-entropy, in the parameter's shape."""
 
+MODES = ("eval", "train")
+"""The forward modes of a client: BN by the running statistics, or by those of the batch."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -60,7 +63,10 @@ class Preprocessing:
 
 @dataclass(frozen=True, eq=False)
 class BatchNormStatistics:
-    """Per BN layer (by module name) the mean and the biased variance of its input over batch and space, each (C,)."""
+    """Per BN layer (by module name) the mean and the variance of its input over batch and space, each (C,).
+
+    The variance is the biased one, except in `Observation.running`, where it is what torch keeps.
+    """
 
     mean: Mapping[str, Tensor]
     var: Mapping[str, Tensor]
@@ -71,7 +77,9 @@ class Observation:
     """All that the attacker has. It never holds an image or a true label.
 
     `bn` is the client's own batch statistics if they leaked ("exact"), else None; the running statistics stored in
-    the weights ("approx") need no field, they are in the model. `mode` is the forward mode of the client, "eval".
+    the weights ("approx") need no field, they are in the model. `mode` is the client's forward mode, "eval" or "train".
+    A client in train mode shares `running`, its running statistics after the step, as torch keeps them (averaged with
+    the layer's momentum, unbiased variance): with those in the weights they tell the batch's own ("inferred").
     """
 
     gradients: Gradients
@@ -81,13 +89,15 @@ class Observation:
     model_sha256: str
     bn: BatchNormStatistics | None = None
     mode: str = "eval"
+    running: BatchNormStatistics | None = None
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file: tensors as they are, the rest as JSON in its metadata."""
         tensors = {f"gradient/{name}": value for name, value in self.gradients.items()}
-        if self.bn is not None:
-            tensors |= {f"bn.mean/{name}": value for name, value in self.bn.mean.items()}
-            tensors |= {f"bn.var/{name}": value for name, value in self.bn.var.items()}
+        for kind, statistics in (("bn", self.bn), ("running", self.running)):
+            if statistics is not None:
+                tensors |= {f"{kind}.mean/{name}": value for name, value in statistics.mean.items()}
+                tensors |= {f"{kind}.var/{name}": value for name, value in statistics.var.items()}
         facts = {
             "format": 1,
             "batch_size": self.batch_size,
@@ -113,23 +123,37 @@ class Observation:
             raise GradinvError(f"Cannot read an observation from {path}: {error}.") from error
         try:
             facts = json.loads(metadata["observation"])
+            if facts["format"] != 1:
+                raise GradinvError(
+                    f"The observation {path} is of format {facts['format']}, and this version reads format 1; use the "
+                    "version of gradinv that wrote it."
+                )
             shape = facts["preprocessing"]
             preprocessing = Preprocessing(
                 int(shape["size"]), int(shape["resize"]), tuple(shape["mean"]), tuple(shape["std"])
             )
-            parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "bn.mean": {}, "bn.var": {}}
+            kinds = ("gradient", "bn.mean", "bn.var", "running.mean", "running.var")
+            parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
             for key, value in tensors.items():
                 kind, name = key.split("/", 1)
                 parts[kind][name] = value
+
+            def statistics(kind: str) -> BatchNormStatistics | None:
+                mean, var = parts[f"{kind}.mean"], parts[f"{kind}.var"]
+                return BatchNormStatistics(mean, var) if mean or var else None
+
             return cls(
                 gradients=parts["gradient"],
-                batch_size=int(facts["batch_size"]),
+                batch_size=facts["batch_size"],
                 preprocessing=preprocessing,
                 model_name=facts["model_name"],
                 model_sha256=facts["model_sha256"],
-                bn=BatchNormStatistics(parts["bn.mean"], parts["bn.var"]) if parts["bn.mean"] else None,
+                bn=statistics("bn"),
                 mode=facts["mode"],
+                running=statistics("running"),
             )
+        except GradinvError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise GradinvError(f"{path} is a safetensors file, but not an observation: {error!r}.") from error
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.models import Model
-from gradinv.objective import batch_statistics
-from gradinv.types import BatchNormStatistics, GradinvError, Observation
+from gradinv.objective import batch_statistics, check_train_mode, running_statistics
+from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 
 
-def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = False) -> Observation:
+def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = False, mode: str = "eval") -> Observation:
     """What the server receives: ∇_W of the mean cross-entropy of the batch, ΔW = (1/K) Σ_k ∇_W L(x*_k, y*_k).
 
-    pixels: (B, 3, S, S) in [0, 1]; labels: (B,) int64. The network runs in eval mode and keeps its running
-    statistics. With `share_bn` the batch's own BN statistics leak as well. Raises GradinvError for an empty batch,
-    a wrong size, or labels that the model lacks.
+    pixels: (B, 3, S, S) in [0, 1]; labels: (B,) int64. In eval mode BN normalises by the running statistics; in train
+    mode by the batch's own, and the client then shares its running statistics after the step. The model's own are
+    never touched. With `share_bn` the batch's own BN statistics leak as well, as they are in that mode. Raises
+    GradinvError for an empty batch, a wrong size, labels that the model lacks, another mode, or a batch that is too
+    small for train mode.
     """
+    if mode not in MODES:
+        raise GradinvError(f"The client's forward mode is one of {' or '.join(MODES)}, not {mode!r}.")
     size = model.preprocessing.size
     if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (3, size, size):
         raise GradinvError(
@@ -26,7 +32,10 @@ def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = Fa
         )
     if labels.shape != (len(pixels),) or labels.min() < 0 or labels.max() >= len(model.classes):
         raise GradinvError(f"Each image needs one label between 0 and {len(model.classes) - 1}.")
-    network = model.network.eval()
+    if mode == "train":
+        check_train_mode(model, len(pixels))
+    # A client's training step updates its copy of the running statistics, as torch does it.
+    network = copy.deepcopy(model.network).train() if mode == "train" else model.network.eval()
     normalised = model.preprocessing.normalise(pixels.to(model.device, torch.float32))
     with batch_statistics(network) as (means, variances):
         loss = F.cross_entropy(network(normalised), labels.to(model.device))
@@ -45,4 +54,6 @@ def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = Fa
         model_name=model.name,
         model_sha256=model.sha256,
         bn=bn,
+        mode=mode,
+        running=running_statistics(network) if mode == "train" else None,
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -14,7 +15,9 @@ from gradinv.objective import (
     bn_distance,
     cosine_distance,
     feature_distance,
+    forward_mode,
     group_distance,
+    inferred_statistics,
     l2_distance,
     layer_cosine_distance,
     luma_chroma_variation,
@@ -22,6 +25,7 @@ from gradinv.objective import (
     paper_variation,
     relative_bn_distance,
     running_statistics,
+    samples_per_layer,
 )
 from gradinv.types import BatchNormStatistics, GradinvError, Preprocessing
 from gradinv.victim import observe
@@ -118,12 +122,14 @@ def double(model: Model) -> Model:
         {"match": "cosine", "gradient": 1.0, "features": 0.5, "bn_form": "relative", "tv_form": "luma-chroma"},
         {"match": "layer-cosine", "gradient": 1.0, "layers": "layer4", "bn": "none", "tv_form": "rgb", "seeds": 1},
         {"errors": "recovered", "match": "cosine", "gradient": 1.0, "bn": "exact"},
+        {"bn": "inferred", "bn_form": "relative", "match": "cosine", "gradient": 1.0},
     ],
 )
 def test_pixel_gradient_agrees_with_numerical_differences(small_model, small_batch, changes):
     """The double backward through the network, every term together, against finite differences."""
     pixels, labels = small_batch
-    observation = observe(small_model, pixels, labels, share_bn=True)
+    mode = "train" if changes.get("bn") == "inferred" else "eval"
+    observation = observe(small_model, pixels, labels, share_bn=True, mode=mode)
     model = double(small_model)
     objective = Objective(model, observation, labels, AttackConfig(**changes))
     objective._target = {name: value.double() for name, value in objective._target.items()}
@@ -151,6 +157,102 @@ def test_the_true_images_have_no_distance(small_model, small_batch):
     assert judgement.raw["gradient"].abs().item() < 1e-5
     assert judgement.raw["bn"].item() < 1e-4
     assert judgement.distance.item() == judgement.raw["gradient"].item()
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("form", ["raw", "relative"])
+def test_the_true_images_have_no_distance_whatever_tells_the_batch_statistics(small_model, small_batch, mode, form):
+    """In the client's forward mode the true images explain everything; in the other one they do not."""
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels, labels, share_bn=True, mode=mode)
+    images = small_model.preprocessing.normalise(pixels)
+
+    def judged(bn, observation=observation):
+        config = AttackConfig(match="cosine", gradient=1.0, bn=bn, bn_form=form, features=1.0, seeds=1)
+        return Objective(small_model, observation, labels, config)(images, images).raw
+
+    for bn in ("exact", "inferred") if mode == "train" else ("exact",):
+        raw = judged(bn)
+        assert raw["gradient"].abs().item() < 1e-5 and raw["bn"].item() < 1e-4, bn
+        # The final layer's closed form holds in both modes.
+        assert raw["features"].item() < 1e-4
+    assert judged("approx")["bn"].item() > 0.01
+    other = dataclasses.replace(observation, mode="eval" if mode == "train" else "train")
+    assert judged("exact", other)["gradient"].item() > 1e-3 and judged("exact", other)["bn"].item() > 0.01
+
+
+def test_inferred_statistics_are_the_batchs_own(small_model, small_batch):
+    """Two layers of different n = K·H·W, with momenta that are not torch's default."""
+    small_model.network.bn1.momentum, small_model.network.bn2.momentum = 0.25, 0.01
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels, labels, share_bn=True, mode="train")
+    assert samples_per_layer(small_model, 3) == {"bn1": 3 * 64, "bn2": 3 * 16}
+    inferred = inferred_statistics(small_model, observation)
+    for name in ("bn1", "bn2"):
+        torch.testing.assert_close(inferred.mean[name], observation.bn.mean[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inferred.var[name], observation.bn.var[name], rtol=1e-4, atol=1e-5)
+    # Without (n − 1)/n the second layer would be 2 % off.
+    assert ((inferred.var["bn2"] * 48 / 47 / observation.bn.var["bn2"] - 1).abs() > 0.01).all()
+
+
+def test_statistics_that_cannot_be_inferred_are_one_sentence(small_model, small_batch):
+    with pytest.raises(GradinvError, match=r"did not share its running statistics .* in train mode, or take approx"):
+        Objective(small_model, observe(small_model, *small_batch), small_batch[1], AttackConfig(bn="inferred"))
+    for momentum in (None, 0.0):
+        small_model.network.bn2.momentum = momentum
+        observation = observe(small_model, *small_batch, mode="train")
+        with pytest.raises(GradinvError, match=f"The BN layer bn2 has the momentum {momentum}, .* take approx or none"):
+            Objective(small_model, observation, small_batch[1], AttackConfig(bn="inferred"))
+
+
+def test_train_mode_leaves_buffers_and_modules_as_they_were_also_after_an_error(small_model, small_batch):
+    network = small_model.network
+    observation = observe(small_model, *small_batch, mode="train")
+    objective = Objective(small_model, observation, small_batch[1], AttackConfig(seeds=1))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    images = torch.randn(3, 3, 8, 8)
+    trained = objective(images, images).raw["gradient"]
+    with pytest.raises(RuntimeError):
+        objective(torch.randn(3, 4, 8, 8), images)
+    with pytest.raises(ZeroDivisionError), forward_mode(network, "train"):
+        assert network.bn1.training and not network.training
+        raise ZeroDivisionError
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(not module.training for module in network.modules())
+    assert network.bn1.track_running_stats and not network.bn1._forward_pre_hooks
+    network.train()
+    with forward_mode(network, "eval"):
+        assert not network.bn1.training
+    assert network.bn1.training and network.training, "also a network that somebody left in train mode is given back"
+    assert torch.equal(objective(images, images).raw["gradient"], trained), "the client's mode counts, not the model's"
+
+
+@pytest.mark.parametrize("bn", ["approx", "exact", "inferred", "none"])
+def test_the_control_without_the_gradient_needs_nothing_but_its_own_terms(small_model, small_batch, bn):
+    """The demo preset asks for a stage and for recovered errors: without the gradient neither is needed."""
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels, labels, share_bn=True, mode="train")
+    config = AttackConfig.preset("demo", gradient=0.0, features=0.0, bn=bn)
+    repeated = dataclasses.replace(observation, gradients={})
+    objective = Objective(small_model, repeated, labels, config)
+    images = torch.randn(3, 3, 8, 8, requires_grad=True)
+    judgement = objective(images, images)
+    assert set(judgement.raw) == ({"tv"} if bn == "none" else {"bn", "tv"}) and objective.recovered is None
+    (gradient,) = torch.autograd.grad(judgement.total, images)
+    assert torch.isfinite(gradient).all() and gradient.any() and math.isnan(judgement.distance.item())
+
+
+def test_an_objective_without_terms_is_refused(small_model, small_batch):
+    config = AttackConfig(gradient=0.0, bn_weight=0.0, tv=0.0, l2=0.0, group=0.0)
+    with pytest.raises(GradinvError, match="Every term of the objective has weight 0"):
+        Objective(small_model, observe(small_model, *small_batch), small_batch[1], config)
+
+
+def test_known_norms_of_the_target_change_nothing():
+    found, target = ({name: torch.randn(50) for name in "ab"} for _ in range(2))
+    squares = {name: value.dot(value) for name, value in target.items()}
+    for distance in (cosine_distance, layer_cosine_distance):
+        assert torch.equal(distance(found, target), distance(found, target, squares))
 
 
 def test_total_is_the_weighted_sum_and_zero_weights_leave_no_term(small_model, small_batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,42 @@ def test_observation_survives_its_file(leaked: bool, tmp_path: Path) -> None:
     else:
         assert loaded.bn is not None
         assert torch.equal(loaded.bn.mean["bn1"], bn.mean["bn1"]) and torch.equal(loaded.bn.var["bn1"], bn.var["bn1"])
+    assert loaded.running is None
+
+
+def test_running_statistics_survive_the_file_of_a_client_in_train_mode(tmp_path: Path) -> None:
+    running = BatchNormStatistics({"bn1": torch.randn(5)}, {"bn1": torch.rand(5)})
+    dataclasses.replace(observation(), mode="train", running=running).save(tmp_path / "gradient.safetensors")
+    loaded = Observation.load(tmp_path / "gradient.safetensors")
+    assert loaded.mode == "train" and loaded.bn is None and loaded.running is not None
+    assert torch.equal(loaded.running.mean["bn1"], running.mean["bn1"])
+    assert torch.equal(loaded.running.var["bn1"], running.var["bn1"])
+
+
+def test_the_file_is_read_by_what_it_says(tmp_path: Path) -> None:
+    """The layout that earlier versions wrote, by hand; and one that a later version might write."""
+    facts = {
+        "format": 1,
+        "batch_size": 2,
+        "preprocessing": dataclasses.asdict(PREPROCESSING),
+        "model_name": "small",
+        "model_sha256": "0" * 64,
+        "mode": "eval",
+    }
+    tensors = {"gradient/fc.bias": torch.randn(4), "bn.mean/bn1": torch.randn(5), "bn.var/bn1": torch.rand(5)}
+    path = tmp_path / "gradient.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"observation": json.dumps(facts)})
+    loaded = Observation.load(path)
+    assert torch.equal(loaded.gradients["fc.bias"], tensors["gradient/fc.bias"])
+    assert loaded.preprocessing == PREPROCESSING and loaded.running is None and loaded.bn is not None
+    safetensors.torch.save_file(tensors, path, metadata={"observation": json.dumps({**facts, "format": 2})})
+    with pytest.raises(GradinvError, match=r"is of format 2, and this version reads format 1; use the version"):
+        Observation.load(path)
 
 
 def test_observation_holds_neither_images_nor_labels() -> None:
     names = {field.name for field in dataclasses.fields(Observation)}
-    assert names == {"gradients", "batch_size", "preprocessing", "model_name", "model_sha256", "bn", "mode"}
+    assert names == {"gradients", "batch_size", "preprocessing", "model_name", "model_sha256", "bn", "mode", "running"}
 
 
 def test_a_view_is_saved_as_it_reads(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from gradinv.config import AttackConfig
 from gradinv.consensus import consensus
 from gradinv.inversion import estimate_memory, invert, learning_rate, stage_plan, upsample
 from gradinv.metrics import constant_colour, pair, psnr
-from gradinv.types import GradinvError
+from gradinv.types import BatchNormStatistics, GradinvError
 from gradinv.victim import observe
 
 CONFIG = AttackConfig(
@@ -174,22 +174,76 @@ def broken(observation, name, value):
     return dataclasses.replace(observation, gradients={**observation.gradients, name: value})
 
 
-def test_observations_that_do_not_fit_are_refused_in_one_sentence(small_model, observation):
+def test_observations_that_do_not_fit_are_refused_in_one_sentence(small_model, small_batch, observation):
     nan = observation.gradients["conv1.weight"].clone()
     nan[0, 0, 0, 0] = math.nan
-    missing = {name: value for name, value in observation.gradients.items() if name != "bn1.bias"}
+    missing = {name: value for name, value in observation.gradients.items() if not name.startswith("bn1")}
+    wrapped = {**observation.gradients, "module.fc.weight": torch.zeros(6, 16)}
+    zero = {name: torch.zeros_like(value) for name, value in observation.gradients.items()}
+    shape = small_model.preprocessing
+    train = observe(small_model, *small_batch, share_bn=True, mode="train")
+
+    def changed(**changes):
+        return dataclasses.replace(observation, **changes)
+
     cases = [
-        (broken(observation, "conv1.weight", nan), "conv1.weight holds values that are not finite"),
+        (broken(observation, "conv1.weight", nan), "gradient of conv1.weight holds values that are not finite"),
         (broken(observation, "bn1.weight", torch.zeros(3)), r"bn1.weight has the shape \(3,\) instead of \(8,\)"),
-        (dataclasses.replace(observation, gradients=missing), "lacks the gradient of bn1.bias"),
-        (dataclasses.replace(observation, model_sha256="f" * 64), "other weights"),
-        (dataclasses.replace(observation, mode="train"), "forward mode"),
-        (dataclasses.replace(observation, batch_size=0), "at least 1"),
-        (dataclasses.replace(observation, batch_size=7), "between 1 and the 6 classes, not 7"),
+        (broken(observation, "bn1.weight", torch.ones(8, dtype=torch.int64)), "bn1.weight holds torch.int64; float"),
+        (changed(gradients=missing), "lacks the gradient of bn1.weight and 1 more; small has 8 parameters"),
+        (changed(gradients=wrapped), "a gradient of module.fc.weight, which small does not have"),
+        (changed(gradients=zero), "Every gradient of the observation is zero"),
+        (changed(model_sha256="f" * 64), r"other weights of small \(sha256 ffffffff…\) .* \(sha256 00000000…\)"),
+        (changed(model_name="large", model_sha256="f" * 64), "is of the network large .*, not of small .*; load that"),
+        (changed(preprocessing=dataclasses.replace(shape, size=16)), "of 16-px images, the model is set to 8 px"),
+        (changed(preprocessing=dataclasses.replace(shape, resize=9)), "preprocessing .*resize=9.* is not the model's"),
+        (changed(mode="training"), "must be eval or train, not 'training'"),
+        (changed(mode=None), "must be eval or train, not None"),
+        (changed(running=train.running), "its forward mode is eval, in which none are kept"),
+        (changed(batch_size=0), "a whole number of at least 1, not 0"),
+        (changed(batch_size=2.5), "a whole number of at least 1, not 2.5"),
+        (changed(batch_size=True), "a whole number of at least 1, not True"),
+        (changed(batch_size=7), "between 1 and the 6 classes, not 7"),
     ]
+    for kind, whose in (("bn", "batch"), ("running", "running")):
+        given = getattr(train, kind)
+
+        def with_statistics(mean=given.mean, var=given.var, kind=kind):
+            return dataclasses.replace(train, **{kind: BatchNormStatistics(mean, var)})
+
+        cases += [
+            (with_statistics(mean={"bn1": given.mean["bn1"]}), f"{whose} statistics lack the mean of the BN layer bn2"),
+            (with_statistics(var={}), f"{whose} statistics lack the variance of the BN layer bn1 and 1 more"),
+            (with_statistics(mean={**given.mean, "bn9": torch.ones(1)}), f"{whose} statistics name a BN layer bn9"),
+            (
+                with_statistics(var={**given.var, "bn1": torch.ones(5)}),
+                rf"{whose} variance of the BN layer bn1 has the shape \(5,\) instead of \(8,\)",
+            ),
+            (
+                with_statistics(mean={**given.mean, "bn1": given.mean["bn1"] * math.nan}),
+                f"{whose} mean of the BN layer bn1 holds values that are not finite",
+            ),
+            (with_statistics(var={**given.var, "bn2": -given.var["bn2"]}), f"{whose} variance .* bn2 is negative"),
+        ]
     for wrong, sentence in cases:
-        with pytest.raises(GradinvError, match=sentence):
+        with pytest.raises(GradinvError, match=sentence) as refused:
             invert(small_model, wrong, CONFIG)
+        assert str(refused.value).count(". ") == 0 and str(refused.value).endswith(".")
+
+
+def test_a_client_in_train_mode_is_inverted_and_its_batch_statistics_help(small_model, small_batch):
+    """What the batch's own statistics take away (the images' level), only they can give back."""
+    pixels, labels = small_batch
+    before = {name: value.clone() for name, value in small_model.network.state_dict().items()}
+    shared = observe(small_model, pixels, labels, share_bn=True, mode="train")
+    reached = {}
+    for bn in ("approx", "exact", "inferred", "none"):
+        config = dataclasses.replace(CONFIG, iterations=200, bn=bn, bn_form="relative", bn_weight=0.1, seeds=1)
+        *_, last = invert(small_model, shared, config)
+        reached[bn] = psnr(last.consensus[pair(last.consensus, last.labels, pixels, labels.tolist())], pixels).mean()
+        assert max(last.distance) < 0.4
+        assert all(torch.equal(value, before[name]) for name, value in small_model.network.state_dict().items())
+    assert min(reached["exact"], reached["inferred"]) > max(reached["none"], reached["approx"]) + 2
 
 
 def test_more_seeds_than_memory_allows_are_refused_before_the_start(small_model, observation):

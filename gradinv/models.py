@@ -314,7 +314,8 @@ def _beside(path: Path) -> tuple[int, Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(suffix=".part", prefix=f".{path.stem}-", dir=path.parent)
     except OSError as error:
-        raise GradinvError(f"{path} cannot be written ({_reason(error)}); name another.") from error
+        reason = f"{path.parent} is a file" if path.parent.is_file() else _reason(error)
+        raise GradinvError(f"{path} cannot be written ({reason}); name another.") from error
     return handle, Path(name)
 
 

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,7 +107,7 @@ def breaching_attack(
         started = time.perf_counter()
         with _watched(attacker.objective, stop or threading.Event()) as stamps:
             found, _ = attacker.reconstruct([payload], [shared], {})
-    steps = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(stamps)]
     return PeerResult(
         pixels=preprocessing.denormalise(found["data"].detach().float()).cpu(),
         seconds=time.perf_counter() - started,

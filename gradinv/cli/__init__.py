@@ -13,12 +13,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradinv import __version__
-from gradinv.cli import invert, models, replay
+from gradinv.cli import evaluate, head, identify, invert, models, replay
 from gradinv.cli.say import complain, diagnosis
 
 # Each module has HELP, EXAMPLES, `add_arguments(parser, chosen)` and `run(args)`. torch takes seconds to import: only
 # the `chosen` command, the one that was typed, may need it for its arguments.
-COMMANDS: dict[str, Any] = {"invert": invert, "models": models, "replay": replay}
+COMMANDS: dict[str, Any] = {
+    "evaluate": evaluate,
+    "head": head,
+    "identify": identify,
+    "invert": invert,
+    "models": models,
+    "replay": replay,
+}
 
 DESCRIPTION = """\
 Turn the gradient that a client of federated learning shares back into the pictures behind it.
@@ -27,6 +34,7 @@ Turn the gradient that a client of federated learning shares back into the pictu
 EXAMPLES = """\
 examples:
   gradinv invert goldfish tabby lion coffee --model resnet18-tiny --seeds 1
+  gradinv identify --observation client.safetensors --imagenet val
   gradinv replay runs/20250131-120000-resnet18-tiny --gif consensus.gif
   gradinv models
 

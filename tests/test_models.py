@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import safetensors.torch
@@ -13,7 +14,16 @@ import torchvision
 
 from gradinv import models
 from gradinv.images import to_pixels
-from gradinv.models import MODELS, ModelInfo, choose_device, imagenet_classes, load_model, tiny_classes
+from gradinv.models import (
+    MODELS,
+    ModelInfo,
+    choose_device,
+    imagenet_classes,
+    load_backbone,
+    load_model,
+    save_fitted,
+    tiny_classes,
+)
 from gradinv.sources import gallery
 from gradinv.types import GradinvError
 
@@ -188,3 +198,210 @@ class TestDownload:
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Requests are not worth a line each."""
+
+
+class TestBackbone:
+    """What a final layer is fitted to, from files with one and without."""
+
+    def test_named_models_and_files_are_taken_as_they_are(self, tmp_path, resnet18):
+        bundled = load_backbone("resnet18-tiny", device="cpu", image_size=32)
+        assert bundled.arch == "resnet18" and bundled.model.sha256 == MODELS["resnet18-tiny"].sha256
+        assert bundled.model.preprocessing.size == 32
+        headless = {name: value for name, value in resnet18.items() if not name.startswith("fc.")}
+        safetensors.torch.save_file(resnet18, tmp_path / "own.safetensors", metadata={"image_size": "48"})
+        torch.save(headless, tmp_path / "headless.pth")
+        for name, size in (("own.safetensors", 48), ("headless.pth", 224)):
+            backbone = load_backbone(str(tmp_path / name), device="cpu")
+            assert backbone.arch == "resnet18" and backbone.origin == name
+            assert backbone.model.preprocessing.size == size and not backbone.model.network.training
+            state = backbone.model.network.state_dict()
+            assert all(torch.equal(state[key], value) for key, value in headless.items())
+
+    def test_files_that_do_not_fit_say_which_layer(self, tmp_path, resnet18):
+        for state, sentence in misfits(resnet18)[:4]:
+            torch.save({f"module.encoder_q.{name}": value for name, value in state.items()}, tmp_path / "own.pth")
+            with pytest.raises(GradinvError, match=sentence):
+                load_backbone(str(tmp_path / "own.pth"), device="cpu")
+        with pytest.raises(GradinvError, match="no model or weights file"):
+            load_backbone("nowhere.pth")
+        with pytest.raises(GradinvError, match="between 8 and 1024"):
+            load_backbone(str(tmp_path / "own.pth"), image_size=4)
+
+    def test_a_fitted_layer_makes_it_a_model(self, tmp_path, resnet18):
+        torch.save(resnet18, tmp_path / "own.pth")
+        backbone = load_backbone(str(tmp_path / "own.pth"), device="cpu", image_size=32)
+        weight, bias = torch.randn(2, 512), torch.randn(2)
+        path = tmp_path / "fitted.safetensors"
+        save_fitted(path, backbone, weight, bias, ["n02129165", "n01443537"], 61.236, fit="by hand")
+        model = load_model(str(path), device="cpu")
+        assert [item.name for item in model.classes] == ["lion", "goldfish"] and model.accuracy == 61.24
+        assert torch.equal(model.final_layer.weight, weight) and torch.equal(model.final_layer.bias, bias)
+        pixels = torch.rand(2, 3, 32, 32)
+        full = torchvision.models.resnet18(num_classes=2)
+        full.load_state_dict({**resnet18, "fc.weight": weight, "fc.bias": bias})
+        assert torch.equal(model.predict(pixels), full.eval()(model.preprocessing.normalise(pixels)).argmax(1))
+        with safetensors.safe_open(path, framework="pt") as file:
+            assert file.metadata()["fit"] == "by hand" and file.metadata()["backbone"] == "own, own.pth"
+
+
+def checkpoint(encoder, zipped):
+    """The bytes of a file with all that MoCo's training writes; without `zipped` in the format of its year."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], 0.03, momentum=0.9)
+    parameter.sum().backward()
+    optimizer.step()
+    query = {name: value for name, value in encoder.items() if not name.startswith("fc.")}
+    query |= {"fc.0.weight": torch.ones(512, 512), "fc.0.bias": torch.ones(512)}
+    query |= {"fc.2.weight": torch.ones(128, 512), "fc.2.bias": torch.ones(128)}
+    state = {f"module.encoder_q.{name}": value.half() for name, value in query.items()}
+    state |= {"module.encoder_k.conv1.weight": torch.zeros(64, 3, 7, 7), "module.queue": torch.zeros(128, 8)}
+    state |= {"module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    content = {"epoch": 800, "arch": "resnet50", "state_dict": state, "optimizer": optimizer.state_dict()}
+    packed = io.BytesIO()
+    torch.save(content, packed, _use_new_zipfile_serialization=zipped)
+    return packed.getvalue()
+
+
+class MocoServer(ThreadingHTTPServer):
+    """Serves `body`, states that it is longer by `claim`, and counts what it was asked for; None is not found."""
+
+    body: bytes | None = None
+    claim = 0
+    asked = 0
+
+
+class MocoHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked += 1
+        if self.server.body is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.body) + self.server.claim))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *args: object) -> None:
+        """Requests are not worth a line each."""
+
+
+class TestMoco:
+    """The published checkpoint's way into the cache, from a local server with a small one of the same layout."""
+
+    INFO = ModelInfo(
+        "resnet50-moco", "", arch="resnet18", size=32, classes=1000, accuracy=71.1, origin="", headless=True
+    )
+
+    @pytest.fixture
+    def server(self, tmp_path, monkeypatch, resnet18):
+        monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setitem(MODELS, "resnet50-moco", self.INFO)
+        with MocoServer(("127.0.0.1", 0), MocoHandler) as server:
+            self.serve(server, checkpoint(resnet18, zipped=True), monkeypatch)
+            monkeypatch.setenv("GRADINV_MOCO_URL", f"http://127.0.0.1:{server.server_port}/mirror/moco.pth.tar")
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            yield server
+            server.shutdown()
+            thread.join()
+
+    def serve(self, server, body, monkeypatch):
+        """Give out a file, and know of it what is known of the published one."""
+        server.body = body
+        monkeypatch.setattr(models, "_MOCO_MD5", hashlib.md5(body).hexdigest()[:8])
+
+    def kept(self, tmp_path):
+        """The names in the cache."""
+        folder = tmp_path / "cache" / "models"
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_first_use_downloads_and_the_second_needs_no_server(self, server, tmp_path, monkeypatch, resnet18, zipped):
+        self.serve(server, checkpoint(resnet18, zipped), monkeypatch)
+        reported = []
+        first = load_backbone("resnet50-moco", device="cpu", progress=lambda *numbers: reported.append(numbers))
+        assert reported[-1] == (len(server.body), len(server.body)) and len(reported) > 1
+        assert first.model.name == "resnet50-moco" and first.model.preprocessing.size == 32
+        assert first.model.sha256 == hashlib.sha256(server.body).hexdigest()
+        state = first.model.network.state_dict()
+        encoder = {name: value for name, value in resnet18.items() if not name.startswith("fc.")}
+        assert set(state) == {*encoder, "fc.weight", "fc.bias"} and state["fc.weight"].shape == (1, 512)
+        assert all(torch.equal(state[name], value.half().to(value.dtype)) for name, value in encoder.items())
+        server.body = None
+        load_backbone("resnet50-moco", device="cpu")
+        assert server.asked == 1 and self.kept(tmp_path) == ["moco_v2_800ep_pretrain.pth.tar"]
+
+    def test_without_a_final_layer_the_command_is_named(self, server):
+        with pytest.raises(GradinvError, match=r"no final layer yet; fit one once with `gradinv head --imagenet DIR`"):
+            load_model("resnet50-moco", device="cpu")
+        assert server.asked == 0
+
+    def test_a_damaged_file_in_the_cache_is_fetched_again(self, server, tmp_path):
+        path = tmp_path / "cache" / "models" / "moco_v2_800ep_pretrain.pth.tar"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(server.body[:1000])
+        load_backbone("resnet50-moco", device="cpu")
+        assert path.read_bytes() == server.body and server.asked == 1
+
+    def test_a_wrong_hash_is_refused_and_nothing_is_kept(self, server, tmp_path):
+        server.body += b"tampered"
+        with pytest.raises(
+            GradinvError, match=r"other contents than published; try again later or put the file at .*tar"
+        ):
+            load_backbone("resnet50-moco", device="cpu")
+        assert self.kept(tmp_path) == []
+
+    def test_more_than_a_checkpoint_can_be_is_not_received(self, server, tmp_path, monkeypatch):
+        monkeypatch.setattr(models, "_MOCO_MOST", len(server.body) - 1)
+        with pytest.raises(GradinvError, match="other contents than published"):
+            load_backbone("resnet50-moco", device="cpu")
+        assert self.kept(tmp_path) == []
+
+    def test_a_missing_file_names_the_way_out(self, server, tmp_path):
+        server.body = None
+        with pytest.raises(GradinvError, match=r"could not be downloaded \(404.*try again later or put the file at"):
+            load_backbone("resnet50-moco", device="cpu")
+        assert self.kept(tmp_path) == []
+
+    def test_a_connection_that_breaks_off_leaves_nothing(self, server, tmp_path):
+        server.body, server.claim = server.body[:-1000], 1000
+        with pytest.raises(GradinvError, match=r"could not be downloaded from 127\.0\.0\.1:\d+: no connection"):
+            load_backbone("resnet50-moco", device="cpu")
+        assert self.kept(tmp_path) == []
+
+    def test_an_address_that_is_none_is_refused(self, server, monkeypatch):
+        monkeypatch.setenv("GRADINV_MOCO_URL", "mirror/moco.pth.tar")
+        with pytest.raises(GradinvError, match="must begin with https://"):
+            load_backbone("resnet50-moco", device="cpu")
+
+    def test_a_cache_that_cannot_be_written(self, server, tmp_path):
+        (tmp_path / "cache").touch()
+        with pytest.raises(GradinvError, match=r"could not be kept in .*make room there or set GRADINV_CACHE"):
+            load_backbone("resnet50-moco", device="cpu")
+
+    def test_a_file_of_another_layout_is_refused(self, server, monkeypatch, resnet18):
+        packed = io.BytesIO()
+        torch.save({"state_dict": resnet18}, packed)
+        self.serve(server, packed.getvalue(), monkeypatch)
+        with pytest.raises(GradinvError, match=r"is not a checkpoint of MoCo \(it has no layers encoder_q"):
+            load_backbone("resnet50-moco", device="cpu")
+
+    def test_what_is_more_than_weights_is_not_executed(self, server, monkeypatch, tmp_path):
+        class Bomb:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "executed"), "w"))
+
+        packed = io.BytesIO()
+        torch.save({"state_dict": {"module.encoder_q.conv1.weight": Bomb()}}, packed)
+        self.serve(server, packed.getvalue(), monkeypatch)
+        with pytest.raises(GradinvError, match="cannot be read as weights"):
+            load_backbone("resnet50-moco", device="cpu")
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_damaged_fitted_network_is_refused(self, server):
+        path = models.fitted_file("resnet50-moco")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"damaged")
+        with pytest.raises(GradinvError, match="cannot be read as weights"):
+            load_model("resnet50-moco", device="cpu")

@@ -1,23 +1,37 @@
 """How close reconstructions come to the originals. Only the evaluation calls this: the attack never sees an original.
 
-Everything here takes pixels in [0, 1] of shape (B, 3, H, W) and answers one number an image.
+Everything here takes pixels in [0, 1] of shape (B, 3, H, W) and answers one value an image.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torchvision
 from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradinv.gallery import Gallery, pooled
+from gradinv.models import Model
 from gradinv.types import GradinvError
 
 SSIM_WINDOW = 7  # pixels a side of the uniform window
+LPIPS_LEAST = 31  # pixels a side that AlexNet's layers need
+
+LPIPS_ABSENT = (
+    "LPIPS was not measured: it needs images of at least 31 px, pip install 'gradinv[metrics]', and AlexNet's weights, "
+    "which are downloaded on first use."
+)
+"""What stands beside an LPIPS that is None."""
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
@@ -46,17 +60,109 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     )
 
 
+def fft2d(images: Tensor, originals: Tensor) -> Tensor:
+    """Distance of the 2-D Fourier magnitudes in [0, 1], insensitive to translation, per image: (B,) float64.
+
+    (1/3) Σ_c ( (1/HW) Σ_{u,v} (|F x_c|(u, v) − |F y_c|(u, v))² )^½ with the orthonormal transform F: the root mean
+    square difference, averaged over the channels. The paper reports an "FFT2D" without a definition; this one is ours.
+    It is 0 for images that are circular shifts of each other, at most the root mean square error of the pixels in each
+    channel, and does not depend on the size: the same picture tiled has the same distance.
+    """
+    _same_shape(images, originals)
+    a, b = (torch.fft.rfft2(x.detach().cpu().double(), norm="ortho").abs() for x in (images, originals))
+    # Half of the frequencies say all of a real image: those between the first column and the middle one count twice.
+    width = images.shape[-1]
+    counts = torch.full((a.shape[-1],), 2.0, dtype=torch.float64)
+    counts[0] = 1
+    if width % 2 == 0:
+        counts[-1] = 1
+    squares = ((a - b).square() * counts).sum(dim=(2, 3)) / (images.shape[-2] * width)
+    return squares.sqrt().mean(dim=1)
+
+
+def lpips(images: Tensor, originals: Tensor) -> Tensor:
+    """Learned perceptual distance (Zhang et al. 2018), smaller is nearer, per image: (B,) float64.
+
+    Version 0.1 on AlexNet, the default of the package `lpips` (the paper does not name its network). Raises
+    GradinvError where the package is not installed, AlexNet's weights (233 MB, downloaded on first use) cannot be had,
+    or images are smaller than 31 px.
+    """
+    _same_shape(images, originals)
+    if min(images.shape[-2:]) < LPIPS_LEAST:
+        raise GradinvError(f"LPIPS needs images of at least {LPIPS_LEAST} × {LPIPS_LEAST} pixels.")
+    network = _lpips_network()
+    if isinstance(network, GradinvError):
+        raise network
+    with torch.no_grad():
+        return torch.cat(
+            [
+                network(a[None], b[None], normalize=True).flatten()
+                for a, b in zip(images.detach().cpu().float(), originals.detach().cpu().float(), strict=True)
+            ]
+        ).double()
+
+
+@cache
+def _lpips_network() -> nn.Module | GradinvError:
+    """The network, or why it cannot be had: what was not there is not looked for once more by this process."""
+    try:
+        package: Any = importlib.import_module("lpips")
+    except ImportError:
+        return GradinvError("LPIPS needs the package lpips; install it with pip install 'gradinv[metrics]'.")
+    weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except Exception as error:  # of the network, the disk, and a dozen types for a file that is damaged
+        reason = " ".join(str(error).split())
+        return GradinvError(
+            f"AlexNet's weights for LPIPS could not be downloaded or read ({reason}); put the published "
+            f"{weights.url.rsplit('/', 1)[-1]} into {torch.hub.get_dir()}/checkpoints."
+        )
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # the package calls torchvision as that was called years ago
+        network: nn.Module = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    # By hand, because the package would download without a check. Its five slices number the layers as AlexNet does.
+    slices: nn.Module = network.get_submodule("net")
+    slices.load_state_dict({name: state[f"features.{name.split('.', 1)[1]}"] for name in slices.state_dict()})
+    return network.eval()
+
+
+def iip(model: Model, images: Tensor, own: Sequence[int], gallery: Gallery) -> Tensor:
+    """Whether each reconstruction identifies its original among all pictures of the gallery: (B,) bool (Fig. 8).
+
+    True where the picture whose pooled features have the highest cosine similarity with those of the reconstruction is
+    its own original, `own` being the originals' places in the gallery (`gallery.index`). The mean over images is the
+    image identification precision. An image that is not finite identifies nothing. images: pixels (B, 3, S, S) of the
+    model's size. Raises GradinvError where places are missing or not in the gallery.
+    """
+    if len(own) != len(images) or not all(0 <= place < len(gallery.paths) for place in own):
+        raise GradinvError(
+            f"{len(images)} images need as many places of originals among the gallery's {len(gallery.paths)} pictures."
+        )
+    similarity, places = gallery.match(pooled(model, images), 1)
+    return similarity[:, 0].isfinite() & (places[:, 0] == torch.tensor(own))
+
+
 def constant_colour(originals: Tensor) -> Tensor:
     """The baseline: each original's mean colour everywhere, (B, 3, H, W). No constant colour has a higher PSNR."""
     return originals.mean(dim=(2, 3), keepdim=True).expand_as(originals).clone()
 
 
-def measure(images: Tensor, originals: Tensor) -> dict[str, list[float | None]]:
-    """PSNR and SSIM per image as JSON can hold them: `{"psnr": […], "ssim": […]}`.
+MEASURES = {"psnr": psnr, "ssim": ssim, "fft2d": fft2d, "lpips": lpips}
 
-    What is not a finite number is None: the PSNR of identical images is infinite, that of diverged ones undefined.
+
+def measure(images: Tensor, originals: Tensor, names: Sequence[str] = tuple(MEASURES)) -> dict[str, list[float | None]]:
+    """The named metrics per image as JSON can hold them: `{"psnr": […], "ssim": […], "fft2d": […], "lpips": […]}`.
+
+    What is not a finite number is None: the PSNR of identical images is infinite, that of diverged ones undefined. So
+    is an LPIPS that cannot be had (`LPIPS_ABSENT` says why).
     """
-    values = {"psnr": psnr(images, originals), "ssim": ssim(images, originals)}
+    values = {name: MEASURES[name](images, originals) for name in names if name != "lpips"}
+    if "lpips" in names:
+        try:
+            values["lpips"] = lpips(images, originals)
+        except GradinvError:
+            values["lpips"] = torch.full((len(images),), math.nan)
     return {name: [x if math.isfinite(x) else None for x in column.tolist()] for name, column in values.items()}
 
 

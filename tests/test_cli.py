@@ -22,9 +22,10 @@ import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
+from torch import Tensor
 
 import gradinv
-from gradinv import cli, inversion, victim
+from gradinv import cli, inversion, metrics, victim
 from gradinv.cli.invert import signals_set
 from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import AttackConfig
@@ -100,11 +101,11 @@ def test_invert_prints_the_table_and_keeps_the_run(tmp_path: Path) -> None:
     top = next(index for index, line in enumerate(lines) if line.startswith("#"))
     header, goldfish, tabby, mean = (line.split() for line in lines[top : top + 4])
     assert " ".join(header) == (
-        "# class restored PSNR seeds PSNR consensus PSNR constant SSIM seeds SSIM consensus SSIM constant"
+        "# class restored PSNR seeds PSNR consensus PSNR constant SSIM seeds SSIM consensus SSIM constant FFT2D LPIPS"
     )
     assert goldfish[:2] == ["0", "goldfish"] and tabby[:2] == ["1", "tabby"] and mean[0] == "mean"
     of = run["metrics"]
-    for name, digits, cells in (("psnr", 2, slice(-6, -3)), ("ssim", 3, slice(-3, None))):
+    for name, digits, cells in (("psnr", 2, slice(-8, -5)), ("ssim", 3, slice(-5, -2))):
         columns = [
             np.mean([seed[name] for seed in of["seeds"]], axis=0),
             of["consensus"][name],
@@ -112,6 +113,7 @@ def test_invert_prints_the_table_and_keeps_the_run(tmp_path: Path) -> None:
         ]
         assert tabby[cells] == [f"{column[1]:.{digits}f}" for column in columns]
         assert mean[cells] == [f"{np.mean(column):.{digits}f}" for column in columns]
+    assert tabby[-2] == f"{of['consensus']['fft2d'][1]:.3f}"
     assert run["status"] == "done" and run["config"]["seeds"] == 2
     assert (tmp_path / "run" / "images" / "consensus_01.png").is_file()
 
@@ -651,6 +653,36 @@ def test_an_undefined_number_is_a_dash(capsys: pytest.CaptureFixture[str], tmp_p
     assert cli.main(["replay", "run"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("0  lion")).split()
     assert row[4] == "–" and row[3] != "–"
+
+
+def test_a_run_recorded_before_there_was_an_fft2d(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["invert", "lion", *QUICK, "--out", "run"]) == 0
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    for measured in (run["metrics"]["consensus"], run["metrics"]["baseline"], *run["metrics"]["seeds"]):
+        del measured["fft2d"], measured["lpips"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    assert "FFT2D" in capsys.readouterr().out
+    assert cli.main(["replay", "run"]) == 0
+    output = capsys.readouterr().out
+    assert "SSIM constant\n" in output and "FFT2D" not in output and "LPIPS" not in output
+
+
+def test_an_lpips_that_cannot_be_had_is_a_dash_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(*_: Tensor) -> Tensor:
+        raise GradinvError("LPIPS needs the package lpips.")
+
+    monkeypatch.setattr(metrics, "lpips", absent)
+    assert cli.main(["invert", "lion", *QUICK, "--out", "run"]) == 0
+    output = capsys.readouterr().out
+    row = next(line for line in output.splitlines() if line.startswith("0  lion")).split()
+    assert row[-1] == "–" and row[-2] != "–" and metrics.LPIPS_ABSENT in output
+    monkeypatch.setattr(metrics, "lpips", lambda images, originals: torch.full((len(images),), 0.25))
+    assert cli.main(["invert", "lion", *QUICK, "--out", "other"]) == 0
+    output = capsys.readouterr().out
+    row = next(line for line in output.splitlines() if line.startswith("0  lion")).split()
+    assert row[-1] == "0.250" and metrics.LPIPS_ABSENT not in output
 
 
 def test_ctrl_c_while_torch_is_imported_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
 from gradinv import metrics
+from gradinv.gallery import Gallery, pooled
+from gradinv.models import Model
 from gradinv.types import GradinvError
 
 
@@ -169,3 +178,174 @@ def test_a_mean_with_a_gap_is_none() -> None:
     assert metrics.mean([1.0, 2.0]) == 1.5
     assert metrics.mean([1.0, None]) is None
     assert metrics.mean([]) is None
+
+
+# --- FFT2D
+
+
+def blurred(images: Tensor, side: int) -> Tensor:
+    kernel = torch.ones(3, 1, side, side) / side**2
+    padded = torch.nn.functional.pad(images, (side // 2,) * 4, mode="circular")
+    return torch.nn.functional.conv2d(padded, kernel, groups=3)
+
+
+def test_fft2d_is_its_equation() -> None:
+    for height, width in ((6, 8), (5, 7), (7, 6), (8, 1)):
+        generator = torch.Generator().manual_seed(height)
+        a, b = (torch.rand(2, 3, height, width, generator=generator) for _ in range(2))
+        expected = []
+        for x, y in zip(a.double().numpy(), b.double().numpy(), strict=True):
+            # numpy's transform is not orthonormal: |F|² / HW is that of the orthonormal one, and its mean one more.
+            squares = (np.abs(np.fft.fft2(x)) - np.abs(np.fft.fft2(y))) ** 2 / (height * width) ** 2
+            expected.append(np.mean(np.sqrt(squares.sum(axis=(1, 2)))))
+        torch.testing.assert_close(metrics.fft2d(a, b), torch.tensor(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_fft2d_of_shifted_images_is_zero_and_of_others_is_not() -> None:
+    images = random_pixels(2)
+    assert (metrics.fft2d(images, images) == 0).all()
+    assert (metrics.fft2d(images.roll((3, 5), (2, 3)), images) < 1e-12).all()
+    assert (metrics.fft2d(random_pixels(2, seed=1), images) > 0.1).all()
+
+
+def test_fft2d_grows_with_blur_and_with_noise() -> None:
+    originals = random_pixels(2)
+    noise = torch.randn(originals.shape, generator=torch.Generator().manual_seed(1))
+    for changed in ([blurred(originals, side) for side in (1, 3, 5)], [originals + s * noise for s in (0, 0.1, 0.3)]):
+        distances = torch.stack([metrics.fft2d(images, originals) for images in changed])
+        assert (distances[0] < 1e-6).all() and (distances.diff(dim=0) > 0.02).all()
+
+
+def test_fft2d_does_not_depend_on_the_size_and_is_bounded_by_the_error() -> None:
+    a, b = random_pixels(2), random_pixels(2, seed=1)
+    torch.testing.assert_close(metrics.fft2d(a.repeat(1, 1, 3, 2), b.repeat(1, 1, 3, 2)), metrics.fft2d(a, b))
+    error = (a.double() - b.double()).square().mean(dim=(2, 3)).sqrt().mean(dim=1)
+    assert (metrics.fft2d(a, b) < error).all()
+    # Of constant colours only the brightness differs, and there the bound is reached.
+    grey = torch.full((1, 3, 9, 9), 0.25)
+    torch.testing.assert_close(metrics.fft2d(grey, grey + 0.5), torch.tensor([0.5], dtype=torch.float64))
+
+
+def test_fft2d_needs_the_same_shapes() -> None:
+    with pytest.raises(GradinvError, match="one to one"):
+        metrics.fft2d(random_pixels(2), random_pixels(3))
+
+
+# --- LPIPS
+
+
+@pytest.fixture
+def unknown_network() -> Iterator[None]:
+    """What was found before is forgotten, and what is found here too."""
+    metrics._lpips_network.cache_clear()
+    yield
+    metrics._lpips_network.cache_clear()
+
+
+@pytest.mark.usefixtures("unknown_network")
+def test_lpips_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    images = random_pixels(2, 32)
+    with pytest.raises(
+        GradinvError, match=r"needs the package lpips; install it with pip install 'gradinv\[metrics\]'"
+    ):
+        metrics.lpips(images, images)
+    measured = metrics.measure(images, images.flip(3))
+    assert measured["lpips"] == [None, None] and None not in measured["fft2d"]
+
+
+@pytest.mark.usefixtures("unknown_network")
+def test_lpips_without_the_weights_asks_once_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def unreachable(request: Any, *_: Any, **__: Any) -> None:
+        asked.append(request.full_url)
+        raise URLError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "lpips", types.ModuleType("lpips"))
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    images = random_pixels(1, 32)
+    for _ in range(2):
+        with pytest.raises(
+            GradinvError, match=r"AlexNet's weights .* no route to host.*alexnet-owt-7be5be79\.pth into "
+        ):
+            metrics.lpips(images, images)
+    assert metrics.measure(images, images)["lpips"] == [None]
+    assert len(asked) == 1 and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("unknown_network")
+def test_lpips_on_damaged_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", types.ModuleType("lpips"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    path = tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    path.parent.mkdir()
+    path.write_bytes(b"no weights")
+    with pytest.raises(GradinvError, match="could not be downloaded or read") as raised:
+        metrics.lpips(random_pixels(1, 32), random_pixels(1, 32))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("unknown_network")
+def test_lpips_runs_on_the_weights_that_torchvision_publishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real package around an AlexNet that was not trained: whether its weights arrive where they belong."""
+    pytest.importorskip("lpips", reason="the package lpips is not installed")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        alexnet = torchvision.models.alexnet(weights=None)
+    published = type(torchvision.models.AlexNet_Weights.IMAGENET1K_V1)
+    monkeypatch.setattr(published, "get_state_dict", lambda *_, **__: alexnet.state_dict())
+    images, originals = random_pixels(3, 33), random_pixels(3, 33, seed=1)
+    distances = metrics.lpips(images, originals)
+    assert distances.shape == (3,) and distances.dtype == torch.float64 and (distances > 0).all()
+    assert metrics.lpips(images, images).tolist() == [0, 0, 0]
+    torch.testing.assert_close(metrics.lpips(images[1:2], originals[1:2]), distances[1:2])
+    network = metrics._lpips_network()
+    assert isinstance(network, torch.nn.Module) and not network.training
+    x = random_pixels(1, 64)
+    torch.testing.assert_close(network.get_submodule("net")(x)[-1], alexnet.features[:12](x))
+
+
+def test_lpips_of_shifted_and_of_other_pictures() -> None:
+    pytest.importorskip("lpips", reason="the package lpips is not installed")
+    file = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / file).is_file():
+        pytest.skip("AlexNet's weights are not here")
+    images = random_pixels(2, 64)
+    near, far = metrics.lpips((images + 0.02).clamp(max=1), images), metrics.lpips(blurred(images, 5), images)
+    assert (near < far).all() and (near >= 0).all()
+
+
+def test_lpips_of_too_small_images() -> None:
+    with pytest.raises(GradinvError, match="at least 31"):
+        metrics.lpips(random_pixels(1, 30), random_pixels(1, 30))
+    assert metrics.measure(random_pixels(1, 30), random_pixels(1, 30))["lpips"] == [None]
+
+
+def test_only_the_metrics_that_are_asked_for() -> None:
+    assert list(metrics.measure(random_pixels(1), random_pixels(1), ("fft2d", "psnr"))) == ["fft2d", "psnr"]
+
+
+# --- IIP
+
+
+def test_iip_is_whether_the_nearest_picture_is_the_own(small_model: Model) -> None:
+    pixels = random_pixels(5, 8)
+    gallery = Gallery(Path("."), tuple(Path(f"{i}.png") for i in range(5)), pooled(small_model, pixels))
+    images = pixels[[3, 1, 4]] + 0.01
+    assert metrics.iip(small_model, images, [3, 1, 4], gallery).tolist() == [True, True, True]
+    assert metrics.iip(small_model, images, [3, 2, 4], gallery).tolist() == [True, False, True]
+    images[0] = float("nan")
+    for place in range(5):  # whatever place a search among NaN answers, it is no identification
+        assert metrics.iip(small_model, images, [place, 1, 4], gallery).tolist() == [False, True, True]
+
+
+def test_iip_needs_a_place_in_the_gallery_for_each_image(small_model: Model) -> None:
+    pixels = random_pixels(2, 8)
+    gallery = Gallery(Path("."), (Path("a.png"), Path("b.png")), pooled(small_model, pixels))
+    for own in ([0], [0, 2], [-1, 0]):
+        with pytest.raises(GradinvError, match="2 images need as many places of originals among the gallery's 2"):
+            metrics.iip(small_model, pixels, own, gallery)

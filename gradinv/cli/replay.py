@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradinv.cli.say import figure, speaker, table
+from gradinv.cli.say import figure, listed, speaker, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,20 +79,28 @@ def _image_table(recording: Recording) -> str:
     measured, note = run["metrics"], ""
     if measured is None:
         measured, note = _measured_on_frames(recording), "\n(measured on the last recorded frame, which is lossy)"
+    # Runs of earlier versions were recorded without them.
+    extra = [name for name in ("fft2d", "lpips") if name in measured["consensus"]]
+    columns = metrics.columns(measured) + [measured["consensus"][name] for name in extra]
     rows: list[tuple[object, ...]] = []
     for index, (label, place) in enumerate(zip(true, recording.order(), strict=True)):
         name = recording.class_name(restored[place])
         found = name if restored[place] == label else f"{name} (wrong)"
-        rows.append((index, recording.class_name(label), found, *(c[index] for c in metrics.columns(measured))))
+        rows.append((index, recording.class_name(label), found, *(c[index] for c in columns)))
     if len(rows) > 1:
-        rows.append(("", "mean", "", *(metrics.mean(column) for column in metrics.columns(measured))))
+        rows.append(("", "mean", "", *(metrics.mean(column) for column in columns)))
     formatted = [
         (*row[:3], *(figure(value, 2 if place < 3 else 3) for place, value in enumerate(row[3:]))) for row in rows
     ]
     header = ["#", "class", "restored"]
     header += [f"{name} {of}" for name in ("PSNR", "SSIM") for of in ("seeds", "consensus", "constant")]
+    header += [name.upper() for name in extra]
     footer = "PSNR in dB; seeds: mean over the seeds; constant: each picture's mean colour, the baseline"
-    return table(header, formatted, numbers=range(3, 9)) + "\n" + footer + note
+    if extra:
+        footer += f"\n{listed([name.upper() for name in extra], 'and')}: distances of the consensus, smaller is nearer"
+    if "lpips" in extra and not any(isinstance(value, float) for value in measured["consensus"]["lpips"]):
+        footer += f"\n{metrics.LPIPS_ABSENT}"
+    return table(header, formatted, numbers=range(3, len(header))) + "\n" + footer + note
 
 
 def _measured_on_frames(recording: Recording) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def _work(network: Model, batch: pick.Batch, config: AttackConfig) -> Inversion:
         originals=figures.tiles(pixels),
         titles=tuple(member.chosen.picture.title for member in batch.members),
         credits=tuple(member.credit for member in batch.members),
-        baseline=measure(constant_colour(pixels), pixels)["psnr"],
+        baseline=measure(constant_colour(pixels), pixels, ("psnr",))["psnr"],
     )
     labels = tuple(member.label for member in batch.members)
     return Inversion(partial(shared.model, network.name, "worker"), pixels, labels, config, facts)

@@ -1,0 +1,363 @@
+"""A folder of pictures as candidates: the pooled features of each, and which of them a gradient was computed from.
+
+The features of 50,000 pictures take minutes to hours, so they are kept on disk; a call that was interrupted is
+continued by the next one, and a picture that was added or changed is the only one that is looked at again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradinv.features import recover_features
+from gradinv.images import to_pixels
+from gradinv.labels import RestoredLabels, restore_labels
+from gradinv.models import Model, cache_folder
+from gradinv.sources import from_path
+from gradinv.types import GradinvError, Observation
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""What counts as a picture in a folder: the names of what `images.decode` reads."""
+
+KEPT_EVERY = 2_000  # pictures between two writes of the index: minutes at most are lost where the process is killed
+
+_FORMAT = 1
+_WORKERS = 4  # threads that read and decode; one more makes batches of what they give
+_AHEAD = 2  # batches decoded before they are needed
+_BLOCK = 4_096  # rows of features that are copied or converted at a time
+
+Progress = Callable[[int, int], None]
+"""Called with the number of pictures done so far and of all of them."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the folder as it was listed: its name within it, its size in bytes, and its time of change in ns."""
+
+    name: str
+    size: int
+    time: int
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """The readable pictures of a folder, by name, and their pooled features (N, D), float32 on the CPU.
+
+    `notes` are sentences for the user on what was left out or could not be kept.
+    """
+
+    folder: Path
+    paths: tuple[Path, ...]
+    features: Tensor
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        folder: str | Path,
+        *,
+        batch_size: int = 64,
+        cache: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Gallery:
+        """All pictures in a folder and the folders in it (so also one in ImageNet layout), as the model sees them.
+
+        The features are kept in the folder `cache`, by default `galleries` under GRADINV_CACHE or else under this
+        platform's cache folder: of each model, preprocessing and folder, for each picture's name, size and time of
+        change. Pictures that cannot be decoded are left out, with a note. Raises GradinvError where the folder is not
+        there, cannot be listed or holds no readable picture. Ctrl-C keeps what is done and raises KeyboardInterrupt
+        with a sentence that says so.
+        """
+        folder = Path(folder).expanduser()
+        files = _files(folder)
+        if not files:
+            raise GradinvError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}); name a folder that does.")
+        index = _Index(_index_path(model, folder, cache))
+        features, done = index.read(files, model.final_layer.in_features)
+        report = progress or (lambda done, total: None)
+        try:
+            broken = _complete(model, folder, files, features, done, index, batch_size, report)
+        except KeyboardInterrupt as stopped:
+            kept = f"{int(done.sum()):,} of {len(files):,} pictures are in the index; call again to go on from there."
+            raise KeyboardInterrupt(f"Interrupted. {kept if index.writable else index.notes[-1]}") from stopped
+        rows = done.nonzero().flatten().tolist()
+        if not rows:
+            raise GradinvError(f"No file in {folder} can be read as a picture; the first: {broken[0]}")
+        notes = list(index.notes)
+        if broken:
+            left = "1 picture was" if len(broken) == 1 else f"{len(broken):,} pictures were"
+            notes.append(f"{left} left out of {len(files):,} because they cannot be read; the first: {broken[0]}")
+        return cls(
+            folder,
+            tuple(folder / files[row].name for row in rows),
+            features if len(rows) == len(files) else features[done],
+            tuple(notes),
+        )
+
+    def index(self, path: str | Path) -> int:
+        """The place of a picture, by its path or by its path within the folder. Raises GradinvError where it lacks."""
+        for candidate in (Path(path), self.folder / path):
+            if candidate in self._places:
+                return self._places[candidate]
+        raise GradinvError(f"The pictures of {self.folder} do not include {path}; take the folder that holds it.")
+
+    @torch.no_grad()
+    def match(self, features: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        """The pictures nearest to each of `features` (B, D): → cosine similarities and places, both (B, top).
+
+        The most similar comes first; both are on the CPU. Where there are fewer pictures than `top`, all are given.
+        """
+        if top < 1:
+            raise GradinvError(f"At least one match has to be asked for, not {top}.")
+        if features.ndim != 2 or features.shape[1] != self.features.shape[1]:
+            raise GradinvError(
+                f"Features of {self.features.shape[1]} numbers an image are expected, not {tuple(features.shape)}."
+            )
+        wanted = features.detach().cpu().float()
+        similarity = F.normalize(wanted) @ self.features.T / self._lengths
+        best = similarity.topk(min(top, len(self.paths)))
+        return best.values, best.indices
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        return self.features.norm(dim=1).clamp(min=1e-12)
+
+    @cached_property
+    def _places(self) -> dict[Path, int]:
+        return {path: place for place, path in enumerate(self.paths)}
+
+
+@dataclass(frozen=True, eq=False)
+class Identified:
+    """Of each image of a batch the pictures nearest to it: `similarity` and `places` in the gallery, both (B, top).
+
+    `residual` says how far to trust them: the share of the final layer's gradient that the recovered features leave
+    unexplained, 0 where they explain all of it.
+    """
+
+    labels: RestoredLabels
+    residual: float
+    similarity: Tensor
+    places: Tensor
+
+
+def identify(model: Model, observation: Observation, gallery: Gallery, top: int = 5) -> Identified:
+    """Which pictures of the gallery the gradient is of, without a reconstruction: by their pooled features.
+
+    Restores the labels, solves the final layer's gradient for each image's features (`features.recover_features`), and
+    ranks all pictures of the gallery, of whatever class, by cosine similarity. Raises GradinvError where labels or
+    features cannot be had.
+    """
+    labels = restore_labels(model, observation)
+    recovered = recover_features(model, observation, labels.labels)
+    similarity, places = gallery.match(recovered.features, top)
+    return Identified(labels, recovered.residual, similarity, places)
+
+
+@torch.no_grad()
+def pooled(model: Model, pixels: Tensor) -> Tensor:
+    """What enters the final layer: pixels (B, 3, S, S) in [0, 1] → pooled features (B, D), float32 on the CPU."""
+    inputs: list[Tensor] = []
+    handle = model.final_layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        model.network.eval()(model.preprocessing.normalise(pixels.to(model.device)))
+    finally:
+        handle.remove()
+    return inputs[0].float().cpu()
+
+
+# --- the folder
+
+
+def _files(folder: Path) -> list[_File]:
+    """The pictures in a folder and the folders in it, by name. Hidden ones are left out, links are followed."""
+    if not folder.is_dir():
+        raise GradinvError(f"There is no folder {folder}; name one that holds pictures.")
+    files: list[_File] = []
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        try:
+            status = current.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue  # a link that leads back
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        waiting.append(current / entry.name)
+                    elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                        name = (current / entry.name).relative_to(folder).as_posix()
+                        status = entry.stat()
+                        files.append(_File(name, status.st_size, status.st_mtime_ns))
+        except OSError as error:
+            raise GradinvError(
+                f"The folder {current} cannot be listed ({error.strerror}); check its permissions."
+            ) from error
+    return sorted(files, key=lambda file: file.name)
+
+
+def _load(path: Path, model: Model) -> Tensor | GradinvError:
+    """A picture as pixels (3, S, S), or why it cannot be had: the other pictures are not to be lost by it."""
+    try:
+        return to_pixels(from_path(path).open(), model.preprocessing)
+    except GradinvError as error:
+        return error
+
+
+def _decoded(paths: Sequence[Path], model: Model, batch_size: int) -> Generator[list[Tensor | GradinvError]]:
+    """The pictures in batches, decoded by threads while the network is busy with those before."""
+    pool = ThreadPoolExecutor(_WORKERS)
+    waiting: deque[list[Future[Tensor | GradinvError]]] = deque()
+    try:
+        for first in range(0, len(paths), batch_size):
+            waiting.append([pool.submit(_load, path, model) for path in paths[first : first + batch_size]])
+            if len(waiting) > _AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _complete(
+    model: Model,
+    folder: Path,
+    files: Sequence[_File],
+    features: Tensor,
+    done: Tensor,
+    index: _Index,
+    batch_size: int,
+    progress: Progress,
+) -> list[str]:
+    """Fill in the `features` (N, D) that are not `done` (N,), and keep them: → why each of the others cannot be had."""
+    missing = (~done).nonzero().flatten().tolist()
+    broken: list[str] = []
+    tried = kept = 0
+    progress(len(files) - len(missing), len(files))
+    try:
+        with contextlib.closing(_decoded([folder / files[row].name for row in missing], model, batch_size)) as batches:
+            for batch in batches:
+                rows = missing[tried : tried + len(batch)]
+                good = [row for row, item in zip(rows, batch, strict=True) if isinstance(item, Tensor)]
+                if good:
+                    features[good] = pooled(model, torch.stack([item for item in batch if isinstance(item, Tensor)]))
+                    done[good] = True
+                broken += [str(item) for item in batch if isinstance(item, GradinvError)]
+                tried += len(batch)
+                progress(len(files) - len(missing) + tried, len(files))
+                if tried - kept >= KEPT_EVERY:
+                    index.write(files, features, done)
+                    kept = tried
+    finally:
+        if tried - len(broken) > 0 and tried > kept:
+            index.write(files, features, done)
+    return broken
+
+
+# --- what is kept
+
+
+def _index_path(model: Model, folder: Path, cache: str | Path | None) -> Path:
+    facts = [_FORMAT, model.sha256, model.final, asdict(model.preprocessing), str(folder.resolve())]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    parent = cache_folder("galleries") if cache is None else Path(cache).expanduser()
+    return parent / f"{digest[:32]}.safetensors"
+
+
+@dataclass(eq=False)
+class _Index:
+    """The file that keeps a gallery's features, each under its picture's name, size and time of change.
+
+    They are kept as float16 after division by the largest number of their picture, whose float32 is kept beside them:
+    half the size, whatever the network's features are scaled to.
+    """
+
+    path: Path
+    notes: list[str] = field(default_factory=list)
+    writable: bool = True
+
+    def read(self, files: Sequence[_File], width: int) -> tuple[Tensor, Tensor]:
+        """Features (N, D) of the files, and which of them were kept: (N,) bool. A damaged index is as good as none."""
+        features, done = torch.zeros(len(files), width), torch.zeros(len(files), dtype=torch.bool)
+        try:
+            # Where the file is not there, nothing was kept yet; what else may be wrong with it is worth a note.
+            if self.path.is_file():
+                self._fill(files, features, done)
+        except (OSError, safetensors.SafetensorError, KeyError, ValueError, RuntimeError):
+            done.zero_()
+            self.notes.append(f"The index of the pictures, {self.path}, was damaged and is made anew.")
+        return features, done
+
+    def _fill(self, files: Sequence[_File], features: Tensor, done: Tensor) -> None:
+        kept = safetensors.torch.load_file(self.path)
+        numbers, scales, stamps = kept["features"], kept["scales"], kept["stamps"]
+        names = [os.fsdecode(name) for name in kept["names"].numpy().tobytes().split(b"\0")]
+        shapes = ((len(names), features.shape[1]), (len(names),), (len(names), 2))
+        if (numbers.shape, scales.shape, stamps.shape) != shapes:
+            raise ValueError("the parts do not belong together")
+        known = {_File(name, *stamp): row for row, (name, stamp) in enumerate(zip(names, stamps.tolist(), strict=True))}
+        found = [(place, known[file]) for place, file in enumerate(files) if file in known]
+        for first in range(0, len(found), _BLOCK):
+            places, rows = (list(part) for part in zip(*found[first : first + _BLOCK], strict=True))
+            features[places] = numbers[rows].float() * scales[rows, None]
+            if not torch.isfinite(features[places]).all():
+                raise ValueError("features are not finite")
+            done[places] = True
+
+    def write(self, files: Sequence[_File], features: Tensor, done: Tensor) -> None:
+        """Replace the file as a whole. Where that fails there is one note, and no second attempt."""
+        if not self.writable:
+            return
+        rows = done.nonzero().flatten()
+        scales = features[rows].abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+        numbers = [
+            (features[some] / of[:, None]).half()
+            for some, of in zip(rows.split(_BLOCK), scales.split(_BLOCK), strict=True)
+        ]
+        chosen = [files[row] for row in rows.tolist()]
+        tensors = {
+            "features": torch.cat(numbers),
+            "scales": scales,
+            "stamps": torch.tensor([(file.size, file.time) for file in chosen], dtype=torch.int64),
+            "names": torch.frombuffer(
+                bytearray(b"\0".join(os.fsencode(file.name) for file in chosen)), dtype=torch.uint8
+            ),
+        }
+        temporary = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(suffix=".part", prefix=".", dir=self.path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            safetensors.torch.save_file(tensors, temporary)
+            temporary.replace(self.path)
+        except (OSError, safetensors.SafetensorError) as error:
+            self.writable = False
+            reason = getattr(error, "strerror", None) or str(error)
+            self.notes.append(
+                f"The index of the pictures cannot be kept in {self.path.parent} ({reason}), so the next call makes "
+                "it anew; make room there or set GRADINV_CACHE."
+            )
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,23 +34,79 @@ def invert(
     every: int | None = None,
     interval: float | None = None,
     stop: threading.Event | None = None,
-) -> Iterator[Snapshot]:
+    resume: RunState | None = None,
+) -> Snapshots:
     """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
-    and the run ends. The same config on the same device gives the same images, whatever the snapshots.
+    and the run ends. The same config on the same device gives the same images, whatever the snapshots. With `resume`
+    it goes on from there, first yielding that step once more: on the CPU it then gives the very images that it would
+    have given uninterrupted.
 
     Raises GradinvError, at once, for an observation that does not belong to the model or is not finite, for a config
     that it cannot serve, and where memory would not suffice; and during the run where the objective stops being
-    finite.
+    finite. Also where `resume` is the state of another run.
     """
     check_observation(model, observation)
     check_memory(model, observation.batch_size, config)
     restored = restore_labels(model, observation, config.labels)
     objective = Objective(model, observation, restored.labels, config)
-    run = _Run(model, observation.batch_size, config, _start(model, objective, config))
-    return _iterate(run, objective, restored, every, interval, stop or threading.Event())
+    start = _start(model, objective, config) if resume is None else None
+    run = _Run(model, observation.batch_size, config, start)
+    if resume is not None:
+        run.restore(resume)
+    return Snapshots(run, _iterate(run, objective, restored, every, interval, stop or threading.Event(), resume))
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """All that the steps after the first `step` depend on, on the CPU; `seconds` is how long those had taken."""
+
+    step: int
+    seconds: float
+    tensors: Mapping[str, Tensor]
+
+    def pack(self) -> bytes:
+        """The content of a safetensors file that `load` reads."""
+        facts = {"step": self.step, "seconds": self.seconds}
+        return safetensors.torch.save(dict(self.tensors), metadata={"state": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunState:
+        """Raises GradinvError where there is no such file or it is not a whole state."""
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return cls(int(facts["step"]), float(facts["seconds"]), tensors)
+        except FileNotFoundError as error:
+            raise GradinvError(f"There is no saved state {path}, so the run has to be started again.") from error
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise GradinvError(f"The saved state {path} is damaged ({error}); start the run again.") from error
+
+
+class Snapshots(Iterator[Snapshot]):
+    """The snapshots of a run as they come."""
+
+    def __init__(self, run: _Run, stream: Generator[Snapshot]) -> None:
+        self._run = run
+        self._stream = stream
+        self._last: Snapshot | None = None
+
+    def __next__(self) -> Snapshot:
+        self._last = next(self._stream)
+        return self._last
+
+    def close(self) -> None:
+        """End the run; no further snapshot comes."""
+        self._stream.close()
+
+    def state(self) -> RunState:
+        """Where the run stands at the snapshot that came last, to `resume` from."""
+        if self._last is None:
+            raise RuntimeError("The state of a run is known from its first snapshot on.")
+        return RunState(self._last.step, self._last.seconds, self._run.tensors())
 
 
 def _iterate(
@@ -55,16 +116,19 @@ def _iterate(
     every: int | None,
     interval: float | None,
     stop: threading.Event,
-) -> Iterator[Snapshot]:
-    started = emitted = time.perf_counter()
+    resume: RunState | None,
+) -> Generator[Snapshot]:
+    begun, before = (0, 0.0) if resume is None else (resume.step, resume.seconds)
+    emitted = time.perf_counter()
+    started = emitted - before
     judgements: list[Judgement] = []
     steps = run.config.iterations
 
     def snapshot(step: int) -> Snapshot:
         return _snapshot(run, objective, judgements, step, time.perf_counter() - started, restored)
 
-    yield snapshot(0)
-    for step in range(1, steps + 1):
+    yield snapshot(begun)
+    for step in range(begun + 1, steps + 1):
         done = run.step(step - 1, objective, stop)
         if done is None:
             yield snapshot(step - 1)
@@ -121,6 +185,39 @@ class _Run:
         if self.config.box:
             low, high = self._limits
             self.images.data.clamp_(low, high)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that changes from step to step, copied to the CPU; `restore` takes it."""
+        adam = self._adam.state_dict()["state"].get(0, {})
+        found = {"images": self.images, **{f"adam.{name}": value for name, value in adam.items()}}
+        found |= {f"generator.{index}": generator.get_state() for index, generator in enumerate(self._generators)}
+        if self._group is not None:
+            found["group"] = self._group
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+
+    def restore(self, state: RunState) -> None:
+        """Go back to where `tensors` was called. Raises GradinvError for the state of another run."""
+        # Copies: the run goes on in place.
+        tensors, device = {name: value.clone() for name, value in state.tensors.items()}, self.model.device
+        sides = {side for _, side in self._plan}
+        count, batch_size = self.images.shape[:2]
+        try:
+            images = tensors["images"]
+            side = images.shape[-1]
+            if images.shape != (count, batch_size, 3, side, side) or side not in sides:
+                raise GradinvError(f"images of the shape {tuple(images.shape)}")
+            if not 0 <= state.step <= self.config.iterations:
+                raise GradinvError(f"{state.step} steps")
+            for index, generator in enumerate(self._generators):
+                generator.set_state(tensors[f"generator.{index}"])
+        except (GradinvError, KeyError, IndexError, RuntimeError, TypeError) as error:
+            raise GradinvError(f"The saved state is that of another run ({error}); start this one again.") from error
+        self.images = images.to(device)
+        self._adam = self._optimiser()
+        adam = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
+        if adam:
+            self._adam.load_state_dict({**self._adam.state_dict(), "state": {0: adam}})
+        self._group = tensors["group"].to(device) if "group" in tensors else None
 
     def full_size(self) -> Tensor:
         """Every seed's normalised images (G, B, 3, S, S), upsampled where the stage is coarser."""

@@ -10,7 +10,7 @@ import torch
 
 from gradinv.config import AttackConfig
 from gradinv.consensus import consensus
-from gradinv.inversion import estimate_memory, invert, learning_rate, stage_plan, upsample
+from gradinv.inversion import RunState, estimate_memory, invert, learning_rate, stage_plan, upsample
 from gradinv.metrics import constant_colour, pair, psnr
 from gradinv.types import BatchNormStatistics, GradinvError
 from gradinv.victim import observe
@@ -260,3 +260,93 @@ def test_an_objective_that_stops_being_finite_ends_the_run_with_a_sentence(small
         small_model.network.fc.weight.fill_(math.nan)
     with pytest.raises(GradinvError, match="stopped being finite at iteration 2"):
         next(stream)
+
+
+RESUMABLE = dataclasses.replace(
+    CONFIG,
+    iterations=24,
+    noise=0.2,
+    group=0.1,
+    registration="shift",
+    registration_start=0.2,
+    registration_interval=0.25,
+    stages=(0.25, 0.25, 0.5),
+    features=0.5,
+    optimiser_step="gradient",
+)
+
+
+@pytest.mark.parametrize("changes", [{}, {"box": False, "optimiser_step": "sign", "registration": "lazy"}])
+def test_a_run_resumed_after_any_step_ends_with_the_same_bits(small_model, observation, changes, tmp_path, monkeypatch):
+    """Also in the last step before a stage begins and in the first one after, and between two registrations."""
+    config = dataclasses.replace(RESUMABLE, **changes)
+    whole = list(invert(small_model, observation, config, every=1))
+    for step in (0, 5, 6, 7, 12, 23, 24):
+        stream = invert(small_model, observation, config, every=1)
+        for snapshot in stream:
+            if snapshot.step == step:
+                break
+        (tmp_path / "state").write_bytes(stream.state().pack())
+        stream.close()
+        torch.manual_seed(step)
+        state = RunState.load(tmp_path / "state")
+        assert state.step == step and state.seconds == snapshot.seconds
+        resumed = list(invert(small_model, observation, config, every=1, resume=state))
+        assert [s.step for s in resumed] == list(range(step, 25))
+        assert resumed[0].seconds >= state.seconds
+        for again, first in zip(resumed, whole[step:], strict=True):
+            assert torch.equal(again.seeds, first.seeds) and torch.equal(again.consensus, first.consensus)
+        assert [s.terms for s in resumed[1:]] == [s.terms for s in whole[step + 1 :]]
+        # It can be resumed from once more: the run did not go on in it.
+        *_, last = invert(small_model, observation, config, resume=state)
+        assert torch.equal(last.seeds, whole[-1].seeds)
+
+
+def test_a_run_stopped_within_a_step_is_resumed(small_model, observation):
+    """Whatever that step had begun (a stage, a registration) is done again or kept, never twice."""
+    *_, whole = invert(small_model, observation, RESUMABLE)
+    for at in (2, 12, 13, 25, 40):
+        stop, calls = threading.Event(), itertools.count()
+        forward = small_model.network.forward
+
+        def counted(x, at=at, stop=stop, calls=calls, forward=forward):
+            if next(calls) == at:
+                stop.set()
+            return forward(x)
+
+        small_model.network.forward = counted
+        stream = invert(small_model, observation, RESUMABLE, stop=stop)
+        *_, last = stream
+        del small_model.network.forward
+        assert stop.is_set() and not last.final
+        *_, resumed = invert(small_model, observation, RESUMABLE, resume=stream.state())
+        assert torch.equal(resumed.seeds, whole.seeds)
+
+
+def test_states_that_cannot_be_resumed_from(small_model, observation, tmp_path):
+    stream = invert(small_model, observation, RESUMABLE, every=1)
+    with pytest.raises(RuntimeError, match="from its first snapshot on"):
+        stream.state()
+    next(stream), next(stream)
+    state = stream.state()
+    images = state.tensors["images"]
+    for wrong in (
+        dataclasses.replace(state, step=99),
+        dataclasses.replace(state, tensors={}),
+        dataclasses.replace(state, tensors={**state.tensors, "images": images[:, :1]}),
+        dataclasses.replace(state, tensors={**state.tensors, "images": images.repeat(1, 1, 1, 8, 8)}),
+        dataclasses.replace(state, tensors={**state.tensors, "generator.1": torch.zeros(3, dtype=torch.uint8)}),
+    ):
+        with pytest.raises(GradinvError, match=r"is that of another run \(.*\); start this one again\."):
+            invert(small_model, observation, RESUMABLE, resume=wrong)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(GradinvError, match="There is no saved state"):
+        RunState.load(path)
+    packed = state.pack()
+    for torn in (b"", packed[: len(packed) // 2], packed[:100], b"text"):
+        path.write_bytes(torn)
+        with pytest.raises(GradinvError, match="is damaged"):
+            RunState.load(path)
+    observation.save(path)
+    with pytest.raises(GradinvError, match="is damaged"):
+        RunState.load(path)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.features import recover_features
+from gradinv.features import RecoveredFeatures, recover_features
 from gradinv.images import to_pixels
 from gradinv.labels import RestoredLabels, restore_labels
 from gradinv.models import Model, cache_folder
@@ -101,8 +101,10 @@ class Gallery:
             raise GradinvError(f"No file in {folder} can be read as a picture; the first: {broken[0]}")
         notes = list(index.notes)
         if broken:
-            left = "1 picture was" if len(broken) == 1 else f"{len(broken):,} pictures were"
-            notes.append(f"{left} left out of {len(files):,} because they cannot be read; the first: {broken[0]}")
+            one = len(broken) == 1
+            left = "1 picture was" if one else f"{len(broken):,} pictures were"
+            why = f"it cannot be read; {broken[0]}" if one else f"they cannot be read; the first: {broken[0]}"
+            notes.append(f"{left} left out of {len(files):,} because {why}")
         return cls(
             folder,
             tuple(folder / files[row].name for row in rows),
@@ -157,17 +159,30 @@ class Identified:
     places: Tensor
 
 
-def identify(model: Model, observation: Observation, gallery: Gallery, top: int = 5) -> Identified:
-    """Which pictures of the gallery the gradient is of, without a reconstruction: by their pooled features.
+@dataclass(frozen=True, eq=False)
+class Sought:
+    """What a gradient says of the pictures that it is of: their labels, and the features of each."""
 
-    Restores the labels, solves the final layer's gradient for each image's features (`features.recover_features`), and
-    ranks all pictures of the gallery, of whatever class, by cosine similarity. Raises GradinvError where labels or
-    features cannot be had.
+    labels: RestoredLabels
+    recovered: RecoveredFeatures
+
+    def among(self, gallery: Gallery, top: int = 5) -> Identified:
+        """Rank all pictures of the gallery, of whatever class, by cosine similarity."""
+        return Identified(self.labels, self.recovered.residual, *gallery.match(self.recovered.features, top))
+
+
+def sought(model: Model, observation: Observation) -> Sought:
+    """Restore the labels and solve the final layer's gradient for each image's features.
+
+    Raises GradinvError where labels or features cannot be had.
     """
     labels = restore_labels(model, observation)
-    recovered = recover_features(model, observation, labels.labels)
-    similarity, places = gallery.match(recovered.features, top)
-    return Identified(labels, recovered.residual, similarity, places)
+    return Sought(labels, recover_features(model, observation, labels.labels))
+
+
+def identify(model: Model, observation: Observation, gallery: Gallery, top: int = 5) -> Identified:
+    """Which pictures of the gallery the gradient is of, by their pooled features: nothing is reconstructed."""
+    return sought(model, observation).among(gallery, top)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gradinv.gallery import identify
+    from gradinv.gallery import sought
     from gradinv.inversion import check_observation
     from gradinv.types import GradinvError, Observation
 
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     observation = Observation.load(args.observation)
     model = _load_model(args, observation)
     check_observation(model, observation)
+    wanted = sought(model, observation)  # what cannot be solved is said before 50,000 pictures are looked at
     try:
         gallery = _open_gallery(model, folder)
     except KeyboardInterrupt as stopped:
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return complain(str(stopped) or "Interrupted; nothing was kept.", 130)
     for note in gallery.notes:
         say(note)
-    found = identify(model, observation, gallery, args.top)
+    found = wanted.among(gallery, args.top)
     if args.json:
         print(json.dumps(_facts(model, gallery, found), indent=2))
         return 0

@@ -1,0 +1,166 @@
+"""`gradinv identify`: from an observation to the pictures it is of, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gradinv import cli, gallery
+from gradinv.images import to_pixels
+from gradinv.models import Model, load_model
+from gradinv.paths import ASSETS
+from gradinv.sources import from_path
+from gradinv.types import Observation
+from gradinv.victim import observe
+
+OWN = ("n00000001/05.JPEG", "n00000002/02.JPEG", "mine/12.JPEG")  # in the order of their labels
+LABELS = (17, 3, 150)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model("resnet18-tiny", device="cpu", image_size=32)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+    monkeypatch.delenv("GRADINV_DEBUG", raising=False)
+
+
+@pytest.fixture
+def observed(model: Model, tmp_path: Path) -> Observation:
+    """The gradient of OWN, three of thirteen pictures in `val`; saved as observation.safetensors."""
+    for number in range(13):
+        path = tmp_path / "val" / (f"n{number % 4:08d}" if number < 12 else "mine") / f"{number:02d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        levels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(levels).resize((40, 40), Image.Resampling.BICUBIC).save(path, format="PNG")
+    paths = [tmp_path / "val" / name for name in OWN]
+    pixels = torch.stack([to_pixels(from_path(path).open(), model.preprocessing) for path in paths])
+    observation = observe(model, pixels, torch.tensor(LABELS))
+    observation.save(tmp_path / "observation.safetensors")
+    return observation
+
+
+IDENTIFY = ["identify", "--observation", "observation.safetensors", "--imagenet", "val", "--device", "cpu"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command that has to fail as bad use: → its one sentence."""
+    assert cli.main(args) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("gradinv: ") and text.endswith(".\n") and len(text.splitlines()) == 1
+    return text.removeprefix("gradinv: ").rstrip("\n")
+
+
+@pytest.mark.usefixtures("observed")
+def test_json_names_the_pictures_of_the_batch(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("val") / "mine" / "broken.png").write_bytes(b"no picture")
+    assert cli.main([*IDENTIFY, "--top", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert captured.err.splitlines()[0].startswith("1 picture was left out of 14")
+    assert found["format"] == 1 and found["gallery"] == {"path": "val", "images": 13}
+    assert found["model"] == {"name": "resnet18-tiny", "sha256": model.sha256, "accuracy": 44.5}
+    assert found["labels"]["method"] and 0 <= found["labels"]["confidence"] <= 1
+    images = {image["label"]: image for image in found["images"]}
+    assert set(images) == set(LABELS)
+    for label, name in zip(LABELS, OWN, strict=True):
+        matches = images[label]["matches"]
+        assert matches[0]["path"] == str(Path("val") / name) and len(matches) == 3
+        similarities = [match["similarity"] for match in matches]
+        assert similarities[0] > 0.99 and similarities == sorted(similarities, reverse=True)
+        assert 0 <= images[label]["residual"] < 0.05
+
+
+@pytest.mark.usefixtures("observed")
+def test_table_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    monkeypatch.setenv("GRADINV_IMAGENET", "val")
+    assert cli.main([*IDENTIFY[:3], "--top", "2"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert captured.err == "" and lines[0].split() == ["#", "class", "rank", "similarity", "picture"]
+    first = {model.class_name(label): name for label, name in zip(LABELS, OWN, strict=True)}
+    for line in lines[1:7:2]:
+        number, *name, rank, _, picture = line.split()
+        assert number.isdigit() and rank == "1" and first.pop(" ".join(name)) == picture
+    assert not first and all(line.split()[0] == "2" for line in lines[2:7:2])
+    assert lines[7].startswith("13 pictures in val,") and "unexplained" in lines[7] and len(lines) == 8
+
+
+@pytest.mark.usefixtures("observed")
+def test_a_second_call_takes_the_index(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main([*IDENTIFY, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+
+    def decoded(*_: object) -> None:
+        raise AssertionError("a picture was looked at again")
+
+    monkeypatch.setattr(gallery, "_load", decoded)
+    assert cli.main([*IDENTIFY, "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    for a, b in zip(first["images"], second["images"], strict=True):
+        assert [match["path"] for match in a["matches"]] == [match["path"] for match in b["matches"]]
+
+
+@pytest.mark.usefixtures("observed")
+def test_ctrl_c_says_what_is_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gallery, "pooled", interrupted)
+    assert cli.main(IDENTIFY) == 130
+    assert capsys.readouterr().err == (
+        "gradinv: Interrupted. 0 of 13 pictures are in the index; call again to go on from there.\n"
+    )
+    monkeypatch.setattr(gallery, "_files", interrupted)
+    assert cli.main(IDENTIFY) == 130
+    assert capsys.readouterr().err == "gradinv: Interrupted; nothing was kept.\n"
+
+
+def test_own_weights_are_named(
+    observed: Observation, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Model
+) -> None:
+    weights = tmp_path / "mine.safetensors"
+    shutil.copy(ASSETS / "models" / "resnet18-tiny.safetensors", weights)
+    replace(observed, model_name="mine").save("observation.safetensors")
+    text = fails(capsys, *IDENTIFY)
+    assert text == "The observation is of the weights mine; say where that file is with --model FILE."
+    assert cli.main([*IDENTIFY, "--model", str(weights), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["name"] == "mine"
+
+
+def test_mistakes_are_one_sentence(
+    observed: Observation, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Model
+) -> None:
+    assert "at least 1, not 0" in fails(capsys, *IDENTIFY, "--top", "0")
+    assert "--imagenet DIR" in fails(capsys, *IDENTIFY[:3])
+    assert "There is no folder missing" in fails(capsys, *IDENTIFY[:4], "missing")
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no pictures" in fails(capsys, *IDENTIFY[:4], "empty")
+    assert "Cannot read an observation from no.file" in fails(capsys, *IDENTIFY[:2], "no.file", *IDENTIFY[3:])
+    assert "not of resnet50-tiny" in fails(capsys, *IDENTIFY, "--model", "resnet50-tiny")
+    assert "no model or weights file 'nothing'" in fails(capsys, *IDENTIFY, "--model", "nothing")
+    broken = dict(observed.gradients)
+    broken["fc.weight"] = broken["fc.weight"] * float("nan")
+    replace(observed, gradients=broken).save("observation.safetensors")
+    assert "fc.weight" in fails(capsys, *IDENTIFY)
+    replace(observed, batch_size=250).save("observation.safetensors")  # of 200 classes
+    assert "250" in fails(capsys, *IDENTIFY)
+    assert not (tmp_path / "cache").exists()  # found before any picture was looked at
+
+
+def test_observation_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["identify", "--imagenet", "val"])
+    assert left.value.code == 2 and "--observation" in capsys.readouterr().err

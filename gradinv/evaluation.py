@@ -19,19 +19,26 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
+import re
 import signal
 import statistics
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing import connection
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +46,7 @@ from torch.nn import functional as F
 
 from gradinv import gallery, metrics, peers
 from gradinv.config import AttackConfig
+from gradinv.defenses import Defence, parse_all
 from gradinv.gallery import Gallery, Progress
 from gradinv.images import to_pixels
 from gradinv.inversion import invert
@@ -128,6 +136,9 @@ class Plan:
         for row in self.rows:
             if row.batch_size < 1:
                 raise GradinvError(f"A batch holds at least one image, not {row.batch_size}.")
+            defences_of(row.defence)
+        if len({row.name for row in self.rows}) < len(self.rows):
+            raise GradinvError("Each size and each defence is measured once; name none of them twice.")
 
     @property
     def tasks(self) -> list[tuple[Row, int]]:
@@ -393,13 +404,16 @@ class Bench:
         """Decoded: (B, 3, S, S) in [0, 1]."""
         return torch.stack([to_pixels(picture.open(), self.model.preprocessing) for picture in batch.pictures])
 
-    def defend(self, observation: Observation, row: Row) -> Observation:
-        """The observation behind the row's defence."""
-        if row.defence == "none":
-            return observation
-        from gradinv.defenses import parse
+    def defend(self, observation: Observation, row: Row, batch: int) -> Observation:
+        """The observation behind the row's defence; each batch has its own noise."""
+        for defence in defences_of(row.defence, self.plan.seed + batch):
+            observation = defence(observation)
+        return observation
 
-        return parse(row.defence)(observation)
+
+def defences_of(text: str, seed: int = 0) -> list[Defence]:
+    """The defences of one row, several joined by +, such as "clip:1+noise:1e-3". Raises GradinvError."""
+    return parse_all(re.split(r"\+(?=[a-z])", text), seed)
 
 
 def _classes_of(row: Row) -> int:
@@ -460,7 +474,7 @@ def identification_task(bench: Bench, row: Row, number: int) -> Values:
         observation = observe_final(bench, batch)
     else:
         # A defence acts on the whole gradient (a norm over all layers), so all of it is needed.
-        observation = bench.defend(observe(bench.model, bench.pixels(batch), batch.labels), row)
+        observation = bench.defend(observe(bench.model, bench.pixels(batch), batch.labels), row, number)
     return identify(bench, batch, observation)
 
 
@@ -488,7 +502,7 @@ def inversion_task(bench: Bench, row: Row, number: int) -> Values:
     config = _config(row, number)
     batch = bench.draw(row, number)
     pixels = bench.pixels(batch)
-    observation = _observe(bench, row, config, pixels, batch.labels)
+    observation = _observe(bench, row, number, config, pixels, batch.labels)
     if row.weigh_like:
         config = _weighed(bench, observation, config, row.weigh_like)
     if row.peer is not None:
@@ -518,10 +532,10 @@ def _config(row: Row, number: int) -> AttackConfig:
     return dataclasses.replace(row.config, seed=row.config.seed + number)
 
 
-def _observe(bench: Bench, row: Row, config: AttackConfig, pixels: Tensor, labels: Tensor) -> Observation:
+def _observe(bench: Bench, row: Row, number: int, config: AttackConfig, pixels: Tensor, labels: Tensor) -> Observation:
     mode = "train" if config.bn == "inferred" else "eval"
     observation = observe(bench.model, pixels, labels, share_bn=config.bn == "exact", mode=mode)
-    return bench.defend(observation, row)
+    return bench.defend(observation, row, number)
 
 
 def _run(bench: Bench, observation: Observation, config: AttackConfig) -> Snapshot:
@@ -648,7 +662,7 @@ def _timing(bench: Bench, row: Row, number: int) -> Values:
     for _ in range(TIMED_ROUNDS):
         for other in rows:
             config = dataclasses.replace(_config(other, number), iterations=TIMED_ITERATIONS)
-            observation = _observe(bench, other, config, pixels, batch.labels)
+            observation = _observe(bench, other, number, config, pixels, batch.labels)
             if other.peer is not None:
                 labels = restore_labels(bench.model, observation, config.labels).labels
                 found = _run_peer(bench, other, config, observation, labels).seconds_per_iteration or math.nan
@@ -898,6 +912,8 @@ def measure(
     missing = ledger.missing
     if any(row.config is None for row, _ in missing) or ledger.plan.command in ("batch-size", "defences"):
         _ = bench.gallery  # once, before several processes would each make it
+    if ledger.plan.lpips:
+        metrics.lpips(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))  # said now where it cannot be had
     workers = min(workers, len(missing))
     outcomes = _in_processes(ledger.plan, missing, workers, stop) if workers > 1 else _in_turn(bench, missing)
     for (row, batch), outcome in outcomes:
@@ -931,24 +947,47 @@ _bench: Bench | None = None
 def _in_processes(
     plan: Plan, tasks: Sequence[tuple[Row, int]], workers: int, stop: threading.Event
 ) -> Iterator[tuple[tuple[Row, int], Values | str]]:
-    threads = max(1, torch.get_num_threads() // workers)
     # spawn: a forked child of a process whose torch has started threads may hang.
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (plan, threads)) as pool:
-        outcomes = pool.imap_unordered(_work, tasks)
-        left = len(tasks)
-        while left and not stop.is_set():
-            with contextlib.suppress(multiprocessing.TimeoutError):
-                yield outcomes.next(timeout=0.2)
-                left -= 1
-    # Leaving the pool ends the workers, also in the middle of a task.
+    context = multiprocessing.get_context("spawn")
+    ending = context.Event()
+    threads = max(1, torch.get_num_threads() // workers)
+    waiting = iter(tasks)
+    with ProcessPoolExecutor(workers, context, _start_worker, (plan, threads, ending)) as pool:
+        running = {pool.submit(_work, task) for task in itertools.islice(waiting, 2 * workers)}
+        try:
+            while running:
+                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                if stop.is_set():
+                    return
+                for future in done:
+                    yield future.result()
+                running |= {pool.submit(_work, task) for task in itertools.islice(waiting, len(done))}
+        except BrokenProcessPool as error:
+            raise GradinvError(
+                "A worker process has ended, perhaps for want of memory; repeat the command with fewer workers."
+            ) from error
+        finally:
+            ending.set()  # a task in progress ends within one evaluation
+            pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(plan: Plan, threads: int) -> None:
+def _start_worker(plan: Plan, threads: int, ending: Event) -> None:
     global _bench
     # Ctrl-C reaches every process of the terminal; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _bench = Bench(plan, load_model(plan.model, device=plan.device, image_size=plan.image_size))
+    # Of an event, only `is_set` is asked.
+    stop = cast(threading.Event, ending)
+    _bench = Bench(plan, load_model(plan.model, device=plan.device, image_size=plan.image_size), stop)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its workers, and nobody would take what they go on to measure."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work(task: tuple[Row, int]) -> tuple[tuple[Row, int], Values | str]:
@@ -996,6 +1035,7 @@ def summarise(plan: Plan, values: Mapping[tuple[str, int], Values]) -> list[dict
             "batch_size": row.batch_size,
             "judged": row.judged,
             "defence": row.defence,
+            "notes": [defence.note for defence in defences_of(row.defence)],
             "series": row.series,
         }
         gains = {name: _gain(name, row, by_row, judged) for name in GAINS}

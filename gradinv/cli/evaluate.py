@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         "--defences",
         nargs="+",
         metavar="TEXT",
-        help=f"the defences of identify and defences (default: {' '.join(DEFENCES)})",
+        help=f"the defences of identify and defences, several at once joined by + (default: {' '.join(DEFENCES)})",
     )
     options.add_argument("--lpips", action="store_true", help="also LPIPS (its weights are downloaded on first use)")
     running = parser.add_argument_group("the run")
@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
     )
     out = Path(args.out or Path("evaluations") / f"{name}-{model.name}")
     ledger = evaluation.Ledger(out, plan, model)
+    if there := len(plan.tasks) - len(ledger.missing):
+        say(f"{there} of {len(plan.tasks)} parts are in {out} already.")
 
     stop = threading.Event()
     with signals_set(stop) as received:
@@ -150,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
         if gains := gains_table(result):
             say("")
             say(gains)
+        for row in result["rows"] if name == "defences" else ():
+            say(f"{row['defence']}: {' '.join(row['notes'])}")
         say("")
     if note:
         say(note)
@@ -243,7 +247,7 @@ def _heading(result: Mapping[str, Any]) -> str:
         "tune": "the later half of each class's files, which settings are tuned on",
         "all": "all files of each class",
     }[config["half"]]
-    return f"{result['command']}: {config['model']['name']}, {most} batches of {pictures}; mean ± standard error"
+    return f"{result['command']}: {config['model']['name']}, {most} batch{'' if most == 1 else 'es'} of {pictures}; mean ± standard error"
 
 
 def results_table(result: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -286,9 +285,8 @@ def save_fitted(
         "backbone_sha256": model.sha256,
         **notes,
     }
-    handle, temporary = _beside(path)
+    temporary = _beside(path)
     try:
-        os.close(handle)
         safetensors.torch.save_file(state, temporary, metadata=metadata)
         temporary.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
@@ -303,20 +301,19 @@ def check_writable(path: Path) -> None:
         raise GradinvError(f"The network is written as safetensors; name a file that ends in .safetensors, not {path}.")
     if path.is_dir():
         raise GradinvError(f"{path} is a folder; name a file in it.")
-    handle, temporary = _beside(path)
-    os.close(handle)
-    temporary.unlink()
+    _beside(path).unlink()
 
 
-def _beside(path: Path) -> tuple[int, Path]:
-    """A new file, open, in the folder that `path` is to lie in."""
+def _beside(path: Path) -> Path:
+    """A new empty file in the folder that `path` is to lie in, which is made."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".part", prefix=f".{path.stem}-", dir=path.parent)
+        temporary.touch()
     except OSError as error:
         reason = f"{path.parent} is a file" if path.parent.is_file() else _reason(error)
         raise GradinvError(f"{path} cannot be written ({reason}); name another.") from error
-    return handle, Path(name)
+    return temporary
 
 
 def _reason(error: Exception) -> str:
@@ -517,8 +514,12 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-            return safetensors.torch.load_file(path), metadata
+            state = safetensors.torch.load_file(path)
+            _check_metadata(path, metadata)
+            return state, metadata
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except GradinvError:
+        raise
     except Exception as error:  # the readers raise a dozen types for files that are not weights
         raise GradinvError(
             f"{path} cannot be read as weights (a .safetensors file or a weights-only .pth is expected)."
@@ -528,6 +529,22 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise GradinvError(f"{path} is not a state dict of tensors.")
     return {str(name).removeprefix("module."): value for name, value in loaded.items()}, metadata
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Raises GradinvError for what a safetensors file says of itself where that cannot be understood."""
+    try:
+        size, accuracy = int(metadata.get("image_size", 64)), float(metadata.get("accuracy", 0))
+        wnids = json.loads(metadata.get("classes", "[]"))
+        right = 8 <= size <= 1024 and 0 <= accuracy <= 100
+        right = right and isinstance(wnids, list) and all(isinstance(wnid, str) for wnid in wnids)
+    except ValueError:
+        right = False
+    if not right:
+        raise GradinvError(
+            f"{path} cannot be used: of its metadata, image_size has to be 8 to 1024, accuracy a percentage and classes a "
+            "list of WordNet ids."
+        )
 
 
 def _guess_architecture(state: Mapping[str, Tensor]) -> str:

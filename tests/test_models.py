@@ -83,6 +83,24 @@ def test_own_safetensors_say_what_they_are(tmp_path, resnet18):
     assert model.preprocessing.size == 48 and model.accuracy == 12.5
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"image_size": "large"},
+        {"image_size": "4"},
+        {"accuracy": "good"},
+        {"accuracy": "nan"},
+        {"classes": "goldfish"},
+        {"classes": '{"n01443537": 0}'},
+        {"classes": "[1, 2, 3]"},
+    ],
+)
+def test_metadata_that_cannot_be_understood(tmp_path, metadata):
+    safetensors.torch.save_file({"fc.weight": torch.ones(3, 2)}, tmp_path / "own.safetensors", metadata=metadata)
+    with pytest.raises(GradinvError, match="of its metadata, image_size has to be 8 to 1024"):
+        load_model(str(tmp_path / "own.safetensors"), device="cpu")
+
+
 def test_half_precision_weights_are_loaded_as_float32(tmp_path, resnet18):
     half = {name: value.half() if value.is_floating_point() else value for name, value in resnet18.items()}
     safetensors.torch.save_file(half, tmp_path / "half.safetensors")

@@ -542,8 +542,8 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         right = False
     if not right:
         raise GradinvError(
-            f"{path} cannot be used: of its metadata, image_size has to be 8 to 1024, accuracy a percentage and classes a "
-            "list of WordNet ids."
+            f"{path} cannot be used: of its metadata, image_size has to be 8 to 1024, accuracy a percentage and "
+            "classes a list of WordNet ids."
         )
 
 

@@ -232,7 +232,7 @@ def test_a_second_folder_measures(
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert result["pictures"] == {"fitted": 16, "held_out": 20} and result["accuracy"]["held_out"] >= 80
-    assert "1 classes of the second folder are not in the first and are left out." in said.err
+    assert "Classes of the second folder that the first lacks are left out: 1." in said.err
 
 
 def test_moco_is_found_by_its_name_once_it_is_fitted(

@@ -216,7 +216,7 @@ class _Pictures:
         if not (labels >= 0).any():
             raise GradinvError("The two folders have no class in common; name two parts of one data set.")
         if unknown := sum(wnid not in place for wnid in self.wnids):
-            say(f"{unknown} classes of the second folder are not in the first and are left out.")
+            say(f"Classes of the second folder that the first lacks are left out: {unknown}.")
         known = labels >= 0
         return _Pictures(self.features[known], labels[known], list(wnids))
 

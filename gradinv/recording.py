@@ -9,6 +9,8 @@ curves grow line by line and a torn last line is ignored. Layout of format 1:
     frames/000120.webp  mosaic at that step, in the order of the restored labels; rows: each seed, then the consensus
     images/             original_00.png, seed0_00.png, …, consensus_00.png, lossless: the originals from the start, the
                         reconstructions at the end. Where originals are known, number n is paired with original n.
+    observation.safetensors, state.safetensors
+                        while a run that can be resumed is not done: what it inverts, and where it last stood
 
 A live run and its replay are the same thing to everything that draws: an iterator of snapshots.
 """
@@ -23,8 +25,10 @@ import json
 import math
 import os
 import sys
+import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,10 +39,13 @@ from torch import Tensor
 from gradinv import __version__, metrics
 from gradinv.config import AttackConfig
 from gradinv.images import from_grid, to_grid, to_image
+from gradinv.inversion import RunState
 from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
 from gradinv.types import GradinvError, Observation, Snapshot, Term
 
 FORMAT = 1
+OBSERVATION = "observation.safetensors"
+STATE = "state.safetensors"
 WEBP_LIMIT = 16_383  # pixels a side; a larger mosaic is stored as PNG
 GIF_FRAMES = 60
 GIF_SECONDS = 5.0
@@ -59,6 +66,9 @@ class Store(Protocol):
 
     def read(self, name: str) -> bytes:
         """The file's content."""
+
+    def remove(self, name: str) -> None:
+        """Delete the file, if it is there."""
 
     def names(self) -> list[str]:
         """All files, sorted."""
@@ -100,6 +110,12 @@ class DirectoryStore:
         except OSError as error:
             raise GradinvError(f"{self.path / name} cannot be read: {_reason(error)}.") from error
 
+    def remove(self, name: str) -> None:
+        try:
+            (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise GradinvError(f"{self.path / name} cannot be removed: {_reason(error)}.") from error
+
     def names(self) -> list[str]:
         files = (path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith("."))
         return sorted(path.relative_to(self.path).as_posix() for path in files)
@@ -131,6 +147,9 @@ class MemoryStore:
         except KeyError as error:
             raise GradinvError(f"{self} holds no {name}.") from error
 
+    def remove(self, name: str) -> None:
+        self._files.pop(name, None)
+
     def names(self) -> list[str]:
         return sorted(self._files.copy())
 
@@ -149,8 +168,12 @@ class Recorder:
 
     `originals` are pixels (B, 3, S, S) in [0, 1] with their true `labels`, where they are known: they serve the
     metrics and never reach the attack. `run` (the content of run.json) and `curves` (the rows of curves.csv) may be
-    read from another thread at any time. Making a recorder writes run.json and the originals, so an unwritable
+    read from another thread at any time. Making a recorder writes the originals and run.json, so an unwritable
     store shows before any work is done; it raises GradinvError.
+
+    `every` (steps between two records), `defences` and `weights` (what to load the model by, where that is not its
+    name) are recorded. With `state`, which tells where the run stands at the snapshot that is recorded, the run can be
+    resumed after it was stopped or killed at any moment; with `resumed` as well it goes on in the store of such a run.
     """
 
     def __init__(
@@ -162,6 +185,11 @@ class Recorder:
         observation: Observation,
         originals: Tensor | None = None,
         labels: Sequence[int] | None = None,
+        every: int | None = None,
+        defences: Sequence[str] = (),
+        weights: str | None = None,
+        state: Callable[[], RunState] | None = None,
+        resumed: Resumption | None = None,
     ) -> None:
         if (originals is None) != (labels is None):
             raise GradinvError("Originals and their true labels are recorded together; give both or neither.")
@@ -179,12 +207,27 @@ class Recorder:
         self._labels = [int(label) for label in labels] if labels is not None else None
         self._columns: list[str] = []
         self._last: Snapshot | None = None
+        self._recorded = -1  # the last step of which there is a frame
+        self._state = state
+        self._saved, self._pause = -math.inf, 0.0
         self.curves: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {
             "format": FORMAT,
             "status": "running",
             "config": config.to_dict(),
-            "model": {"name": model.name, "sha256": model.sha256, "accuracy": model.accuracy},
+            "every": every,
+            "model": {
+                "name": model.name,
+                "weights": weights or model.name,
+                "sha256": model.sha256,
+                "accuracy": model.accuracy,
+                "image_size": model.preprocessing.size,
+            },
+            "client": {
+                "batch_size": observation.batch_size,
+                "mode": observation.mode,
+                "defences": list(defences),
+            },
             "environment": {
                 "gradinv": __version__,
                 "torch": torch.__version__,
@@ -198,9 +241,38 @@ class Recorder:
             "peak_memory_mb": _peak_memory_mb(self._device),
             "metrics": None,
         }
-        self._update()
+        if resumed is not None:
+            self._go_on(resumed)
+            return
+        if state is not None:
+            store.write(OBSERVATION, observation.pack())
+            self._save_state()
         if originals is not None:
             self._write_images("original", originals)
+        # Last: a folder with it is a run, and has all that it takes to go on.
+        self._update()
+
+    def _go_on(self, resumed: Resumption) -> None:
+        """Take back what was recorded after the state: it will come again."""
+        done = resumed.state.step
+        self._recorded = done
+        for step, name in _frames(self._store).items():
+            if step > done or step not in resumed.steps:
+                self._store.remove(name)
+        for name in self._store.names():
+            if name.startswith("images/") and not name.startswith("images/original_"):
+                self._store.remove(name)
+        self.curves = [row for row in resumed.curves if row["step"] in resumed.steps]
+        # As in a run that was never interrupted, whose table has the terms' columns from their first values on.
+        names = [name for row in self.curves[-1:] for name in row if name not in _FIXED_COLUMNS]
+        self._columns = [*_FIXED_COLUMNS, *names] if any(row["step"] > 0 for row in self.curves) else [*_FIXED_COLUMNS]
+        head = ",".join(self._columns) + "\n"
+        self._store.write("curves.csv", (head + self._lines(self.curves)).encode())
+        self._update(
+            labels=resumed.run["labels"],
+            iterations={"done": done, "total": self._config.iterations},
+            seconds=resumed.state.seconds,
+        )
 
     def follow(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
         """Record each snapshot, then pass it on. Afterwards the status is done, stopped or failed.
@@ -235,11 +307,23 @@ class Recorder:
             seconds_per_iteration=snapshot.seconds / snapshot.step if snapshot.step else None,
             peak_memory_mb=_peak_memory_mb(self._device),
         )
-        # A stopped run may end with the state that was recorded last.
-        if self._last is None or snapshot.step > self._last.step:
+        # A stopped run may end with the state that was recorded last, and a resumed one begins with it.
+        if snapshot.step > self._recorded:
             self._write_frame(snapshot.step, to_grid(torch.cat([snapshot.seeds, snapshot.consensus[None]])))
             self._append_rows(self._rows(snapshot))
+            self._recorded = snapshot.step
+        if time.perf_counter() >= self._saved + self._pause:
+            self._save_state()
         self._last = snapshot
+
+    def _save_state(self) -> None:
+        """So seldom that it costs at most a fiftieth of the time."""
+        if self._state is None:
+            return
+        began = time.perf_counter()
+        self._store.write(STATE, self._state().pack())
+        self._saved = time.perf_counter()
+        self._pause = 50 * (self._saved - began)
 
     def _rows(self, snapshot: Snapshot) -> list[dict[str, Any]]:
         consensus_psnr = self._mean_psnr(snapshot.consensus, snapshot.labels)
@@ -304,6 +388,9 @@ class Recorder:
             try:
                 self._write_results()
                 self._update(status="done" if complete else "stopped")
+                if complete and self._state is not None:
+                    for name in (STATE, OBSERVATION):
+                        self._store.remove(name)
             except GradinvError as unwritten:
                 self._fail(unwritten)
                 raise
@@ -343,17 +430,69 @@ class Recorder:
 
 
 def thinned(snapshots: Iterator[Snapshot], gap: float) -> Iterator[Snapshot]:
-    """The first snapshot, then one whenever `gap` steps have passed, and the last: those worth recording of many."""
+    """The first snapshot, then one for every `gap` steps, and the last: those worth recording of many.
+
+    Which steps those are does not depend on where the run begins.
+    """
     due = 0.0
     held: Snapshot | None = None
     for snapshot in snapshots:
         if snapshot.final or snapshot.step >= due:
-            due, held = snapshot.step + gap, None
+            due, held = (math.floor(snapshot.step / gap) + 1) * gap, None
             yield snapshot
         else:
             held = snapshot
     if held is not None:
         yield held
+
+
+@dataclass(frozen=True, eq=False)
+class Resumption:
+    """What is left of a run that was stopped or killed: enough to go on as if it never had been.
+
+    `run` is the content of run.json and `curves` the rows of curves.csv; `steps` are the recorded ones that an
+    uninterrupted run would have as well, up to the `state`. `originals` are pixels, or None where they were not known.
+    """
+
+    store: DirectoryStore
+    run: Mapping[str, Any]
+    curves: Sequence[dict[str, Any]]
+    steps: frozenset[int]
+    config: AttackConfig
+    observation: Observation
+    state: RunState
+    originals: Tensor | None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Resumption:
+        """Raises GradinvError where the folder is not a run that can be resumed, and says why."""
+        recording = Recording.open(path)
+        run, store = recording.run, DirectoryStore(path)
+        if run["status"] == "done":
+            raise GradinvError(f"The run in {store} is done; show it with: gradinv replay {store}.")
+        if missing := {STATE, OBSERVATION} - set(store.names()):
+            raise GradinvError(f"The run in {store} cannot be resumed: it holds no {min(missing)}; start it again.")
+        if not {"every", "client"} <= set(run) or "weights" not in run["model"]:
+            raise GradinvError(
+                f"The run in {store} was recorded by gradinv {run['environment'].get('gradinv', '(unknown)')}, which "
+                "could not resume; start it again."
+            )
+        state = RunState.load(store.path / STATE)
+        config = AttackConfig.from_dict(run["config"])
+        originals = recording.originals()
+        if (originals is None) != (run["labels"]["true"] is None):
+            raise GradinvError(f"The run in {store} cannot be resumed: its originals are missing; start it again.")
+        regular = {step for step in recording.steps if step % (run["every"] or 1) == 0 or step == config.iterations}
+        return cls(
+            store=store,
+            run=run,
+            curves=recording.curves,
+            steps=frozenset(step for step in regular if step <= state.step),
+            config=config,
+            observation=Observation.load(store.path / OBSERVATION),
+            state=state,
+            originals=originals,
+        )
 
 
 class Recording:
@@ -369,8 +508,7 @@ class Recording:
         self._rows: dict[int, dict[int, dict[str, Any]]] = {}
         for row in curves:
             self._rows.setdefault(row["step"], {})[row["seed"]] = row
-        frames = ((name, name.removeprefix("frames/").split(".")[0]) for name in store.names())
-        self._frames = {int(step): name for name, step in frames if name.startswith("frames/") and step.isdigit()}
+        self._frames = _frames(store)
         self.steps: list[int] = sorted(
             step for step in self._frames if len(self._rows.get(step, ())) == run["config"]["seeds"]
         )
@@ -516,6 +654,12 @@ def _mosaic(images: Tensor) -> Image.Image:
     grid = to_grid(tiles.unflatten(0, (rows, columns)))
     factor = math.ceil(GIF_TILE / images.shape[-1])
     return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
+
+
+def _frames(store: Store) -> dict[int, str]:
+    """From step to the name of its frame."""
+    frames = ((name, name.removeprefix("frames/").split(".")[0]) for name in store.names())
+    return {int(step): name for name, step in frames if name.startswith("frames/") and step.isdigit()}
 
 
 def _read_curves(data: bytes) -> list[dict[str, Any]]:

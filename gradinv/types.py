@@ -91,8 +91,8 @@ class Observation:
     mode: str = "eval"
     running: BatchNormStatistics | None = None
 
-    def save(self, path: str | Path) -> None:
-        """Write to a safetensors file: tensors as they are, the rest as JSON in its metadata."""
+    def pack(self) -> bytes:
+        """The content of a safetensors file for `load`: tensors as they are, the rest as JSON in its metadata."""
         tensors = {f"gradient/{name}": value for name, value in self.gradients.items()}
         for kind, statistics in (("bn", self.bn), ("running", self.running)):
             if statistics is not None:
@@ -107,9 +107,13 @@ class Observation:
             "mode": self.mode,
         }
         packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        return safetensors.torch.save(packed, metadata={"observation": json.dumps(facts)})
+
+    def save(self, path: str | Path) -> None:
+        """Write to a file. Raises GradinvError where that is not possible."""
         try:
-            safetensors.torch.save_file(packed, path, metadata={"observation": json.dumps(facts)})
-        except (OSError, safetensors.SafetensorError) as error:
+            Path(path).write_bytes(self.pack())
+        except OSError as error:
             raise GradinvError(f"Cannot write the observation to {path}: {error}.") from error
 
     @classmethod

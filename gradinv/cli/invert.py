@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from gradinv.config import AttackConfig
     from gradinv.models import Model
-    from gradinv.recording import Recorder
+    from gradinv.recording import Recorder, Resumption
     from gradinv.sources import Picture
     from gradinv.types import Observation, Snapshot
 
@@ -43,6 +44,10 @@ examples:
   gradinv invert lion --preset paper --iterations 500  the constants of the paper, but fewer steps
   gradinv invert lion --gradient 0 --json              the control without the gradient, for a script
   gradinv invert lion --config runs/old/run.json       the settings of an earlier run
+  gradinv invert lion --defence clip:1 --defence quantise:4
+                                                       what the client does to its gradient before it shares it
+  gradinv invert --observation mine.safetensors        a gradient of your own training loop, nothing else known
+  gradinv invert --resume runs/old                     go on with a run that was stopped or killed
 
 exit codes: 0; 2 bad use; 1 the run failed; 130 stopped by Ctrl-C, with what was recorded kept
 """
@@ -70,6 +75,29 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         help="class name or WordNet id of the picture files: once for all, or once for each; by default that of the "
         "file's folder (n01443537), else what the network takes the picture for",
     )
+    shared = parser.add_argument_group("what the client shares")
+    shared.add_argument(
+        "--mode",
+        choices=("eval", "train"),
+        help="the forward mode of the client's network; in train mode its running statistics after the step are shared "
+        "too (default: train where --bn inferred needs that, else eval)",
+    )
+    shared.add_argument(
+        "--defence",
+        action="append",
+        default=[],
+        dest="defences",
+        metavar="D",
+        help="what the client does to its gradient first, in the order given: none, clip:C (norm), noise:S (standard "
+        "deviation), dp:C,E,D (clipped to C, with noise for (E, D)-privacy of the whole batch), prune:P (share), "
+        "quantise:B (bits)",
+    )
+    shared.add_argument(
+        "--save-observation", metavar="FILE", help="write what the server receives to FILE and end there"
+    )
+    shared.add_argument(
+        "--observation", metavar="FILE", help="invert what was saved like that, or by your own loop, without pictures"
+    )
     options = parser.add_argument_group("the run")
     options.add_argument(
         "--model", default="auto", help="a name that `gradinv models` lists, or a weights file (default: %(default)s)"
@@ -82,52 +110,80 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     options.add_argument(
         "--every", type=int, metavar="N", help=f"record every N steps (default: about {RECORDS} records)"
     )
+    options.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with its own settings")
     if chosen:
         from gradinv.cli.settings import add_settings
 
         add_settings(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    import torch
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """All that a run starts from. `pixels` (B, 3, S, S) and `labels` are None where nobody knows them."""
 
+    model: Model
+    config: AttackConfig
+    observation: Observation
+    pixels: Tensor | None
+    labels: list[int] | None
+    defences: list[str]
+    every: int
+    out: Path | None
+    resumed: Resumption | None = None
+
+
+def run(args: argparse.Namespace) -> int:
+    say = speaker(args)
+    task = _begun(args, say) if args.resume is None else _resumed(args, say)
+    _describe(say, task)
+    if args.save_observation is not None:
+        return _save(args, task, say)
+    return _invert(args, task, say)
+
+
+def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -> int:
     from gradinv import metrics
-    from gradinv.cli.settings import config_from, settings_given
     from gradinv.inversion import invert
-    from gradinv.models import load_model
+    from gradinv.models import MODELS
     from gradinv.recording import DirectoryStore, Recorder, Recording, thinned
     from gradinv.types import GradinvError
-    from gradinv.victim import observe
 
-    say = speaker(args)
-    out = _choose_folder(args.out)
-    if args.every is not None and args.every < 1:
-        raise GradinvError(f"--every takes a number of steps of at least 1, not {args.every}.")
-    settings = settings_given(args)
-    model = load_model(args.model, device=args.device, image_size=args.image_size)
-    config = config_from(args.preset, model.name, settings)
-    pictures = _choose_pictures(args, model, config.seed, say)
-    pixels = _open_pictures(pictures, model, say)
-    labels = _choose_labels(args, pictures, pixels, model, say)
-
-    observation = observe(model, pixels, torch.tensor(labels), share_bn=config.bn == "exact")
-    _describe(say, model, observation, config, labels)
-
+    model, config, resumed = task.model, task.config, task.resumed
     stop = threading.Event()
-    stream = invert(model, observation, config, every=every(args, config), interval=REFRESH, stop=stop)
+    stream = invert(
+        model,
+        task.observation,
+        config,
+        every=task.every,
+        interval=REFRESH,
+        stop=stop,
+        resume=None if resumed is None else resumed.state,
+    )
     first = next(stream)  # what cannot be run is said here, before anything is written
-    _describe_labels(say, model, labels, first.labels)
-    out = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
-    baseline = float(metrics.psnr(metrics.constant_colour(pixels), pixels).mean())
+    _describe_labels(say, model, task.labels, first.labels)
+    out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
+    baseline = (
+        None if task.pixels is None else float(metrics.psnr(metrics.constant_colour(task.pixels), task.pixels).mean())
+    )
 
     error: BaseException | None = None
     with signals_set(stop) as received:
         recorder = Recorder(
-            DirectoryStore(out), config=config, model=model, observation=observation, originals=pixels, labels=labels
+            DirectoryStore(out),
+            config=config,
+            model=model,
+            observation=task.observation,
+            originals=task.pixels,
+            labels=task.labels,
+            every=task.every,
+            defences=task.defences,
+            weights=None if args.model in ("auto", *MODELS) else str(Path(args.model).expanduser().resolve()),
+            state=stream.state,
+            resumed=resumed,
         )
         shown = _with_progress(first, stream, recorder, config.iterations, baseline)
         try:
-            for _ in recorder.follow(thinned(shown, every(args, config))):
+            for _ in recorder.follow(thinned(shown, task.every)):
                 pass
         except (Exception, KeyboardInterrupt) as raised:
             if args.debug:
@@ -151,6 +207,165 @@ def run(args: argparse.Namespace) -> int:
         return complain(f"Stopped after {done}; the run is kept in {out}.", 128 + received[0])
     say(f"The run is kept in {out}.")
     return 0
+
+
+def _begun(args: argparse.Namespace, say: Callable[[str], None]) -> _Task:
+    """A run as the arguments have it: of pictures, or of what somebody else observed."""
+    import torch
+
+    from gradinv.cli.settings import config_from, settings_given
+    from gradinv.defenses import parse_all
+    from gradinv.models import load_model
+    from gradinv.types import GradinvError
+    from gradinv.victim import observe
+
+    out = _choose_folder(args.out)
+    if args.every is not None and args.every < 1:
+        raise GradinvError(f"--every takes a number of steps of at least 1, not {args.every}.")
+    settings = settings_given(args)
+    pixels, labels, observation = None, None, None
+    if args.observation is not None:
+        observation = _read_observation(args)
+        size = observation.preprocessing.size if args.image_size is None else args.image_size
+        model = load_model(_model_of(args, observation), device=args.device, image_size=size)
+        config = config_from(args.preset, model.name, settings)
+    else:
+        model = load_model(args.model, device=args.device, image_size=args.image_size)
+        config = config_from(args.preset, model.name, settings)
+        mode = _choose_mode(args, config)
+        pictures = _choose_pictures(args, model, config.seed, say)
+        pixels = _open_pictures(pictures, model, say)
+        labels = _choose_labels(args, pictures, pixels, model, say)
+        observation = observe(model, pixels, torch.tensor(labels), share_bn=config.bn == "exact", mode=mode)
+    defences = parse_all(args.defences, config.seed)
+    for defence in defences:
+        observation = defence(observation)
+    return _Task(
+        model=model,
+        config=config,
+        observation=observation,
+        pixels=pixels,
+        labels=labels,
+        defences=[defence.text for defence in defences],
+        every=every(args, config),
+        out=out,
+    )
+
+
+def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Task:
+    """The run in the folder --resume, from where it last stood. Raises GradinvError where it cannot go on."""
+    import torch
+
+    from gradinv.models import load_model
+    from gradinv.recording import Resumption
+    from gradinv.types import GradinvError
+
+    if given := _beside_resume(args):
+        raise GradinvError(f"A resumed run keeps its own pictures and settings; leave {given} out.")
+    resumed = Resumption.open(args.resume)
+    recorded, environment = resumed.run["model"], resumed.run["environment"]
+    model = load_model(recorded["weights"], device=environment["device"], image_size=recorded["image_size"])
+    if model.sha256 != recorded["sha256"]:
+        raise GradinvError(
+            f"The weights {recorded['weights']} have changed since the run in {args.resume} (sha256 "
+            f"{model.sha256:.8}… instead of {recorded['sha256']:.8}…); put the old ones back or start it again."
+        )
+    args.model = recorded["weights"]
+    say(f"Resumed after {resumed.state.step} of {resumed.config.iterations} iterations.")
+    now = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    for name, value in now.items():
+        if environment.get(name) != value:
+            say(f"It ran with {name} {environment.get(name)} and goes on with {value}: the last digits may differ.")
+    return _Task(
+        model=model,
+        config=resumed.config,
+        observation=resumed.observation,
+        pixels=resumed.originals,
+        labels=resumed.run["labels"]["true"],
+        defences=resumed.run["client"]["defences"],
+        every=resumed.run["every"],
+        out=resumed.store.path,
+        resumed=resumed,
+    )
+
+
+def _beside_resume(args: argparse.Namespace) -> str:
+    """The first option that was given although a resumed run has its own; empty where there is none."""
+    if args.images:
+        return f"the picture {args.images[0]}"
+    defaults = {"model": "auto", "device": "auto", "preset": "demo", "classes": [], "defences": []}
+    names = ("samples", "imagenet", "random", "batch_size", "classes", "mode", "defences", "save_observation")
+    for name in (*names, "observation", "model", "image_size", "device", "preset", "config", "out", "every"):
+        if getattr(args, name) != defaults.get(name):
+            return "--" + {"classes": "class", "defences": "defence"}.get(name, name.replace("_", "-"))
+    settings = [name.partition(" ")[2] for name in vars(args) if name.startswith("setting ")]
+    return f"--{settings[0].replace('_', '-')}" if settings else ""
+
+
+def _save(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -> int:
+    """Write the observation and end."""
+    from gradinv.inversion import check_observation
+
+    check_observation(task.model, task.observation)
+    task.observation.save(Path(args.save_observation).expanduser())
+    say(
+        f"What the server receives is in {args.save_observation}; invert it with: gradinv invert --observation "
+        f"{args.save_observation}."
+    )
+    if args.json:
+        facts = {
+            "format": 1,
+            "observation": args.save_observation,
+            "model": {"name": task.model.name, "sha256": task.model.sha256},
+            "client": {
+                "batch_size": task.observation.batch_size,
+                "mode": task.observation.mode,
+                "defences": task.defences,
+            },
+        }
+        print(json.dumps(facts, indent=2))
+    return 0
+
+
+def _read_observation(args: argparse.Namespace) -> Observation:
+    """Raises GradinvError for a file that is none, and where something else is said of the client as well."""
+    from gradinv.types import GradinvError, Observation
+
+    names = ("samples", "imagenet", "random", "batch_size", "mode")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    given += ["--class"] if args.classes else []
+    given = [f"the picture {args.images[0]}"] if args.images else given
+    if given:
+        raise GradinvError(f"An observation is inverted without any pictures; leave {given[0]} or --observation out.")
+    return Observation.load(Path(args.observation).expanduser())
+
+
+def _model_of(args: argparse.Namespace, observation: Observation) -> str:
+    """The model that the observation names, unless another is asked for."""
+    from gradinv.models import MODELS
+    from gradinv.types import GradinvError
+
+    if args.model != "auto":
+        return str(args.model)
+    if observation.model_name not in MODELS:
+        raise GradinvError(
+            f"The observation is of {observation.model_name!r}, which is not the name of a model; name the weights "
+            "file with --model."
+        )
+    return observation.model_name
+
+
+def _choose_mode(args: argparse.Namespace, config: AttackConfig) -> str:
+    from gradinv.types import GradinvError
+
+    if config.bn != "inferred":
+        return args.mode or "eval"
+    if args.mode == "eval":
+        raise GradinvError(
+            "In eval mode the client keeps no new running statistics from which --bn inferred could tell the batch's; "
+            "leave --mode eval out, or take another --bn."
+        )
+    return "train"
 
 
 def _choose_folder(name: str | None) -> Path | None:
@@ -285,13 +500,19 @@ def _find_class(text: str, model: Model) -> int:
     raise GradinvError(f"{model.name} has no class {text!r}; {hint}")
 
 
-def _describe(
-    say: Callable[[str], None], model: Model, observation: Observation, config: AttackConfig, labels: Sequence[int]
-) -> None:
+def _describe(say: Callable[[str], None], task: _Task) -> None:
+    from gradinv.defenses import parse_all
+
+    model, observation, config, labels = task.model, task.observation, task.config, task.labels
     size = model.preprocessing.size
     accuracy = "" if model.accuracy is None else f", top-1 {model.accuracy:g} %"
     say(f"{model.name}: {len(model.classes)} classes at {size} × {size} px{accuracy}, on {model.device}")
-    say(f"The client's batch: {', '.join(model.class_name(label) for label in labels)}")
+    if labels is not None:
+        say(f"The client's batch: {', '.join(model.class_name(label) for label in labels)}")
+    for defence in parse_all(task.defences, config.seed):
+        say(f"Its defence {defence.text}: {defence.note}")
+    if task.defences and (observation.bn is not None or observation.running is not None):
+        say("No defence covers the batch-normalisation statistics that it shares.")
     norm = sum(float(gradient.square().sum()) for gradient in observation.gradients.values()) ** 0.5
     numbers = sum(gradient.numel() for gradient in observation.gradients.values())
     say(
@@ -299,34 +520,49 @@ def _describe(
         f"norm {norm:.3g}) and the batch size {observation.batch_size}."
     )
     say("It knows the weights and the preprocessing, but neither the pictures nor their labels.")
-    if observation.bn is not None:
-        say("The client also shares the exact batch-normalisation statistics of its batch (--bn exact).")
-    elif config.bn == "approx":
-        say("Batch-normalisation statistics: those stored in the weights (--bn approx).")
-    repeats = len(labels) - len(set(labels))
+    if observation.mode == "train":
+        say("The client's network is in train mode, in which batch normalisation takes the batch's own statistics.")
+    say(
+        {
+            "approx": "Batch-normalisation statistics: those stored in the weights (--bn approx).",
+            "exact": "The client also shares the exact batch-normalisation statistics of its batch (--bn exact).",
+            "inferred": "Batch-normalisation statistics: the batch's own, inferred from the running ones before and "
+            "after the client's step (--bn inferred).",
+            "none": "Batch-normalisation statistics are not matched (--bn none).",
+        }[config.bn]
+    )
+    if config.gradient == 0:
+        say("A control: the gradient is not matched (--gradient 0), only the labels are read from it.")
+    repeats = 0 if labels is None else len(labels) - len(set(labels))
     if repeats and config.labels == "column-minimum":
         say(f"Classes repeat: {config.labels} restores distinct labels, so at least {repeats} will be wrong.")
 
 
-def _describe_labels(say: Callable[[str], None], model: Model, labels: Sequence[int], restored: Sequence[int]) -> None:
-    right = sum((Counter(labels) & Counter(restored)).values())
+def _describe_labels(
+    say: Callable[[str], None], model: Model, labels: Sequence[int] | None, restored: Sequence[int]
+) -> None:
     names = ", ".join(model.class_name(label) for label in restored)
-    say(f"Labels restored from the gradient: {names} ({right} of {len(labels)} right)")
+    right = ""
+    if labels is not None:
+        right = f" ({sum((Counter(labels) & Counter(restored)).values())} of {len(labels)} right)"
+    say(f"Labels restored from the gradient: {names}{right}")
 
 
 def _with_progress(
-    first: Snapshot, stream: Iterator[Snapshot], recorder: Recorder, total: int, baseline: float
+    first: Snapshot, stream: Iterator[Snapshot], recorder: Recorder, total: int, baseline: float | None
 ) -> Iterator[Snapshot]:
     """Pass the snapshots on and show how far the run is; on the standard error, and only where that is a terminal."""
     from tqdm import tqdm
 
     yield first
-    with tqdm(total=total, unit="it", dynamic_ncols=True, disable=None) as bar:
+    with tqdm(total=total, initial=first.step, unit="it", dynamic_ncols=True, disable=None) as bar:
         for snapshot in stream:
-            # The PSNR of the last record: it is measured there anyway.
-            psnr = recorder.curves[-1]["consensus_psnr"]
             distance = sum(snapshot.distance) / max(1, len(snapshot.distance))
-            bar.set_postfix_str(f"distance {distance:.3f}, PSNR {psnr:.1f} dB (constant {baseline:.1f})", refresh=False)
+            shown = f"distance {distance:.3f}"
+            if baseline is not None:
+                # The PSNR of the last record: it is measured there anyway.
+                shown += f", PSNR {recorder.curves[-1]['consensus_psnr']:.1f} dB (constant {baseline:.1f})"
+            bar.set_postfix_str(shown, refresh=False)
             bar.update(snapshot.step - bar.n)
             yield snapshot
 

@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from gradinv import stepping
+from gradinv.config import AttackConfig
+from gradinv.objective import Judgement, Objective
+from gradinv.stepping import Stepped, Stepper, evaluate, resolve_mode
+from gradinv.types import GradinvError
+from gradinv.victim import observe
+
+# Every term, so that none is left out by its weight.
+ALL_TERMS = {"features": 0.5, "bn": "exact", "bn_weight": 0.02, "tv": 0.2, "l2": 0.1, "group": 0.1, "gradient": 1.0}
+
+
+def objective_of(model: Any, batch: tuple[Tensor, Tensor], mode: str = "eval", **changes: Any) -> Objective:
+    observation = observe(model, *batch, share_bn=True, mode=mode)
+    return Objective(model, observation, batch[1], AttackConfig(**{**ALL_TERMS, **changes}))
+
+
+def pictures(seed: int, batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images, group = torch.randn(2, batch, 3, size, size, generator=generator)
+    return images, group
+
+
+def assert_same(found: Stepped, expected: Stepped) -> None:
+    assert torch.equal(found.gradient, expected.gradient)
+    assert list(found.raw) == list(expected.raw)
+    assert all(torch.equal(found.raw[name], raw) for name, raw in expected.raw.items())
+    assert torch.equal(found.distance.nan_to_num(-1), expected.distance.nan_to_num(-1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"match": "l2"},
+        {"match": "cosine"},
+        {"match": "layer-cosine"},
+        {"match": "cosine", "errors": "recovered"},
+        {"match": "cosine", "layers": "layer4", "errors": "recovered", "bn_form": "relative"},
+        {"bn": "approx", "tv_form": "rgb"},
+        {"bn": "none", "tv_form": "luma-chroma"},
+        {"gradient": 0.0},
+        {"gradient": 1.0, "features": 0.0, "bn": "none", "tv": 0.0, "l2": 0.0, "group": 0.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_traced_is_autograd_to_the_last_bit(small_model, small_batch, caplog, mode, changes):
+    objective = objective_of(small_model, small_batch, mode, **changes)
+    stepper = Stepper(objective, "traced")
+    for seed in range(5):
+        images, group = pictures(seed)
+        kept = images.clone(), group.clone()
+        assert_same(stepper(images, group), evaluate(objective, images, group))
+        assert torch.equal(images, kept[0]) and torch.equal(group, kept[1])
+    assert stepper.mode == "traced" and stepper._program is not None and not caplog.records
+
+
+def test_inferred_statistics_are_traced_as_well(small_model, small_batch):
+    objective = objective_of(small_model, small_batch, "train", bn="inferred")
+    stepper = Stepper(objective, "traced")
+    results = [(stepper(*pictures(seed)), evaluate(objective, *pictures(seed))) for seed in range(3)]
+    assert stepper.mode == "traced"
+    for found, expected in results:
+        assert_same(found, expected)
+
+
+def test_each_result_is_its_own(small_model, small_batch):
+    """No evaluation writes over what an earlier one gave."""
+    stepper = Stepper(objective_of(small_model, small_batch), "traced")
+    results = [stepper(*pictures(seed)) for seed in range(4)]
+    copies = copy.deepcopy([(result.gradient, dict(result.raw)) for result in results])
+    for seed in range(4, 7):
+        stepper(*pictures(seed))
+    for result, (gradient, raw) in zip(results, copies, strict=True):
+        assert torch.equal(result.gradient, gradient) and dict(result.raw) == raw
+
+
+def test_the_recording_runs_less_than_autograd_does(small_model, small_batch):
+    objective = objective_of(small_model, small_batch)
+    stepper = Stepper(objective, "traced")
+    for seed in range(2):
+        stepper(*pictures(seed))
+    counts = []
+    for run in (lambda: evaluate(objective, *pictures(2)), lambda: stepper(*pictures(2))):
+        with Watch() as watch:
+            run()
+        counts.append(watch)
+    eager, traced = counts
+    # Autograd derives the matching term with respect to the second convolution's weights too, which nobody needs.
+    assert traced.operations["aten.convolution.default"] == eager.operations["aten.convolution.default"] - 1
+    assert sum(traced.operations.values()) < 0.8 * sum(eager.operations.values())
+    assert traced.peak <= eager.peak
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operations and the bytes that are alive at a time of what they made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: dict[str, int] = {}
+        self.alive = self.peak = 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in stepping._leaves((args, kwargs), Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self.operations[str(func)] = self.operations.get(str(func), 0) + 1
+        for tensor in stepping._leaves(result, Tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given | self._storages:
+                self._storages.add(storage._cdata)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return result
+
+    def _gone(self, address: int, size: int) -> None:
+        self._storages.discard(address)
+        self.alive -= size
+
+
+def test_weights_and_targets_are_not_copied(small_model, small_batch, monkeypatch):
+    monkeypatch.setattr(stepping, "_LARGEST_CONSTANT", 0)
+    objective = objective_of(small_model, small_batch)
+    stepper = Stepper(objective, "traced")
+    stepper(*pictures(0))
+    held = [thing for thing in stepper._program.__globals__.values() if isinstance(thing, Tensor)]
+    addresses = {tensor.data_ptr() for tensor in held}
+    weights = [parameter for parameter in small_model.network.parameters() if parameter.ndim == 4]
+    known = [*small_model.network.parameters(), *small_model.network.buffers(), *objective._target.values()]
+    assert {weight.data_ptr() for weight in weights} <= addresses
+    assert {objective._target[name].data_ptr() for name in ("conv1.weight", "layer4.weight")} <= addresses
+    others = [tensor for tensor in held if tensor.data_ptr() not in {t.data_ptr() for t in known}]
+    # What is left are the labels and the recovered features and errors.
+    assert max(tensor.numel() for tensor in others) <= 3 * 16
+
+
+def test_nothing_outlives_the_stepper(small_model, small_batch):
+    stepper = Stepper(objective_of(small_model, small_batch), "traced")
+    for seed in range(3):
+        stepper(*pictures(seed))
+    program = weakref.ref(stepper._program)
+    gc.disable()  # No cycle either, which would keep the targets until a collection.
+    try:
+        del stepper
+        assert program() is None
+    finally:
+        gc.enable()
+    assert _get_current_dispatch_mode() is None
+
+
+def test_steppers_in_several_threads(small_model, small_batch):
+    """Each with a network of its own; what one thread does is not in another's recording."""
+
+    def work(seed: int) -> list[tuple[Stepped, Stepped]]:
+        objective = objective_of(copy.deepcopy(small_model), small_batch)
+        stepper = Stepper(objective, "traced")
+        results = []
+        for step in range(4):
+            images, group = pictures(10 * seed + step)
+            results.append((stepper(images, group), evaluate(objective, images, group)))
+            assert stepper.mode == "traced" and _get_current_dispatch_mode() is None
+        return results
+
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(4)):
+            for found, expected in results:
+                assert_same(found, expected)
+
+
+def test_one_stepper_may_move_between_threads(small_model, small_batch):
+    objective = objective_of(small_model, small_batch)
+    stepper = Stepper(objective, "traced")
+    for seed in range(4):
+        found: list[Stepped] = []
+        thread = threading.Thread(target=lambda seed=seed, found=found: found.append(stepper(*pictures(seed))))
+        thread.start()
+        thread.join()
+        assert_same(found[0], evaluate(objective, *pictures(seed)))
+    assert stepper.mode == "traced"
+
+
+def judging(total: Callable[[Tensor], Tensor]) -> Any:
+    """An objective that is nothing but this total of the images."""
+
+    def objective(images: Tensor, group: Tensor) -> Judgement:
+        value = total(images)
+        return Judgement(value, {"only": value.detach()}, torch.tensor(float("nan")))
+
+    return objective
+
+
+def test_sums_with_zeros_and_changes_in_place_are_resolved():
+    def total(images: Tensor) -> Tensor:
+        zeros = torch.zeros_like(images)
+        part = zeros + images
+        filled = torch.zeros_like(images)
+        filled[:, 0] += images[:, 1]  # a view is changed: this memory stays as it is
+        part.mul_(2).add_(filled)
+        rows = torch.zeros(3).view(3, 1, 1)
+        return ((part + zeros) * (rows + 1)).square().sum() + (images * images).sum()
+
+    objective = judging(total)
+    stepper = Stepper(objective, "traced")
+    for seed in range(4):
+        assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
+    assert stepper.mode == "traced"
+
+
+def test_a_view_keeps_what_it_looks_at():
+    """A result may be written over an argument only if no view of that is still needed."""
+
+    def total(images: Tensor) -> Tensor:
+        large = images.repeat(1, 1, 8, 8) * 3
+        row = large[:, :, 0]
+        return (large * 2).sum() + (row * row).sum() + (large.view(-1) ** 3).sum()
+
+    objective = judging(total)
+    stepper = Stepper(objective, "traced")
+    for seed in range(4):
+        assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
+    assert stepper.mode == "traced"
+
+
+counter = itertools.count(1)
+outside = torch.zeros(3)
+
+
+def frozen(images: Tensor) -> Tensor:
+    return images.square().sum() * next(counter)
+
+
+def branching(images: Tensor) -> Tensor:
+    return images.square().sum() * (2 if images.mean() > 0 else 3)
+
+
+def choosing(images: Tensor) -> Tensor:
+    return images[images > 0].square().sum()
+
+
+def drawing(images: Tensor) -> Tensor:
+    return (images * torch.rand(8)).square().sum()
+
+
+def changing(images: Tensor) -> Tensor:
+    outside.add_(1)
+    return images.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("total", "reason"),
+    [
+        (branching, "depend on the images' values"),
+        (choosing, "depend on the images' values"),
+        (drawing, "draws random numbers"),
+        (changing, "changes a tensor that outlives the evaluation"),
+        (frozen, "deviates from autograd's by a share of"),
+    ],
+)
+def test_what_a_recording_would_not_repeat_runs_eagerly(caplog, total, reason):
+    stepper = Stepper(judging(total), "traced")
+    for seed in range(3):
+        images, group = pictures(seed)
+        result = stepper(images, group)
+        if total is branching:
+            assert torch.allclose(result.gradient, 2 * images * (2 if images.mean() > 0 else 3))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.name == "gradinv.stepping"
+    message = record.getMessage()
+    assert message.startswith("Every step runs eagerly, which is slower: the ") and reason in message
+    assert message.count("\n") == 0 and message.endswith(".")
+    assert stepper.mode == "eager"
+
+
+def test_tracked_statistics_are_not_recorded(small_model, small_batch, caplog):
+    """Batch norm changes its running statistics without saying so in its schema."""
+    layer = torch.nn.BatchNorm2d(3).train()
+    layer.num_batches_tracked = None
+    stepper = Stepper(judging(lambda images: layer(images).pow(3).sum()), "traced")
+    stepper(*pictures(0))
+    assert stepper.mode == "eager" and "outlives the evaluation" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["recorded", "run"])
+def test_a_failed_recording_is_one_logged_sentence(small_model, small_batch, monkeypatch, caplog, where):
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such kernel.\nSome trace")
+
+    if where == "recorded":
+        monkeypatch.setattr(stepping, "_simplified", fail)
+    else:
+        monkeypatch.setattr(stepping, "_generated", lambda *_: fail)
+    objective = objective_of(small_model, small_batch)
+    stepper = Stepper(objective, "traced")
+    for seed in range(4):
+        assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
+    start = "the evaluation cannot be" if where == "recorded" else "the recorded evaluation cannot be"
+    assert caplog.messages == [f"Every step runs eagerly, which is slower: {start} {where} (no such kernel)."]
+
+
+def test_an_error_of_the_objective_reaches_the_caller():
+    def objective(images: Tensor, group: Tensor) -> Judgement:
+        raise GradinvError("This cannot be judged.")
+
+    with pytest.raises(GradinvError, match=r"^This cannot be judged\.$"):
+        Stepper(objective, "traced")(*pictures(0))
+    assert _get_current_dispatch_mode() is None
+
+
+def test_what_auto_takes():
+    cpu, gpu, other = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+    assert [resolve_mode("auto", device) for device in (cpu, gpu, other)] == ["traced", "graph", "eager"]
+    assert resolve_mode("auto", cpu, 5) == resolve_mode("auto", gpu, 5) == "eager"
+    assert resolve_mode("auto", cpu, 500) == "traced"
+    assert [resolve_mode(mode, cpu, 5) for mode in ("eager", "traced")] == ["eager", "traced"]
+
+
+def test_auto_runs_a_short_run_eagerly_and_a_long_one_traced(small_model, small_batch):
+    objective = objective_of(small_model, small_batch)
+    for steps, mode in ((3, "eager"), (300, "traced"), (None, "traced")):
+        stepper = Stepper(objective, steps=steps)
+        for seed in range(3):
+            assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
+        assert stepper.mode == mode
+        assert (stepper._program is None) == (mode == "eager")
+
+
+def test_unknown_modes_and_missing_devices_are_one_sentence(small_model, small_batch):
+    objective = objective_of(small_model, small_batch)
+    with pytest.raises(GradinvError, match=r"^stepping takes one of auto, eager, traced, graph, not 'fast'\.$"):
+        Stepper(objective, "fast")
+    with pytest.raises(GradinvError, match=r"^stepping=graph needs a CUDA device; take auto, traced or eager\.$"):
+        Stepper(objective, "graph")(*pictures(0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+@pytest.mark.parametrize("match", ["l2", "cosine"])
+def test_graph_agrees_with_autograd(small_model, small_batch, match):
+    model = copy.copy(small_model)
+    model.network.to("cuda")
+    objective = objective_of(model, small_batch, match=match)
+    stepper = Stepper(objective, "graph")
+    results = []
+    for seed in range(5):
+        images, group = (tensor.to("cuda") for tensor in pictures(seed))
+        results.append((stepper(images, group), evaluate(objective, images, group)))
+    assert stepper.mode == "graph"
+    for found, expected in results:  # compared at the end: no replay may write over an earlier result
+        torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(dict(found.raw), dict(expected.raw), rtol=1e-3, atol=1e-5)

@@ -756,7 +756,7 @@ class Ledger:
     """What has been measured so far, in the evaluation's folder; every finished task is kept at once."""
 
     def __init__(self, folder: str | Path, plan: Plan, model: Model) -> None:
-        """Open the folder, or make it with the first write.
+        """Open the folder, which `begin` makes where it is not there.
 
         A torn last line, as a killed process leaves it, is dropped. Raises GradinvError where the folder holds
         something else, another evaluation, or damaged results.
@@ -769,16 +769,18 @@ class Ledger:
         self._model = model
         if self.folder.exists() and not self.folder.is_dir():
             raise GradinvError(f"{self.folder} is a file; name a folder with --out.")
-        identity = plan.identity(model)
         names = self._store.names() if self.folder.is_dir() else []
         if "plan.json" in names:
-            self._check(identity)
+            self._check(plan.identity(model))
             if "results.jsonl" in names:
                 self._read()
         elif names:
             raise GradinvError(f"{self.folder} is not empty and holds no evaluation; name another folder with --out.")
-        else:
-            self._store.write("plan.json", json.dumps(identity, indent=2).encode())
+
+    def begin(self) -> None:
+        """Write down what is measured, before the first task."""
+        if not (self.folder / "plan.json").is_file():
+            self._store.write("plan.json", json.dumps(self.plan.identity(self._model), indent=2).encode())
 
     def _check(self, identity: Mapping[str, Any]) -> None:
         try:
@@ -914,6 +916,7 @@ def measure(
         _ = bench.gallery  # once, before several processes would each make it
     if ledger.plan.lpips:
         metrics.lpips(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))  # said now where it cannot be had
+    ledger.begin()
     workers = min(workers, len(missing))
     outcomes = _in_processes(ledger.plan, missing, workers, stop) if workers > 1 else _in_turn(bench, missing)
     for (row, batch), outcome in outcomes:

@@ -1,0 +1,699 @@
+"""The evaluations: which pictures, what is measured, what is kept, and what is said where something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import gradinv
+from gradinv import cli, evaluation, models
+from gradinv.config import AttackConfig
+from gradinv.evaluation import Bench, Ledger, Plan, Row, Values
+from gradinv.models import Model
+from gradinv.objective import Objective
+from gradinv.peers import PeerResult
+from gradinv.types import GradinvError
+from gradinv.victim import observe
+
+QUICK = AttackConfig(seeds=2, iterations=2, learning_rate=0.05)
+EACH = 8  # pictures of each class
+
+
+def fill(folder: Path, wnids: list[str], each: int = EACH, side: int = 12) -> Path:
+    """A folder in ImageNet layout, of smooth pictures that all differ."""
+    for number, wnid in enumerate(wnids):
+        (folder / wnid).mkdir(parents=True)
+        for index in range(each):
+            levels = np.random.default_rng([number, index]).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+            picture = Image.fromarray(levels).resize((side, side), Image.Resampling.BILINEAR)
+            picture.save(folder / wnid / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return fill(tmp_path / "val", [f"n{label:08d}" for label in range(6)])
+
+
+def plan(folder: Path, command: str = "ablation", **changes: Any) -> Plan:
+    rows = changes.pop("rows", None) or evaluation.ablation_rows(QUICK, 2)
+    return Plan(command, "small", str(folder), rows, **{"batches": 2, "device": "cpu", **changes})
+
+
+def run(ledger: Ledger, model: Model, **options: Any) -> dict[str, Any]:
+    for _ in evaluation.measure(ledger, model, **options):
+        pass
+    return ledger.write()
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table without what differs from run to run."""
+    kept = []
+    for row in rows:
+        columns = {
+            key: {name: value for name, value in row[key].items() if not name.startswith("seconds")}
+            for key in ("mean", "stderr")
+        }
+        kept.append({**row, **columns})
+    return kept
+
+
+# --- which pictures
+
+
+def test_a_batch_is_the_same_every_time_and_for_every_row(folder: Path, small_model: Model) -> None:
+    rows = evaluation.ablation_rows(QUICK, 3)
+    bench, again = (Bench(plan(folder, rows=rows), small_model) for _ in range(2))
+    keys = [[[p.key for p in b.draw(row, n).pictures] for row in rows] for n in range(3) for b in (bench, again)]
+    assert all(row == keys[2 * n][0] for n in range(3) for row in (*keys[2 * n], *keys[2 * n + 1]))
+    assert keys[0] != keys[2] != keys[4]
+    seeded = Bench(plan(folder, rows=rows, seed=1), small_model)
+    assert [p.key for p in seeded.draw(rows[0], 0).pictures] != keys[0][0]
+
+
+def test_distinct_batches_have_distinct_labels_and_smaller_ones_begin_larger_ones(
+    folder: Path, small_model: Model
+) -> None:
+    rows = evaluation.label_rows((1, 3, 6))
+    bench = Bench(plan(folder, "labels", rows=rows), small_model)
+    largest = bench.draw(rows[2], 0)
+    assert sorted(largest.labels.tolist()) == list(range(6))
+    for row in rows[:2]:
+        batch = bench.draw(row, 0)
+        assert batch.pictures == largest.pictures[: row.batch_size]
+    for picture, label in zip(largest.pictures, largest.labels.tolist(), strict=True):
+        assert picture.wnid == small_model.classes[label].wnid
+
+
+def test_repeated_labels_come_from_few_classes_and_no_picture_twice(folder: Path, small_model: Model) -> None:
+    row = Row("K=8", 8, repeats=True)
+    bench = Bench(plan(folder, "labels", rows=(row,)), small_model)
+    for number in range(5):
+        batch = bench.draw(row, number)
+        assert len({picture.key for picture in batch.pictures}) == 8
+        assert 2 <= len(set(batch.labels.tolist())) <= 3  # 8 · 10/32, rounded up
+
+
+def test_halves_part_each_class(folder: Path, small_model: Model) -> None:
+    parts = {half: Bench(plan(folder, half=half), small_model).files(2) for half in evaluation.HALVES}
+    assert [p.title for p in parts["report"]] == ["00", "01", "02", "03"]
+    assert [p.title for p in parts["tune"]] == ["04", "05", "06", "07"]
+    assert parts["all"] == parts["report"] + parts["tune"]
+    row = evaluation.ablation_rows(QUICK, 6)[0]
+    drawn = [Bench(plan(folder, half="report", rows=(row,)), small_model).draw(row, n) for n in range(20)]
+    assert {picture.title for batch in drawn for picture in batch.pictures} == {"00", "01", "02", "03"}
+
+
+# --- what is measured
+
+
+def test_the_final_gradient_is_the_one_of_autograd(folder: Path, small_model: Model) -> None:
+    row = Row("K=8", 8, repeats=True)
+    bench = Bench(plan(folder, "labels", rows=(row,)), small_model)
+    batch = bench.draw(row, 0)
+    true = observe(small_model, bench.pixels(batch), batch.labels).gradients
+    features = gradinv.gallery.pooled(small_model, bench.pixels(batch))
+    exact = evaluation.final_gradient(small_model, features, batch.labels)
+    for name, value in exact.items():
+        torch.testing.assert_close(value, true[name], rtol=1e-5, atol=1e-7)
+    for _ in range(2):  # a gallery that was just made, and one that is read back
+        shortcut = evaluation.observe_final(Bench(bench.plan, small_model), batch)
+        assert shortcut.batch_size == 8 and set(shortcut.gradients) == {"fc.weight", "fc.bias"}
+        for name, value in shortcut.gradients.items():
+            torch.testing.assert_close(value, true[name], rtol=5e-3, atol=2e-4)
+
+
+def test_the_originals_match_their_own_gradient(small_model: Model, small_batch: tuple[torch.Tensor, ...]) -> None:
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels, labels)
+    same = evaluation.gradient_match(small_model, pixels, labels, observation)
+    assert same == {"l2_distance": 0, "sign_match": 100, "distance": pytest.approx(0, abs=1e-9)}
+    other = evaluation.gradient_match(small_model, 1 - pixels, labels, observation)
+    own = observe(small_model, 1 - pixels, labels).gradients
+    ours, theirs = (torch.cat([g[name].flatten() for name in own]).double() for g in (own, observation.gradients))
+    assert other["l2_distance"] == pytest.approx(float((ours - theirs).norm()), rel=1e-6)
+    assert other["distance"] == pytest.approx(1 - float(F.cosine_similarity(ours, theirs, dim=0)), rel=1e-6)
+    assert other["sign_match"] == pytest.approx(100 * float((ours.sign() == theirs.sign()).double().mean()))
+
+
+def test_labels_of_distinct_classes_are_restored_and_repeats_are_beyond_column_minimum(
+    folder: Path, small_model: Model
+) -> None:
+    rows = evaluation.label_rows((2, 8))
+    bench = Bench(plan(folder, "labels", rows=(rows[0], rows[3])), small_model)
+    for number in range(3):
+        assert evaluation.labels_task(bench, rows[0], number)["labels column-minimum"] == 100
+    repeated = evaluation.labels_task(bench, rows[3], 0)
+    assert set(repeated) == set(evaluation.METHODS)
+    # Eight images of six classes: that many distinct labels there are not.
+    assert repeated["labels column-minimum"] is None
+
+
+def test_pictures_are_found_from_the_gradient_and_not_behind_a_strong_defence(folder: Path, small_model: Model) -> None:
+    rows = evaluation.identification_rows((2,), ("none", "noise:100", "clip:1"))
+    assert [row.name for row in rows] == ["K=2 distinct", "K=2 repeated", "K=2 noise:100", "K=2 clip:1"]
+    bench = Bench(plan(folder, "identify", rows=rows, half="all"), small_model)
+    found = [[evaluation.identification_task(bench, row, n)["found"] for n in range(6)] for row in rows]
+    assert found[0] == [100] * 6
+    assert sum(value or 0 for value in found[2]) < 200
+    undefended = evaluation.identification_task(bench, dataclasses.replace(rows[3], defence="clip:1e9"), 0)
+    assert undefended["found"] == 100 and undefended["labels"] == 100
+
+
+def test_every_batch_has_its_own_noise_of_a_defence(folder: Path, small_model: Model) -> None:
+    (row,) = evaluation.defence_rows(QUICK, 2, ("clip:1+noise:1e-1",))
+    bench = Bench(plan(folder, "defences", rows=(row,)), small_model)
+    batch = bench.draw(row, 0)
+    true = observe(small_model, bench.pixels(batch), batch.labels)
+    first, same, other = (bench.defend(true, row, n).gradients["fc.weight"] for n in (0, 0, 1))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_an_inversion_is_measured_in_full(folder: Path, small_model: Model) -> None:
+    row = evaluation.ablation_rows(QUICK, 2)[3]
+    bench = Bench(plan(folder, rows=(row,)), small_model)
+    values = evaluation.inversion_task(bench, row, 0)
+    again = evaluation.inversion_task(bench, row, 0)
+    timeless = {name: value for name, value in values.items() if not name.startswith("seconds")}
+    assert timeless == {name: again[name] for name in timeless}
+    assert set(values) == {
+        *(f"{group}{name}" for group in ("", "consensus_") for name in ("psnr", "ssim", "fft2d")),
+        *("constant_psnr", "constant_ssim", "l2_distance", "sign_match", "distance", "labels"),
+        *("seconds", "seconds_per_iteration"),
+    }
+    assert values["labels"] == 100 and all(value is not None and math.isfinite(value) for value in values.values())
+    # The best constant colour has a PSNR that depends on the pictures alone.
+    pixels = bench.pixels(bench.draw(row, 0))
+    error = (pixels - pixels.mean((2, 3), keepdim=True)).double().square().mean((1, 2, 3))
+    assert values["constant_psnr"] == pytest.approx(float((-10 * error.log10()).mean()))
+
+
+def test_both_ways_to_compare_gradients_start_with_the_same_pull(folder: Path, small_model: Model) -> None:
+    config = dataclasses.replace(QUICK, match="cosine", gradient=0.7)
+    l2, cosine = evaluation.matching_rows(config, 2)
+    assert (l2.weigh_like, cosine.weigh_like) == ("cosine", "") and l2.config is not None
+    bench = Bench(plan(folder, "matching", rows=(l2, cosine)), small_model)
+    batch = bench.draw(l2, 0)
+    observation = observe(small_model, bench.pixels(batch), batch.labels)
+    weighed = evaluation._weighed(bench, observation, l2.config, "cosine")
+    assert weighed == dataclasses.replace(l2.config, gradient=weighed.gradient)
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(l2.config.seed))
+    norms = []
+    for one in (weighed, config):
+        images = noise.clone().requires_grad_()
+        bare = dataclasses.replace(one, features=0.0, bn="none", tv=0.0, l2=0.0, group=0.0)
+        labels = evaluation.restore_labels(small_model, observation, config.labels).labels
+        judgement = Objective(small_model, observation, labels, bare)(images, images.detach())
+        norms.append(float(torch.autograd.grad(judgement.total, images)[0].norm()))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
+    assert evaluation.inversion_task(bench, l2, 0)["sign_match"] is not None
+
+
+def test_the_batch_size_and_the_defences_also_count_who_is_recognised(folder: Path, small_model: Model) -> None:
+    rows = evaluation.size_rows(QUICK, (1, 3))
+    values = evaluation.inversion_task(Bench(plan(folder, "batch-size", rows=rows), small_model), rows[1], 0)
+    assert values["iip"] in [pytest.approx(100 * k / 3) for k in range(4)]
+    (row,) = evaluation.defence_rows(QUICK, 2, ("none",))
+    values = evaluation.inversion_task(Bench(plan(folder, "defences", rows=(row,), half="all"), small_model), row, 0)
+    assert values["found"] == 100
+
+
+# --- the rows
+
+
+def test_the_ablation_adds_one_thing_a_row() -> None:
+    config = AttackConfig.preset("demo", "resnet18-tiny", seeds=4, bn="exact")
+    rows = {row.name: row for row in evaluation.ablation_rows(config, 4)}
+    settings = {name: row.config.to_dict() for name, row in rows.items() if row.config}
+
+    def differs(a: str, b: str) -> set[str]:
+        return {key for key in settings[a] if settings[a][key] != settings[b][key]}
+
+    assert differs("gradient only", "+ fidelity") == {"tv", "bn", "features", "errors", "layers"}
+    assert differs("+ fidelity", "+ lazy group") == {"group"}
+    assert differs("+ lazy group", "+ registered group") == {"registration"}
+    assert differs("+ fidelity", "gradient off") == {"gradient"}
+    assert differs("gradient off", "gradient and features off") == {"features", "errors"}
+    assert settings["+ fidelity"] == config.to_dict() and config.group == 0
+    assert settings["+ lazy group"]["group"] == evaluation.GROUP_WEIGHT
+    assert settings["+ registered group"]["registration"] == "flow"
+    assert [row.judged for row in rows.values()] == ["seeds", "seeds", "consensus", "consensus", "seeds", "seeds"]
+    own = {row.name: row.config for row in evaluation.ablation_rows(AttackConfig(group=0.5, registration="shift"), 4)}
+    assert own["+ lazy group"] == AttackConfig(group=0.5, registration="lazy")
+    assert own["+ registered group"] == AttackConfig(group=0.5, registration="shift")
+    with pytest.raises(GradinvError, match=r"^The ablation's group rows need at least two seeds; set seeds to 2"):
+        evaluation.ablation_rows(AttackConfig(seeds=1), 4)
+
+
+def test_the_comparison_has_equal_iterations_and_a_single_seed() -> None:
+    config = AttackConfig.preset("demo", "resnet18-tiny", seeds=4, iterations=300)
+    model = models.load_model("resnet18-tiny", device="cpu")
+    rows = evaluation.comparison_rows(config, 8, model, several=True)
+    assert [row.name for row in rows] == [
+        *("breaching invertinggradients", "breaching seethroughgradients"),
+        *("ours", "ours, decoder's start", "ours, 4 seeds", evaluation.TIMING),
+    ]
+    assert {row.config.iterations for row in rows if row.config} == {300}
+    assert [row.config.seeds for row in rows if row.config] == [1, 1, 1, 1, 4, 4]
+    assert [row.config.start for row in rows[2:5] if row.config] == ["random", "decoder", "random"]
+    assert all(row.over == ("breaching invertinggradients", "breaching seethroughgradients") for row in rows[2:5])
+    assert len(evaluation.comparison_rows(config, 8, model, several=False)) == 5
+
+
+# --- the table
+
+
+def test_means_standard_errors_and_paired_gains(folder: Path) -> None:
+    rows = (Row("a", 2), Row("b", 2, over=("a",), judged="consensus"), Row("c", 2, over=("a", "b")))
+    measured = {
+        ("a", 0): {"psnr": 10.0, "consensus_psnr": 0.0, "distance": None},
+        ("a", 1): {"psnr": 12.0, "consensus_psnr": 0.0, "distance": 0.5},
+        ("a", 2): {"psnr": 17.0, "consensus_psnr": 0.0, "distance": 0.5},
+        ("b", 0): {"psnr": 0.0, "consensus_psnr": 11.0},
+        ("b", 1): {"psnr": 0.0, "consensus_psnr": 13.5},
+        ("c", 1): {"psnr": 14.0, "consensus_psnr": 0.0},
+    }
+    a, b, c = evaluation.summarise(plan(folder, rows=rows, batches=3), measured)
+    assert (a["n"], b["n"], c["n"]) == (3, 2, 1)
+    assert a["mean"]["psnr"] == 13 and a["stderr"]["psnr"] == pytest.approx(np.std([10, 12, 17], ddof=1) / 3**0.5)
+    # A missing number is not passed over.
+    assert a["mean"]["distance"] is None and a["stderr"]["distance"] is None
+    assert "gain" not in a
+    # Paired: 11 − 10 and 13.5 − 12, by b's consensus and a's seeds.
+    assert b["gain"] == {"psnr": {"over": "a", "n": 2, "mean": 1.25, "stderr": pytest.approx(0.25)}}
+    # The better of the two on the batch that all have is b with 13.5.
+    assert c["gain"] == {"psnr": {"over": "b", "n": 1, "mean": 0.5, "stderr": None}}
+    assert c["stderr"]["psnr"] is None
+    assert evaluation.summarise(plan(folder, rows=rows, batches=1), measured)[0]["mean"]["psnr"] == 10
+
+
+def test_standard_error_of_few_values() -> None:
+    assert evaluation.standard_error([]) is None and evaluation.standard_error([1.0]) is None
+    assert evaluation.standard_error([1.0, 3.0]) == pytest.approx(1.0)
+    assert evaluation.standard_error([1.0, None, 3.0]) is None
+    values = [3.5, -1.0, 7.25, 0.0]
+    assert evaluation.standard_error(values) == pytest.approx(statistics.stdev(values) / 2)
+
+
+def test_the_files_say_what_the_table_says(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "out", plan(folder), small_model)
+    result = run(ledger, small_model)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
+    assert result["command"] == "ablation" and result["config"]["batches"] == 2
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "out" / "results.csv").read_text())))
+    assert [line["row"] for line in lines] == [row["name"] for row in result["rows"]]
+    for line, row in zip(lines, result["rows"], strict=True):
+        assert int(line["n"]) == row["n"] == 2
+        assert float(line["psnr"]) == row["mean"]["psnr"] and float(line["ssim_stderr"]) == row["stderr"]["ssim"]
+    assert float(lines[1]["psnr_gain"]) == result["rows"][1]["gain"]["psnr"]["mean"] and lines[0]["psnr_gain"] == ""
+    pytest.importorskip("plotly")
+    assert ledger.draw() is None
+    drawn = json.loads((tmp_path / "out" / "figure.json").read_text())
+    bars = [bar for bar in drawn["data"] if bar["name"] == "PSNR seeds"]
+    assert bars[0]["y"] == [row["mean"]["psnr"] for row in result["rows"]]
+    assert bars[0]["error_y"]["array"] == [row["stderr"]["psnr"] for row in result["rows"]]
+    assert (tmp_path / "out" / "figure.html").stat().st_size > 1000
+
+
+def test_a_figure_over_the_batch_size_has_one_line_a_method(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    ledger = Ledger(tmp_path / "out", plan(folder, "labels", rows=evaluation.label_rows((1, 2, 4))), small_model)
+    run(ledger, small_model)
+    drawn = evaluation.figure(ledger.plan, evaluation.summarise(ledger.plan, ledger.values))
+    lines = {line.name: line for line in drawn.data}
+    assert list(lines["column-minimum % distinct"].x) == [1, 2, 4]
+    assert list(lines["column-minimum % distinct"].y) == [100, 100, 100]
+    assert "auto % repeated" in lines
+
+
+def test_without_plotly_there_is_no_figure(
+    folder: Path, small_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.subplots", None)
+    note = Ledger(tmp_path / "out", plan(folder), small_model).draw()
+    assert note == "No figure was drawn, because plotly is not installed (pip install 'gradinv[app]')."
+
+
+# --- keeping and going on
+
+
+def test_a_stopped_evaluation_goes_on_to_the_same_table(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    whole = run(Ledger(tmp_path / "whole", plan(folder), small_model), small_model)
+    stop = threading.Event()
+    ledger = Ledger(tmp_path / "parts", plan(folder), small_model)
+    for count, _ in enumerate(evaluation.measure(ledger, small_model, stop=stop), 1):
+        if count == 5:
+            stop.set()
+    results = tmp_path / "parts" / "results.jsonl"
+    lines = results.read_text().splitlines(keepends=True)
+    assert len(lines) == 5
+    results.write_text("".join(lines[:4]) + lines[4][: len(lines[4]) // 2])  # killed while it wrote
+    again = Ledger(tmp_path / "parts", plan(folder), small_model)
+    assert results.read_text() == "".join(lines[:4]) and len(again.missing) == 8
+    assert untimed(run(again, small_model)["rows"]) == untimed(whole["rows"])
+    entries = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len({(entry["row"], entry["batch"]) for entry in entries}) == len(entries) == 12
+    # Nothing is left to do.
+    done = Ledger(tmp_path / "parts", plan(folder), small_model)
+    assert list(evaluation.measure(done, small_model)) == []
+
+
+def test_more_batches_continue_an_evaluation(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    first = run(Ledger(tmp_path / "out", plan(folder, batches=1), small_model), small_model)
+    more = Ledger(tmp_path / "out", plan(folder, batches=3), small_model)
+    assert {batch for _, batch in more.missing} == {1, 2}
+    run(more, small_model)
+    back = Ledger(tmp_path / "out", plan(folder, batches=1), small_model)
+    assert back.missing == [] and back.write()["rows"] == first["rows"]
+
+
+def test_an_inversion_that_was_stopped_midway_is_not_kept(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    rows = evaluation.ablation_rows(dataclasses.replace(QUICK, iterations=1_000_000), 2)
+    stop = threading.Event()
+    ledger = Ledger(tmp_path / "out", plan(folder, rows=rows), small_model)
+    threading.Timer(0.5, stop.set).start()
+    assert list(evaluation.measure(ledger, small_model, stop=stop)) == []
+    assert ledger.values == {} and ledger.errors == {}
+
+
+def test_a_batch_that_fails_is_said_and_tried_again(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    mine = plan(folder, rows=evaluation.ablation_rows(QUICK, 2)[:2])
+    bench = Bench(mine, small_model)
+    picture = folder / bench.draw(mine.rows[0], 1).pictures[0].key
+    assert picture.name not in {p.key for p in bench.draw(mine.rows[0], 0).pictures}
+    good = picture.read_bytes()
+    picture.write_bytes(b"no picture")
+    ledger = Ledger(tmp_path / "out", mine, small_model)
+    table = run(ledger, small_model)["rows"]
+    assert [row["n"] for row in table] == [1, 1]
+    assert set(ledger.errors) == {("gradient only", 1), ("+ fidelity", 1)}
+    assert all(f"{picture.name} is not a picture" in sentence for sentence in ledger.errors.values())
+    picture.write_bytes(good)
+    again = Ledger(tmp_path / "out", mine, small_model)
+    assert len(again.missing) == 2 and set(again.errors) == set(ledger.errors)
+    assert [row["n"] for row in run(again, small_model)["rows"]] == [2, 2] and again.errors == {}
+    assert Ledger(tmp_path / "out", mine, small_model).errors == {}
+
+
+def test_where_every_batch_fails_the_reason_is_raised(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    config = dataclasses.replace(QUICK, start="decoder")  # the small network has no decoder
+    ledger = Ledger(tmp_path / "out", plan(folder, rows=(Row("a", 2, config=config),)), small_model)
+    with pytest.raises(GradinvError, match=r"^There is no decoder for small at 8 px"):
+        list(evaluation.measure(ledger, small_model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"seed": 1}, r"seed 0, not 1"),
+        ({"half": "tune"}, r"half report, not tune"),
+        ({"command": "matching"}, r"command ablation, not matching"),
+        ({"rows": evaluation.ablation_rows(dataclasses.replace(QUICK, tv=0.5), 2)}, r"tv 0.0001, not 0.5"),
+        ({"rows": evaluation.ablation_rows(QUICK, 3)}, r"other rows"),
+        ({"rows": (Row("new", 2),)}, r"no row new"),
+    ],
+)
+def test_another_evaluation_is_refused(
+    changes: dict[str, Any], what: str, folder: Path, small_model: Model, tmp_path: Path
+) -> None:
+    Ledger(tmp_path / "out", plan(folder), small_model).begin()
+    sentence = rf"^{tmp_path}/out holds another evaluation \({what}\); repeat its command or name another folder with"
+    with pytest.raises(GradinvError, match=sentence):
+        Ledger(tmp_path / "out", plan(folder, **{"command": "ablation", **changes}), small_model)
+
+
+def test_other_weights_are_another_evaluation(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    Ledger(tmp_path / "out", plan(folder), small_model).begin()
+    other = dataclasses.replace(small_model, sha256="1" * 64)
+    with pytest.raises(GradinvError, match=r"holds another evaluation \(another version of the model small\)"):
+        Ledger(tmp_path / "out", plan(folder), other)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("plan.json", "{", r"^The plan in .* is damaged \(.*\); remove that folder or name another with --out\.$"),
+        ("plan.json", "[]", r"^The plan in .* is damaged"),
+        ("results.jsonl", "{}\n", r"^Line 1 of .*results\.jsonl is damaged; remove that line and go on\.$"),
+        ("results.jsonl", '{"row": "+ fidelity", "batch": 0, "values": 3}\n', r"^Line 1 of "),
+        ("results.jsonl", "\x00\x00\n", r"^Line 1 of "),
+    ],
+)
+def test_damaged_files_are_one_sentence(
+    name: str, text: str, sentence: str, folder: Path, small_model: Model, tmp_path: Path
+) -> None:
+    Ledger(tmp_path / "out", plan(folder), small_model).begin()
+    (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(GradinvError, match=sentence):
+        Ledger(tmp_path / "out", plan(folder), small_model)
+
+
+def test_a_folder_of_something_else_is_left_alone(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    with pytest.raises(GradinvError, match=r"val is not empty and holds no evaluation; name another folder with --out"):
+        Ledger(folder, plan(folder), small_model)
+    (tmp_path / "file").touch()
+    with pytest.raises(GradinvError, match=r"file is a file; name a folder with --out\.$"):
+        Ledger(tmp_path / "file", plan(folder), small_model)
+
+
+# --- bad plans
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batches": 0}, r"^At least one batch has to be measured, not 0\.$"),
+        ({"rows": (Row("a", 0),)}, r"^A batch holds at least one image, not 0\.$"),
+        ({"rows": (Row("a", 1), Row("a", 1))}, r"^Each size and each defence is measured once; name none"),
+        ({"rows": (Row("a", 1, defence="wall:3"),)}, r"^There is no defence 'wall'; take one of none, clip"),
+        ({"half": "third"}, r"^half takes one of report, tune, all, not 'third'\.$"),
+        ({"command": "everything"}, r"^There is no evaluation 'everything'; take one of labels, ablation"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(changes: dict[str, Any], sentence: str, folder: Path) -> None:
+    with pytest.raises(GradinvError, match=sentence):
+        plan(folder, **{"command": "ablation", **changes})
+
+
+def test_an_evaluation_without_rows_is_refused(folder: Path) -> None:
+    with pytest.raises(GradinvError, match=r"^An evaluation needs at least one row; name a size or a defence\.$"):
+        Plan("labels", "small", str(folder), (), batches=1)
+
+
+def test_a_folder_that_does_not_suffice_is_one_sentence(folder: Path, small_model: Model) -> None:
+    with pytest.raises(GradinvError, match=r"^There is no folder .*nowhere; name the one that holds the class folders"):
+        Bench(plan(folder / "nowhere"), small_model)
+    rows = (Row("a", 7, config=QUICK),)
+    with pytest.raises(GradinvError, match=r"has pictures of 6 classes that small knows, and a batch needs 7; take sm"):
+        Bench(plan(folder, rows=rows), small_model)
+    repeated = Row("b", 19, repeats=True)  # of six classes with four pictures each in the half that is reported
+    bench = Bench(plan(folder, "labels", rows=(repeated,)), small_model)
+    assert len(bench.draw(repeated, 0).labels) == 19
+    many = dataclasses.replace(repeated, batch_size=18)
+    few = Bench(
+        plan(fill(folder / "few", [f"n{n:08d}" for n in range(6)], each=2), "labels", rows=(many,)), small_model
+    )
+    with pytest.raises(GradinvError, match=r"too few pictures for a batch of 18; take a smaller batch or both halves"):
+        few.draw(many, 0)
+
+
+def test_at_least_one_worker(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "out", plan(folder), small_model)
+    with pytest.raises(GradinvError, match=r"^At least one worker has to do the work, not 0\.$"):
+        list(evaluation.measure(ledger, small_model, workers=0))
+
+
+# --- the comparison
+
+
+def test_peers_get_our_labels_and_are_timed_in_turn(
+    folder: Path, small_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, list[int], int]] = []
+
+    def attack(
+        name: str, model: Model, observation: Any, labels: torch.Tensor, iterations: int, **_: Any
+    ) -> PeerResult:
+        calls.append((name, labels.tolist(), iterations))
+        return PeerResult(torch.full((len(labels), 3, 8, 8), 0.5), 2.0, {"invertinggradients": 0.25}.get(name, 0.5))
+
+    monkeypatch.setattr(evaluation, "breaching_attack", attack)
+    monkeypatch.setattr(evaluation.peers, "require_breaching", lambda: None)
+    rows = evaluation.comparison_rows(QUICK, 2, small_model, several=True)
+    assert [row.name for row in rows][2:] == ["ours", "ours, 2 seeds", evaluation.TIMING]
+    mine = plan(folder, "compare", rows=rows)
+    result = run(Ledger(tmp_path / "out", mine, small_model), small_model)
+    table = {row["name"]: row for row in result["rows"]}
+    assert set(table) == {row.name for row in rows[:-1]}
+    bench = Bench(mine, small_model)
+    for number in range(2):
+        batch = bench.draw(rows[0], number)
+        ours = evaluation.restore_labels(
+            small_model, observe(small_model, bench.pixels(batch), batch.labels), QUICK.labels
+        ).labels.tolist()
+        assert ("invertinggradients", ours, 2) in calls and ("seethroughgradients", ours, 2) in calls
+    assert {iterations for _, _, iterations in calls} == {2, evaluation.TIMED_ITERATIONS}
+    assert table["breaching invertinggradients"]["mean"]["seconds_per_iteration"] == 0.25
+    assert 0 < table["ours"]["mean"]["seconds_per_iteration"] < table["ours, 2 seeds"]["mean"]["seconds_per_iteration"]
+    pixels = bench.pixels(bench.draw(rows[0], 0))
+    grey = -10 * (pixels - 0.5).double().square().mean((1, 2, 3)).log10()
+    first = Ledger(tmp_path / "out", mine, small_model).values["breaching invertinggradients", 0]
+    assert first["psnr"] == first["consensus_psnr"] == pytest.approx(float(grey.mean()))
+    assert table["ours"]["gain"]["psnr"]["over"].startswith("breaching ")
+
+
+# --- the command
+
+
+def command(monkeypatch: pytest.MonkeyPatch, model: Model, *args: str) -> int:
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
+    quick = ("--preset", "paper", "--seeds", "2", "--iterations", "2", "--batch-size", "2", "--batches", "2")
+    sized = ("--preset", "paper", "--seeds", "2", "--iterations", "2", "--batches", "2")
+    return cli.main(["evaluate", *args, *(sized if args[0] in ("labels", "identify", "batch-size") else quick)])
+
+
+def test_the_command_prints_the_table_and_keeps_it(
+    folder: Path,
+    small_model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command(monkeypatch, small_model, "ablation", "--imagenet", str(folder)) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert captured.err == "" and lines[0].startswith("ablation: small, 2 batches of the earlier half of each class's")
+    result = json.loads((tmp_path / "evaluations" / "ablation-small" / "results.json").read_text())
+    fidelity = result["rows"][1]
+    shown = next(line for line in lines if line.startswith("+ fidelity"))
+    assert f"{fidelity['mean']['psnr']:.2f} ± {fidelity['stderr']['psnr']:.2f}" in shown
+    gain = fidelity["gain"]["ssim"]
+    sign = "+" if gain["mean"] >= 0 else "−"
+    assert any(
+        line.startswith("+ fidelity") and f"{sign}{abs(gain['mean']):.3f} ± {gain['stderr']:.3f}" in line
+        for line in lines
+    )
+    assert lines[-1] == "The results are kept in evaluations/ablation-small."
+    # The same command has nothing left to do and prints the same, as JSON if it is asked to.
+    assert command(monkeypatch, small_model, "ablation", "--imagenet", str(folder), "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == result
+    assert captured.err.startswith("12 of 12 parts are in evaluations/ablation-small already.")
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
+    folder: Path, small_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = evaluation.EXPERIMENTS["labels"]
+    done: list[Row] = []
+
+    def task(bench: Bench, row: Row, batch: int) -> Values:
+        done.append(row)
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return experiment.task(bench, row, batch)
+
+    monkeypatch.setitem(evaluation.EXPERIMENTS, "labels", dataclasses.replace(experiment, task=task))
+    args = ("labels", "--imagenet", str(folder), "--sizes", "1,2", "--out", "mine")
+    assert command(monkeypatch, small_model, *args) == 130
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "gradinv: Stopped after 3 of 8 parts; they are kept in mine, and the same command goes on.\n"
+    )
+    assert "K=2 repeated" in captured.out and Path("mine/results.csv").is_file()
+    assert command(monkeypatch, small_model, *args) == 0
+    assert len(done) == 8 and "3 of 8 parts are in mine already." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("ablation",), "Which pictures? Name a folder in ImageNet layout with --imagenet DIR."),
+        (("ablation", "--imagenet", "nowhere"), "There is no folder nowhere; name the one that holds the class fold"),
+        (
+            ("ablation", "--imagenet", "val", "--sizes", "2"),
+            "--sizes does not go with ablation, whose batches have one",
+        ),
+        (("labels", "--imagenet", "val", "--batch-size", "2"), "--batch-size does not go with labels, which has sev"),
+        (("matching", "--imagenet", "val", "--defences", "none"), "--defences does not go with matching; it has none."),
+        (("labels", "--imagenet", "val", "--sizes", "0"), "A batch holds at least one image, not 0."),
+        (("labels", "--imagenet", "val", "--sizes", ","), "An evaluation needs at least one row; name a size or a"),
+        (("identify", "--imagenet", "val", "--sizes", "7"), "val has pictures of 6 classes that small knows, and a b"),
+        (("ablation", "--imagenet", "val", "--workers", "0"), "--workers takes a number of processes of at least 1"),
+        (("defences", "--imagenet", "val", "--defences", "x"), "There is no defence 'x'; take one of none, clip"),
+    ],
+)
+def test_bad_use_is_one_sentence(
+    args: tuple[str, ...],
+    sentence: str,
+    folder: Path,
+    small_model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command(monkeypatch, small_model, *args) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"gradinv: {sentence}") and len(said.splitlines()) == 1
+    assert not Path("evaluations").exists()
+
+
+def test_no_batches_are_refused(
+    folder: Path, small_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: small_model)
+    assert cli.main(["evaluate", "ablation", "--imagenet", str(folder), "--batches", "0"]) == 2
+    assert capsys.readouterr().err == "gradinv: At least one batch has to be measured, not 0.\n"
+
+
+@pytest.mark.slow
+def test_several_processes_measure_the_same(tmp_path: Path) -> None:
+    fill(tmp_path / "tiny", ["n01443537", "n01629819", "n01641577"], side=32)
+
+    def evaluate(out: str, workers: int) -> list[Mapping[str, Any]]:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "gradinv", "evaluate", "matching", "--imagenet", "tiny", "--seeds", "1"),
+                *("--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "--iterations", "1"),
+                *("--batches", "2", "--batch-size", "2", "--workers", str(workers), "--out", out, "--json"),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=300,
+            check=True,
+        )
+        assert done.stderr == f"The results are kept in {out}.\n"
+        rows: list[Mapping[str, Any]] = untimed(json.loads(done.stdout)["rows"])
+        return rows
+
+    one, two = evaluate("one", 1), evaluate("two", 2)
+    assert [row["name"] for row in one] == ["l2", "cosine"]
+    for a, b in zip(one, two, strict=True):
+        assert a["mean"] == pytest.approx(b["mean"], rel=1e-4) and a["n"] == b["n"] == 2

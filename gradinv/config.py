@@ -98,6 +98,12 @@ class AttackConfig:
             "least": None,
         },
     )
+    stepping: str = _option(
+        "auto",
+        "how a step is executed, with the same result: by autograd, by a recording of its operations, by that as a "
+        "CUDA graph, or by whichever is fastest here",
+        choices=("auto", "eager", "traced", "graph"),
+    )
     labels: str = _option(
         "column-minimum",
         "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected or iLRG (these count "

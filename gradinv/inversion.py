@@ -21,8 +21,9 @@ from gradinv.config import AttackConfig
 from gradinv.consensus import consensus
 from gradinv.labels import RestoredLabels, restore_labels
 from gradinv.models import Model
-from gradinv.objective import Judgement, Objective, check_train_mode, running_statistics
+from gradinv.objective import Objective, check_train_mode, running_statistics
 from gradinv.prior import preview
+from gradinv.stepping import Stepped, Stepper
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation, Snapshot, Term
 
 
@@ -56,7 +57,9 @@ def invert(
     run = _Run(model, observation.batch_size, config, start)
     if resume is not None:
         run.restore(resume)
-    return Snapshots(run, _iterate(run, objective, restored, every, interval, stop or threading.Event(), resume))
+    stepper = Stepper(objective, config.stepping, steps=config.iterations * config.seeds)
+    stream = _iterate(run, stepper, objective.weights, restored, every, interval, stop or threading.Event(), resume)
+    return Snapshots(run, stream)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,8 @@ class Snapshots(Iterator[Snapshot]):
 
 def _iterate(
     run: _Run,
-    objective: Objective,
+    stepper: Stepper,
+    weights: Mapping[str, float],
     restored: RestoredLabels,
     every: int | None,
     interval: float | None,
@@ -121,15 +125,15 @@ def _iterate(
     begun, before = (0, 0.0) if resume is None else (resume.step, resume.seconds)
     emitted = time.perf_counter()
     started = emitted - before
-    judgements: list[Judgement] = []
+    judgements: list[Stepped] = []
     steps = run.config.iterations
 
     def snapshot(step: int) -> Snapshot:
-        return _snapshot(run, objective, judgements, step, time.perf_counter() - started, restored)
+        return _snapshot(run, weights, judgements, step, time.perf_counter() - started, restored)
 
     yield snapshot(begun)
     for step in range(begun + 1, steps + 1):
-        done = run.step(step - 1, objective, stop)
+        done = run.step(step - 1, stepper, stop)
         if done is None:
             yield snapshot(step - 1)
             return
@@ -223,7 +227,7 @@ class _Run:
         """Every seed's normalised images (G, B, 3, S, S), upsampled where the stage is coarser."""
         return upsample(self.images, self.model.preprocessing.size)
 
-    def step(self, step: int, objective: Objective, stop: threading.Event) -> list[Judgement] | None:
+    def step(self, step: int, stepper: Stepper, stop: threading.Event) -> list[Stepped] | None:
         """One iteration of every seed; None, and nothing changed, where `stop` was set on the way."""
         config = self.config
         self._enter_stage(step)
@@ -232,8 +236,10 @@ class _Run:
         for images in self.images:
             if stop.is_set():
                 return None
-            judgement = objective(upsample(images, self.model.preprocessing.size), group)
-            gradients.append(torch.autograd.grad(judgement.total, images)[0])
+            full = upsample(images, self.model.preprocessing.size)
+            judgement = stepper(full, group)
+            # Through the upsampling of a coarse stage.
+            gradients.append(torch.autograd.grad(full, images, judgement.gradient)[0])
             judgements.append(judgement)
         gradient = torch.stack(gradients)
         if not torch.isfinite(gradient).all():
@@ -440,7 +446,12 @@ def _seed_of(seed: int, index: int) -> int:
 
 
 def _snapshot(
-    run: _Run, objective: Objective, judgements: list[Judgement], step: int, seconds: float, restored: RestoredLabels
+    run: _Run,
+    weights: Mapping[str, float],
+    judgements: list[Stepped],
+    step: int,
+    seconds: float,
+    restored: RestoredLabels,
 ) -> Snapshot:
     full = run.full_size().detach()
     preprocessing = run.model.preprocessing
@@ -449,7 +460,7 @@ def _snapshot(
             raw=(raw := tuple(float(judgement.raw[name]) for judgement in judgements)),
             weighted=tuple(weight * value for value in raw),
         )
-        for name, weight in objective.weights.items()
+        for name, weight in weights.items()
         if judgements
     }
     return Snapshot(

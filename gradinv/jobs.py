@@ -333,7 +333,13 @@ class Inversion:
         """Run until the last iteration or `handle.stop`."""
         model = self.load()
         check_memory(model, len(self.pixels), self.config)
-        observation = observe(model, self.pixels, torch.tensor(self.labels), share_bn=self.config.bn == "exact")
+        observation = observe(
+            model,
+            self.pixels,
+            torch.tensor(self.labels),
+            share_bn=self.config.bn == "exact",
+            mode="train" if self.config.bn == "inferred" else "eval",
+        )
         store = MemoryStore()
         recorder = Recorder(
             store, config=self.config, model=model, observation=observation, originals=self.pixels, labels=self.labels

@@ -26,8 +26,10 @@ KNOWN = (
 BN_KNOWN = {
     "approx": "the BN statistics of the training data, stored in the weights",
     "exact": "the BN statistics of this very batch, which you let leak",
+    "inferred": "the running BN statistics after the client’s step, from which those of this very batch follow",
     "none": "",
 }
+LEARNED = "public pictures of the same kind, from which it learned a prior"
 UNKNOWN = (
     "the pictures",
     "their classes, until it reads them from the gradient",
@@ -127,7 +129,8 @@ def _received(network: Model, batch: pick.Batch, config: AttackConfig | None) ->
                 "one will be wrong."
             )
     bn = BN_KNOWN[config.bn if config is not None else "approx"]
-    st.html(markup.knowledge([*KNOWN, bn] if bn else KNOWN, UNKNOWN))
+    learned = LEARNED if config is not None and config.start == "decoder" else ""
+    st.html(markup.knowledge([*KNOWN, *filter(None, (bn, learned))], UNKNOWN))
 
 
 def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, problem: str | None) -> None:

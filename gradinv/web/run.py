@@ -22,6 +22,7 @@ from gradinv.web.pick import Chosen
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
 BESIDE = 5  # pictures beside which the charts still fit
 
+CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
 ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 
 
@@ -82,6 +83,8 @@ def _head(state: JobState) -> None:
     config = work.config
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
         what = f"{markup.count(config.seeds, 'seed')}, {markup.count(config.iterations, 'iteration')}"
+        if config.start == "decoder":
+            what += ", started from the guess of a learned prior"
         st.html(
             '<header class="gi-lead gi-run"><h1>From the gradient back to the pictures</h1>'
             f"<p>{escape(facts.model)}, batch of {len(facts.originals)}, {what}. This page’s address is the link to "
@@ -213,7 +216,7 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
         Tile(uri, f"Reconstruction of {name}", name, markup.decibel(value), None if hidden else mark)
         for uri, name, value, mark in zip(pictures.consensus, names, pictures.psnr, right, strict=True)
     ]
-    rows.append(Row("Consensus", consensus, "mean of the seeds"))
+    rows.append(Row("Consensus", consensus, CONSENSUS[work.config.registration == "lazy"]))
     for seed, uris in enumerate(pictures.seeds):
         tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
         rows.append(Row(f"Seed {seed + 1}", tiles))

@@ -9,6 +9,7 @@ import streamlit as st
 
 from gradinv.config import AttackConfig
 from gradinv.models import MODELS
+from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
 
 PRESETS = {
@@ -18,9 +19,16 @@ PRESETS = {
 BN = {
     "approx": "Approx: those of the training data, stored in the weights and always available.",
     "exact": "Exact: those of the client’s own batch. They leak with synchronised BN only, and tell a lot alone.",
+    "inferred": "Inferred: those of the client’s batch, worked out from the running statistics that it shares.",
     "none": "None: the attack does without.",
 }
-_PLAIN = ("seeds", "iterations", "bn")  # have widgets of their own
+START = {
+    "random": "Random: each seed starts from noise, as in the paper.",
+    "decoder": "Decoder: each seed starts from a first guess, painted from the recovered features by a network that "
+    "learned from 100,000 public pictures. This is a learned prior, which the paper’s attack does not have.",
+}
+# Have widgets of their own, with these keys ("start" is the button).
+_PLAIN = {"seeds": "seeds", "iterations": "iterations", "bn": "bn", "start": "start_from"}
 
 
 def choose_model() -> str:
@@ -85,9 +93,21 @@ def panel(model: str) -> AttackConfig:
         bind="query-params",
     )
     right.caption(BN[bn])
+    start = "random"
+    if model in DECODERS:
+        start = right.segmented_control(
+            "What the attack starts from",
+            list(START),
+            default=base.start,
+            required=True,
+            key="start_from",
+            bind="query-params",
+        )
+        right.caption(START[start])
     with st.expander("Advanced settings"):
         advanced = _advanced(base)
-    return AttackConfig.from_dict({**advanced, "seeds": int(seeds), "iterations": int(iterations), "bn": bn})
+    plain = {"seeds": int(seeds), "iterations": int(iterations), "bn": bn, "start": start}
+    return AttackConfig.from_dict({**advanced, **plain})
 
 
 def _advanced(base: AttackConfig) -> dict[str, Any]:
@@ -145,4 +165,4 @@ def _fill(config: AttackConfig) -> None:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         text = ", ".join(f"{share:g}" for share in value) if isinstance(value, tuple) else value
-        st.session_state[item.name if item.name in _PLAIN else f"set_{item.name}"] = text
+        st.session_state[_PLAIN.get(item.name, f"set_{item.name}")] = text

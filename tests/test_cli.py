@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,9 +32,10 @@ from gradinv import cli, inversion, metrics, victim
 from gradinv.cli.invert import signals_set
 from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import AttackConfig
-from gradinv.models import MODELS
+from gradinv.defenses import clip, quantise
+from gradinv.models import MODELS, load_model
 from gradinv.recording import Recording
-from gradinv.types import GradinvError, Snapshot
+from gradinv.types import GradinvError, Observation, Snapshot
 
 ROOT = Path(gradinv.__file__).resolve().parents[1]
 QUICK = ["--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "--seeds", "1", "--iterations", "2"]
@@ -438,9 +442,9 @@ def test_exact_statistics_are_shared_and_said(
     shared = []
     observe = victim.observe
 
-    def watched(*args: Any, share_bn: bool = False) -> Any:
+    def watched(*args: Any, share_bn: bool = False, **options: Any) -> Any:
         shared.append(share_bn)
-        return observe(*args, share_bn=share_bn)
+        return observe(*args, share_bn=share_bn, **options)
 
     monkeypatch.setattr(victim, "observe", watched)
     assert cli.main(["invert", "lion", "tabby", *QUICK, "--bn", "exact", "--out", "run"]) == 0
@@ -450,19 +454,288 @@ def test_exact_statistics_are_shared_and_said(
     assert shared == [True, False]
 
 
+def test_bn_statistics_of_every_kind_and_the_control_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {
+        "approx": "those stored in the weights (--bn approx).",
+        "inferred": "inferred from the running ones before and after the client's step (--bn inferred).",
+        "none": "are not matched (--bn none).",
+    }
+    for bn, sentence in said.items():
+        args = ["lion", "tabby", *QUICK, "--bn", bn, "--gradient", "0", "--out", bn]
+        assert cli.main(["invert", *args]) == 0
+        output = capsys.readouterr().out
+        assert sentence in output and "A control: the gradient is not matched (--gradient 0)" in output
+        run = json.loads(Path(bn, "run.json").read_text())
+        mode = "train" if bn == "inferred" else "eval"
+        assert run["client"] == {"batch_size": 2, "mode": mode, "defences": []}
+        assert ("in train mode, in which batch normalisation takes the batch's own" in output) == (bn == "inferred")
+
+
+def test_defences_are_applied_in_order_said_and_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--defence", "clip:1", "--defence", "quantise:4"]
+    assert cli.main(["invert", "lion", *QUICK, *given, "--save-observation", "defended.safetensors"]) == 0
+    plain = ["invert", "lion", *QUICK, "--save-observation", "plain.safetensors"]
+    assert cli.main(plain) == 0 and not Path("runs").exists()
+    first, second = Observation.load("defended.safetensors"), Observation.load("plain.safetensors")
+    expected = quantise(clip(second, 1.0), 4)
+    assert all(torch.equal(first.gradients[name], value) for name, value in expected.gradients.items())
+    capsys.readouterr()
+    assert cli.main(["invert", "lion", *QUICK, "--defence", "dp:1,8,1e-5", "--mode", "train", "--out", "run"]) == 2
+    assert "one value a channel" in one_sentence(capsys.readouterr().err)
+    private = ["--defence", "dp:1,8,1e-5", "--mode", "train", "--out", "run"]
+    assert cli.main(["invert", "lion", "tabby", *QUICK, *private]) == 0
+    output = capsys.readouterr().out
+    assert "Its defence dp:1,8,1e-5: " in output and "(8, 1e-05)-differential privacy" in output
+    assert "No defence covers the batch-normalisation statistics that it shares." in output
+    assert Recording.open("run").run["client"]["defences"] == ["dp:1,8,1e-5"]
+
+
+# --- an observation without its pictures
+
+
+@pytest.fixture
+def saved(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the server receives of two pictures, in a file."""
+    args = ["invert", "goldfish", "lion", *QUICK, "--save-observation", "observation.safetensors", "--json"]
+    assert cli.main(args) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["client"] == {"batch_size": 2, "mode": "eval", "defences": []}
+    assert facts["model"]["name"] == "resnet18-tiny" and facts["observation"] == "observation.safetensors"
+    return "observation.safetensors"
+
+
+def test_an_observation_is_inverted_without_anything_that_needs_its_pictures(
+    saved: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = QUICK[4:]  # model and size are the observation's
+    assert cli.main(["invert", "--observation", saved, *quick, "--out", "blind"]) == 0
+    output = capsys.readouterr().out
+    assert "The client's batch" not in output and "right)" not in output and "PSNR" not in output
+    assert "Labels restored from the gradient: " in output and "The run is kept in blind." in output
+    assert cli.main(["invert", "goldfish", "lion", *QUICK, "--out", "known"]) == 0
+    blind, known = Recording.open("blind"), Recording.open("known")
+    assert blind.run["labels"]["true"] is None and blind.run["metrics"] is None and blind.originals() is None
+    assert blind.run["labels"]["restored"] == known.run["labels"]["restored"]
+    # The attack is the same: it never saw more. Only the order is that of the originals where they are known.
+    found, wanted = blind.images("seed0"), known.images("seed0")
+    assert found is not None and wanted is not None and torch.equal(found[known.order()], wanted)
+    capsys.readouterr()
+    assert cli.main(["replay", "blind", "--gif", "blind.gif"]) == 0
+    replayed = capsys.readouterr().out
+    assert "PSNR" not in replayed and "goldfish" in replayed and Path("blind.gif").is_file()
+    Path("settings.json").write_text('{"tv": 0.3}')
+    args = ["invert", "--observation", saved, *quick, "--config", "settings.json", "--json", "--out", "json"]
+    assert cli.main(args) == 0
+    run = json.loads(capsys.readouterr().out)
+    assert run["config"]["tv"] == 0.3 and run["metrics"] is None and run["status"] == "done"
+
+
+def test_progress_without_originals_has_no_psnr(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(["invert", "--observation", saved, *QUICK[4:], "--every", "1"]) == 0
+    last = terminal.getvalue().split("\r")[-1]
+    assert "2/2" in last and "distance 0." in last and "PSNR" not in last
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["lion"], "inverted without any pictures; leave the picture lion or --observation out"),
+        (["--samples", "2"], "leave --samples or --observation out"),
+        (["--batch-size", "2"], "leave --batch-size or --observation out"),
+        (["--class", "lion"], "leave --class or --observation out"),
+        (["--mode", "train"], "leave --mode or --observation out"),
+        (["--model", "resnet50-tiny"], "is of the network resnet18-tiny (sha256 1e839035…), not of resnet50-tiny"),
+        (["--image-size", "64"], "The observation is of 32-px images, the model is set to 64 px"),
+        (["--bn", "exact"], "The client did not share its BN statistics, so bn=exact is not possible"),
+        (["--bn", "inferred"], "did not share its running statistics after the step"),
+        (["--observation", "missing.safetensors"], "Cannot read an observation from missing.safetensors"),
+    ],
+)
+def test_an_observation_that_something_contradicts(
+    saved: str, args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in fails(capsys, "invert", "--observation", saved, *QUICK[4:], *args)
+    assert not Path("runs").exists()
+
+
+def test_an_observation_of_weights_that_have_no_name(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+    dataclasses.replace(Observation.load(saved), model_name="mine").save("mine.safetensors")
+    assert "of 'mine', which is not the name of a model; name the weights file with --model" in fails(
+        capsys, "invert", "--observation", "mine.safetensors"
+    )
+
+
+def test_an_observation_from_a_plain_training_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the README shows: nothing of gradinv touches the loop itself."""
+    model = load_model("resnet18-tiny", device="cpu", image_size=32)
+    network = copy.deepcopy(model.network)
+    inputs, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])
+    torch.nn.functional.cross_entropy(network(inputs), labels).backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    Observation(gradients, len(inputs), model.preprocessing, model.name, model.sha256).save("mine.safetensors")
+    assert cli.main(["invert", "--observation", "mine.safetensors", *QUICK[4:], "--out", "run"]) == 0
+    assert sorted(Recording.open("run").run["labels"]["restored"]) == [0, 3]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["lion", "--mode", "eval", "--bn", "inferred"], "In eval mode the client keeps no new running statistics"),
+        (["lion", "--defence", "blur:3"], "There is no defence 'blur'"),
+        (["lion", "--defence", "prune:2"], "The share that is pruned must be"),
+        (["lion", "--save-observation", "missing/o.safetensors"], "Cannot write the observation to missing"),
+        (["--resume", "missing"], "missing is not a recorded run"),
+    ],
+)
+def test_what_the_client_cannot_share(args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [] if "--resume" in args else QUICK
+    assert sentence in fails(capsys, "invert", *args, *quick)
+    assert not Path("runs").exists()
+
+
+# --- resume
+
+
+LONG = [
+    *("--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "--seeds", "1", "--iterations", "24"),
+    *("--every", "2", "--noise", "0.1", "--stages", "0.5,0.5", "--defence", "noise:1e-4"),
+]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_killed_run_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    """At a random moment of it: after some records, and a random time more."""
+    assert process("invert", "goldfish", *LONG, "--out", "whole", cwd=tmp_path).returncode == 0
+    curves = tmp_path / "cut" / "curves.csv"
+    with subprocess.Popen(
+        [sys.executable, "-m", "gradinv", "invert", "goldfish", *LONG, "--out", "cut"],
+        env=environment(),
+        stdout=-1,
+        stderr=-1,
+    ) as started:
+        until, records = time.monotonic() + 240, random.randrange(1, 8)
+        while not (curves.is_file() and curves.read_text().count("\n") > records):
+            assert started.poll() is None and time.monotonic() < until, "the run did not begin"
+            time.sleep(0.005)
+        time.sleep(random.random() * 0.3)
+        started.send_signal(signal.SIGKILL)
+        started.communicate(timeout=240)
+    assert started.returncode == -9
+    before = Recording.open(tmp_path / "cut")
+    assert before.run["status"] == "running" and before.steps[-1] < 24
+    assert before.images("consensus") is None
+    done = process("invert", "--resume", "cut", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "of 24 iterations.\n" in done.stdout and "Its defence noise:0.0001" not in done.stdout
+    assert "Its defence noise:1e-4: " in done.stdout and "The run is kept in cut.\n" in done.stdout
+    whole, cut = ({p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in folders(tmp_path))
+    assert set(whole) == set(cut), "neither a frame more nor one less"
+    for name in whole:
+        if name.suffix in (".png", ".webp"):
+            assert whole[name] == cut[name], name
+    assert Recording.open(tmp_path / "whole").run["metrics"] == Recording.open(tmp_path / "cut").run["metrics"]
+    again = process("invert", "--resume", "cut", cwd=tmp_path)
+    assert again.returncode == 2
+    assert one_sentence(again.stderr) == "The run in cut is done; show it with: gradinv replay cut."
+
+
+def folders(path: Path) -> tuple[Path, Path]:
+    return path / "whole", path / "cut"
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """A run of the user's own weights that was stopped by Ctrl-C before its first step."""
+    network = torchvision.models.resnet18(num_classes=3)
+    safetensors.torch.save_file(network.state_dict(), "mine.safetensors")
+    picture(Path("a.png"))
+    step = inversion._Run.step
+
+    def signalled(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(inversion._Run, "step", signalled)
+    args = ["a.png", "--class", "class 1", *QUICK, "--model", "mine.safetensors", "--features", "0", "--out", "run"]
+    assert cli.main(["invert", *args, "--errors", "predicted"]) == 130
+    monkeypatch.setattr(inversion._Run, "step", step)
+    capsys.readouterr()
+    return "run"
+
+
+def test_a_stopped_run_of_own_weights_goes_on(
+    stopped: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert cli.main(["invert", "--resume", f"../{stopped}", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "Resumed after 0 of 2 iterations." in captured.err
+    run = json.loads(captured.out)
+    assert run["status"] == "done" and run["model"]["name"] == "mine" and run["labels"]["true"] == [1]
+    assert Recording.open(f"../{stopped}").steps == [0, 1, 2]
+
+
+def test_changed_weights_are_not_resumed(stopped: str, capsys: pytest.CaptureFixture[str]) -> None:
+    network = torchvision.models.resnet18(num_classes=3)
+    safetensors.torch.save_file(network.state_dict(), "mine.safetensors")
+    sentence = fails(capsys, "invert", "--resume", stopped)
+    assert "mine.safetensors have changed since the run in run" in sentence and "start it again" in sentence
+    Path("mine.safetensors").unlink()
+    assert "There is no model or weights file" in fails(capsys, "invert", "--resume", stopped)
+    assert Recording.open(stopped).run["status"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["lion"], "the picture lion"),
+        (["--samples", "2"], "--samples"),
+        (["--class", "lion"], "--class"),
+        (["--defence", "none"], "--defence"),
+        (["--model", "resnet18-tiny"], "--model"),
+        (["--preset", "paper"], "--preset"),
+        (["--out", "x"], "--out"),
+        (["--observation", "x"], "--observation"),
+        (["--no-box"], "--box"),
+        (["--tv-form", "rgb"], "--tv-form"),
+    ],
+)
+def test_a_resumed_run_keeps_its_own_settings(args: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "invert", "--resume", "run", *args) == (
+        f"A resumed run keeps its own pictures and settings; leave {what} out."
+    )
+
+
+def test_other_threads_than_before_are_said(stopped: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(stopped, "run.json")
+    run = json.loads(path.read_text())
+    run["environment"]["threads"] += 1
+    path.write_text(json.dumps(run))
+    assert cli.main(["invert", "--resume", stopped]) == 0
+    assert re.search(r"It ran with threads \d+ and goes on with \d+: the last digits may", capsys.readouterr().out)
+
+
 # --- runs that end badly
 
 
 def breaking(error: BaseException) -> Any:
     """An inversion that raises after its second snapshot."""
 
-    def invert(model: Any, observation: Any, config: AttackConfig, **_: Any) -> Iterator[Snapshot]:
+    def stream(observation: Any, config: AttackConfig) -> Iterator[Snapshot]:
         pixels = torch.rand(config.seeds, observation.batch_size, 3, 32, 32)
         for step in (0, 1):
             yield Snapshot(step, config.iterations, pixels, pixels.mean(0), {}, (), 0.5 * step, (0,))
         raise error
 
-    return invert
+    class Broken(inversion.Snapshots):
+        def state(self) -> inversion.RunState:
+            return inversion.RunState(0, 0.0, {})
+
+    return lambda model, observation, config, **_: Broken(None, stream(observation, config))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

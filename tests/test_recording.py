@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
+import itertools
 import json
 import math
 import shutil
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +23,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from gradinv import __version__, metrics
 from gradinv import recording as recording_module
 from gradinv.config import AttackConfig
-from gradinv.inversion import invert
+from gradinv.inversion import Snapshots, invert
 from gradinv.models import ImageClass, Model
-from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, gif, thinned
+from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, Resumption, gif, thinned
 from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term
 from gradinv.victim import observe
 
@@ -87,7 +90,9 @@ def test_run_json_has_every_field_of_the_design(tmp_path: Path, model: Model, ob
         "format",
         "status",
         "config",
+        "every",
         "model",
+        "client",
         "environment",
         "labels",
         "iterations",
@@ -98,7 +103,14 @@ def test_run_json_has_every_field_of_the_design(tmp_path: Path, model: Model, ob
     ]
     assert run["format"] == 1 and run["status"] == "done"
     assert AttackConfig.from_dict(run["config"]) == CONFIG
-    assert run["model"] == {"name": "toy", "sha256": "ab" * 32, "accuracy": 12.5}
+    assert run["model"] == {
+        "name": "toy",
+        "weights": "toy",
+        "sha256": "ab" * 32,
+        "accuracy": 12.5,
+        "image_size": SIDE,
+    }
+    assert run["every"] is None and run["client"] == {"batch_size": 2, "mode": "eval", "defences": []}
     assert run["environment"] == {
         "gradinv": __version__,
         "torch": torch.__version__,
@@ -312,7 +324,10 @@ def test_readable_after_any_write_was_the_last(model: Model, observation: Observ
 
     complete_run(Watched(), model, observation)
     counts = []
-    for files in states:
+    # Until then the folder is not a run.
+    begun = next(index for index, files in enumerate(states) if "run.json" in files)
+    assert begun == len(ORIGINALS)
+    for files in states[begun:]:
         opened = Recording.open(MemoryStore(files))
         counts.append(len(list(opened.snapshots())))
         assert opened.run["status"] in ("running", "done")
@@ -450,7 +465,8 @@ def test_originals_and_labels_go_together(model: Model, observation: Observation
     [
         ((0, 2, 3, 5, 6, 9, 10), 3, [0, 3, 6, 9, 10]),
         ((0, 1, 3, 4), 3, [0, 3, 4]),
-        ((0, 1, 2, 3, 4, 5, 6), 2.5, [0, 3, 6]),
+        ((0, 1, 2, 3, 4, 5, 6), 2.5, [0, 3, 5, 6]),
+        ((4, 5, 6, 7, 8, 9, 10), 3, [4, 6, 9, 10]),
         ((0, 3), 3, [0, 3]),
         ((0, 9, 10), 20, [0, 10]),
         ((), 3, []),
@@ -541,3 +557,237 @@ def test_a_real_run_live_and_replayed(small_model: Model, small_batch: tuple[Ten
         atol=0.2,
         rtol=0,
     )
+
+
+# --- resume
+
+
+def resumable(
+    path: Path, model: Model, observation: Observation, store: recording_module.Store | None = None
+) -> tuple[Recorder, Snapshots]:
+    """A recorder of a real run on the small network, one record a step, and its stream."""
+    stream = invert(model, observation, RESUMABLE, every=1)
+    next(stream)
+    made = Recorder(
+        store or DirectoryStore(path),
+        config=RESUMABLE,
+        model=model,
+        observation=observation,
+        every=1,
+        defences=["clip:1"],
+        state=stream.state,
+    )
+    return made, stream
+
+
+RESUMABLE = AttackConfig(
+    seeds=2, iterations=6, bn="none", group=0.1, registration="lazy", stages=(0.5, 0.5), match="cosine", gradient=1.0
+)
+
+
+def resume(path: Path, model: Model) -> None:
+    left = Resumption.open(path)
+    stream = invert(model, left.observation, left.config, every=1, resume=left.state)
+    made = Recorder(
+        left.store,
+        config=left.config,
+        model=model,
+        observation=left.observation,
+        every=left.run["every"],
+        defences=left.run["client"]["defences"],
+        state=stream.state,
+        resumed=left,
+    )
+    list(made.follow(thinned(stream, 1)))
+
+
+def content(path: Path) -> dict[str, object]:
+    """Every file but for the times that it tells."""
+    found: dict[str, object] = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if name == "run.json":
+            run = json.loads(file.read_text())
+            found[name] = {key: run[key] for key in run if "second" not in key and "memory" not in key}
+        elif name == "curves.csv":
+            found[name] = [",".join(line.split(",")[:2] + line.split(",")[3:]) for line in file.read_text().split("\n")]
+        elif file.is_file():
+            found[name] = file.read_bytes()
+    return found
+
+
+def test_resumed_after_a_kill_at_any_write_the_folder_is_that_of_a_whole_run(
+    tmp_path: Path, small_model: Model, small_batch: tuple[Tensor, Tensor]
+) -> None:
+    """The process ends at each single write or removal of a run in turn: before it, and half-way through an append."""
+    observation = observe(small_model, *small_batch)
+
+    class Killed(BaseException):
+        pass
+
+    class Mortal(DirectoryStore):
+        left = 10**6
+
+        def _live(self) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+
+        def write(self, name: str, data: bytes) -> None:
+            self._live()
+            super().write(name, data)
+
+        def append(self, name: str, data: bytes) -> None:
+            if self.left <= 0:
+                super().append(name, data[: len(data) // 2])
+            self._live()
+            super().append(name, data)
+
+        def remove(self, name: str) -> None:
+            self._live()
+            super().remove(name)
+
+    whole = Mortal(tmp_path / "whole")
+    made, stream = resumable(tmp_path, small_model, observation, whole)
+    list(made.follow(stream))
+    assert "state.safetensors" not in whole.names() and "observation.safetensors" not in whole.names()
+    expected = content(whole.path)
+    writes = 10**6 - whole.left
+    resumed, unbegun = 0, 0
+    for after in range(writes):
+        folder = tmp_path / f"killed{after}"
+        store = Mortal(folder)
+        store.left = after
+        try:
+            made, stream = resumable(folder, small_model, observation, store)
+            list(made.follow(stream))
+        except Killed:
+            pass
+        if not (folder / "run.json").exists():
+            unbegun += 1
+            with pytest.raises(GradinvError, match="is not a recorded run"):
+                Resumption.open(folder)
+            continue
+        if json.loads((folder / "run.json").read_text())["status"] == "done":
+            continue  # only leftovers were to be removed
+        resume(folder, small_model)
+        assert content(folder) == expected, f"killed after {after} of {writes} writes"
+        resumed += 1
+    assert unbegun == 3 and resumed > 20
+
+
+def test_a_run_stopped_between_two_records_leaves_no_trace_of_that(
+    tmp_path: Path, small_model: Model, small_batch: tuple[Tensor, Tensor]
+) -> None:
+    observation = observe(small_model, *small_batch)
+
+    def follow(path: Path, stop: threading.Event | None, at: int = -1) -> None:
+        stream = invert(small_model, observation, RESUMABLE, every=1, stop=stop)
+        first = next(stream)
+
+        def watched() -> Iterator[Snapshot]:
+            yield first
+            for one in stream:
+                if stop is not None and one.step == at:
+                    stop.set()
+                yield one
+
+        made = Recorder(
+            DirectoryStore(path),
+            config=RESUMABLE,
+            model=small_model,
+            observation=observation,
+            originals=small_batch[0],
+            labels=small_batch[1].tolist(),
+            every=4,
+            state=stream.state,
+        )
+        list(made.follow(thinned(watched(), 4)))
+
+    follow(tmp_path / "whole", None)
+    follow(tmp_path / "cut", threading.Event(), 5)
+    cut = Recording.open(tmp_path / "cut")
+    assert cut.run["status"] == "stopped" and cut.steps == [0, 4, 5] and cut.images("consensus") is not None
+    left = Resumption.open(tmp_path / "cut")
+    assert left.steps == {0, 4} and left.originals is not None
+    stream = invert(small_model, left.observation, left.config, every=1, resume=left.state)
+    made = Recorder(
+        left.store,
+        config=left.config,
+        model=small_model,
+        observation=left.observation,
+        originals=left.originals,
+        labels=left.run["labels"]["true"],
+        every=4,
+        state=stream.state,
+        resumed=left,
+    )
+    assert Recording.open(tmp_path / "cut").images("consensus") is None and made.run["status"] == "running"
+    assert made.run["metrics"] is None
+    list(made.follow(thinned(stream, 4)))
+    again, whole = content(tmp_path / "cut"), content(tmp_path / "whole")
+    # The originals are kept with 8 bits, from which these pictures, made of numbers, differ.
+    for found in (again, whole):
+        del found["run.json"], found["curves.csv"]
+    assert again == whole and Recording.open(tmp_path / "cut").steps == [0, 4, 6]
+
+
+def test_what_cannot_be_resumed_is_one_sentence(
+    tmp_path: Path, small_model: Model, small_batch: tuple[Tensor, Tensor]
+) -> None:
+    observation = observe(small_model, *small_batch)
+    made, stream = resumable(tmp_path / "run", small_model, observation)
+    for _ in range(3):
+        made._record(next(stream))
+
+    def refused(sentence: str, change: str, content: bytes | None) -> None:
+        folder = tmp_path / "changed"
+        shutil.copytree(tmp_path / "run", folder)
+        if content is None:
+            (folder / change).unlink()
+        else:
+            (folder / change).write_bytes(content)
+        with pytest.raises(GradinvError, match=sentence) as why:
+            Resumption.open(folder)
+        assert len(str(why.value).splitlines()) == 1 and str(why.value).endswith(".")
+        shutil.rmtree(folder)
+
+    def changed(**changes: object) -> bytes:
+        return json.dumps({**made.run, **changes}).encode()
+
+    whole = (tmp_path / "run" / "state.safetensors").read_bytes()
+    refused("it holds no state.safetensors; start it again", "state.safetensors", None)
+    refused("it holds no observation.safetensors; start it again", "observation.safetensors", None)
+    refused("saved state .* is damaged .*; start the run again", "state.safetensors", whole[: len(whole) // 2])
+    refused("Cannot read an observation", "observation.safetensors", b"torn")
+    refused("is done; show it with: gradinv replay", "run.json", changed(status="done"))
+    refused("was recorded in format 2, and this version reads format 1", "run.json", changed(format=2))
+    refused("its originals are missing", "run.json", changed(labels={**made.run["labels"], "true": [0, 1, 2]}))
+    old = {name: value for name, value in made.run.items() if name not in ("every", "client")}
+    refused("was recorded by gradinv .*, which could not resume", "run.json", json.dumps(old).encode())
+    with pytest.raises(GradinvError, match="is not a recorded run"):
+        Resumption.open(tmp_path / "nowhere")
+    assert Recording.open(MemoryStore({"run.json": json.dumps(old).encode()})).steps == [], "but it can be shown"
+
+
+def test_saving_the_state_costs_little(
+    tmp_path: Path, small_model: Model, small_batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that takes a second is done once in fifty."""
+    clock = [0.0]
+    monkeypatch.setattr(recording_module.time, "perf_counter", lambda: clock[0])
+    saved: list[float] = []
+
+    class Slow(MemoryStore):
+        def write(self, name: str, data: bytes) -> None:
+            if name == "state.safetensors":
+                clock[0] += 1
+                saved.append(clock[0])
+            super().write(name, data)
+
+    made, _ = resumable(tmp_path, small_model, observe(small_model, *small_batch), Slow())
+    for step in range(200):
+        clock[0] += 1
+        made._record(dataclasses.replace(snapshot(step, steps=200), labels=(4, 1, 2)))
+    assert 3 < len(saved) <= 1 + clock[0] / 51
+    assert all(after - before >= 51 for before, after in itertools.pairwise(saved))

@@ -57,6 +57,7 @@ from gradinv.peers import PeerResult, Stopped, breaching_attack
 from gradinv.prior import has_decoder
 from gradinv.recording import DirectoryStore
 from gradinv.sources import ImageFolder, Picture
+from gradinv.stepping import resolve_mode
 from gradinv.types import Gradients, GradinvError, Observation, Snapshot
 from gradinv.victim import observe
 
@@ -243,7 +244,7 @@ def ablation_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
     if config.seeds < 2:
         raise GradinvError("The ablation's group rows need at least two seeds; set seeds to 2 or more.")
     change = dataclasses.replace
-    fidelity = change(config, group=0.0)
+    fidelity = change(config, group=0.0, registration="lazy")
     bare = {"tv": 0.0, "l2": 0.0, "bn": "none", "features": 0.0, "errors": "predicted", "layers": "all"}
     registration = "flow" if config.registration == "lazy" else config.registration
     lazy = change(config, group=config.group or GROUP_WEIGHT, registration="lazy")
@@ -661,7 +662,7 @@ def _timing(bench: Bench, row: Row, number: int) -> Values:
     taken: dict[str, list[float]] = {other.name: [] for other in rows}
     for _ in range(TIMED_ROUNDS):
         for other in rows:
-            config = dataclasses.replace(_config(other, number), iterations=TIMED_ITERATIONS)
+            config = _shortened(_config(other, number), bench.model.device)
             observation = _observe(bench, other, number, config, pixels, batch.labels)
             if other.peer is not None:
                 labels = restore_labels(bench.model, observation, config.labels).labels
@@ -674,6 +675,17 @@ def _timing(bench: Bench, row: Row, number: int) -> Values:
                 found = (stamps[-1] - stamps[1]) / (TIMED_ITERATIONS - half)
             taken[other.name].append(found)
     return {name: statistics.fmean(values) for name, values in taken.items()}
+
+
+def _shortened(config: AttackConfig, device: torch.device) -> AttackConfig:
+    """A few iterations that are executed, and register the group, as those of the whole run are."""
+    interval = max(1, round(config.registration_interval * config.iterations))
+    return dataclasses.replace(
+        config,
+        iterations=TIMED_ITERATIONS,
+        stepping=resolve_mode(config.stepping, device, config.iterations * config.seeds),
+        registration_interval=interval / TIMED_ITERATIONS,
+    )
 
 
 def _iip(bench: Bench, images: Tensor, batch: Batch) -> Tensor:
@@ -785,6 +797,9 @@ class Ledger:
     def _check(self, identity: Mapping[str, Any]) -> None:
         try:
             known = json.loads(self._store.read("plan.json"))
+            for row in known["rows"]:
+                # A setting that is newer than the evaluation has its default.
+                row["config"] = row["config"] and AttackConfig.from_dict(row["config"]).to_dict()
             # Through JSON, so that both sides are what JSON can hold.
             mine = json.loads(json.dumps(identity))
             other = [name for name in mine if known[name] != mine[name]]

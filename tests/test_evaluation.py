@@ -247,7 +247,7 @@ def test_the_batch_size_and_the_defences_also_count_who_is_recognised(folder: Pa
 
 
 def test_the_ablation_adds_one_thing_a_row() -> None:
-    config = AttackConfig.preset("demo", "resnet18-tiny", seeds=4, bn="exact")
+    config = AttackConfig.preset("demo", "resnet18-tiny", seeds=4, bn="exact", group=0.0, registration="lazy")
     rows = {row.name: row for row in evaluation.ablation_rows(config, 4)}
     settings = {name: row.config.to_dict() for name, row in rows.items() if row.config}
 
@@ -259,13 +259,14 @@ def test_the_ablation_adds_one_thing_a_row() -> None:
     assert differs("+ lazy group", "+ registered group") == {"registration"}
     assert differs("+ fidelity", "gradient off") == {"gradient"}
     assert differs("gradient off", "gradient and features off") == {"features", "errors"}
-    assert settings["+ fidelity"] == config.to_dict() and config.group == 0
+    assert settings["+ fidelity"] == config.to_dict() | {"group": 0, "registration": "lazy"}
     assert settings["+ lazy group"]["group"] == evaluation.GROUP_WEIGHT
     assert settings["+ registered group"]["registration"] == "flow"
     assert [row.judged for row in rows.values()] == ["seeds", "seeds", "consensus", "consensus", "seeds", "seeds"]
     own = {row.name: row.config for row in evaluation.ablation_rows(AttackConfig(group=0.5, registration="shift"), 4)}
     assert own["+ lazy group"] == AttackConfig(group=0.5, registration="lazy")
     assert own["+ registered group"] == AttackConfig(group=0.5, registration="shift")
+    assert own["+ fidelity"] == AttackConfig(group=0.0, registration="lazy")
     with pytest.raises(GradinvError, match=r"^The ablation's group rows need at least two seeds; set seeds to 2"):
         evaluation.ablation_rows(AttackConfig(seeds=1), 4)
 
@@ -447,6 +448,19 @@ def test_another_evaluation_is_refused(
         Ledger(tmp_path / "out", plan(folder, **{"command": "ablation", **changes}), small_model)
 
 
+def test_an_evaluation_from_before_a_setting_existed_goes_on(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    Ledger(tmp_path / "out", plan(folder), small_model).begin()
+    known = json.loads((tmp_path / "out" / "plan.json").read_text())
+    for row in known["rows"]:
+        assert row["config"].pop("stepping") == "auto"
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(known))
+    assert len(Ledger(tmp_path / "out", plan(folder), small_model).missing) == 12
+    known["rows"][0]["config"]["unheard"] = 1
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(known))
+    with pytest.raises(GradinvError, match=r"^The plan in .* is damaged"):
+        Ledger(tmp_path / "out", plan(folder), small_model)
+
+
 def test_other_weights_are_another_evaluation(folder: Path, small_model: Model, tmp_path: Path) -> None:
     Ledger(tmp_path / "out", plan(folder), small_model).begin()
     other = dataclasses.replace(small_model, sha256="1" * 64)
@@ -565,6 +579,16 @@ def test_peers_get_our_labels_and_are_timed_in_turn(
     first = Ledger(tmp_path / "out", mine, small_model).values["breaching invertinggradients", 0]
     assert first["psnr"] == first["consensus_psnr"] == pytest.approx(float(grey.mean()))
     assert table["ours"]["gain"]["psnr"]["over"].startswith("breaching ")
+
+
+def test_a_short_run_for_timing_is_executed_as_the_whole_one() -> None:
+    cpu = torch.device("cpu")
+    whole = AttackConfig(seeds=4, iterations=300, registration_interval=0.01)
+    short = evaluation._shortened(whole, cpu)
+    assert short.iterations == evaluation.TIMED_ITERATIONS and short.stepping == "traced"
+    assert round(short.registration_interval * short.iterations) == 3
+    assert evaluation._shortened(dataclasses.replace(whole, seeds=1, iterations=2), cpu).stepping == "eager"
+    assert evaluation._shortened(dataclasses.replace(whole, stepping="eager"), cpu).stepping == "eager"
 
 
 # --- the command

@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from gradinv.config import AttackConfig
-from gradinv.models import MODELS
+from gradinv.models import MODELS, fitted_file
 from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
 
@@ -35,7 +35,7 @@ def choose_model() -> str:
     """The model's name."""
     name = st.segmented_control(
         "Network whose gradient is shared",
-        list(MODELS),
+        [name for name, info in MODELS.items() if not info.headless or fitted_file(name).is_file()],
         default="resnet50-tiny",
         required=True,
         key="model",

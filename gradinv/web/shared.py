@@ -63,7 +63,7 @@ def _load_quietly(name: str) -> None:
 
 def at_hand(name: str) -> bool:
     """Whether the model can be had without a download that nobody has agreed to yet."""
-    return MODELS[name].bundled or ("page", name) in _models
+    return MODELS[name].bundled or MODELS[name].headless or ("page", name) in _models
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,20 @@ def test_ctrl_c_says_what_is_kept(capsys: pytest.CaptureFixture[str], monkeypatc
     assert capsys.readouterr().err == "gradinv: Interrupted; nothing was kept.\n"
 
 
+def test_a_client_in_train_mode_is_noted(
+    observed: Observation, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "val" / name for name in OWN]
+    pixels = torch.stack([to_pixels(from_path(path).open(), model.preprocessing) for path in paths])
+    observe(model, pixels, torch.tensor(LABELS), mode="train").save("observation.safetensors")
+    assert cli.main([*IDENTIFY, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "was in train mode" in captured.err and len(json.loads(captured.out)["images"]) == 3
+    observed.save("observation.safetensors")
+    assert cli.main([*IDENTIFY, "--json"]) == 0
+    assert "train mode" not in capsys.readouterr().err
+
+
 def test_own_weights_are_named(
     observed: Observation, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Model
 ) -> None:

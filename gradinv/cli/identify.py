@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
         return complain(str(stopped) or "Interrupted; nothing was kept.", 130)
     for note in gallery.notes:
         say(note)
+    if observation.mode == "train":
+        say(
+            "The client's network was in train mode, where what it sees in a picture depends on the whole batch: "
+            "similarities are lower, and some pictures are missed."
+        )
     found = wanted.among(gallery, args.top)
     if args.json:
         print(json.dumps(_facts(model, gallery, found), indent=2))

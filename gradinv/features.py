@@ -1,4 +1,4 @@
-"""Each image's pooled features, solved in closed form from the final layer's gradient."""
+"""Each image's pooled features, solved from the final layer's gradient."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from torch.nn import functional as F
 from gradinv.models import Model
 from gradinv.types import GradinvError, Observation
 
+EXPLAINED = 1e-3  # a smaller residual is met by the true features alone: other minima were seen from 4e-3 up
+_UNKNOWNS = 4096  # of a Gauss-Newton step; more (above 64 images) are left to the alternation
+
 
 @dataclass(frozen=True, eq=False)
 class RecoveredFeatures:
     """What the final layer's gradient says of each image: `features` F (B, D) and `errors` A = p − y (B, N).
 
-    `residual` is ‖AᵀF/K − ∇W‖ / ‖∇W‖: near 0 the features explain the gradient. Of images that share a label only a
-    mixture is found.
+    `residual` is ‖AᵀF/K − ∇W‖ / ‖∇W‖. Below `EXPLAINED` the features are the client's own, also of images that share a
+    label (then in any order among these). Large, the gradient was changed, the labels are wrong, or a wrong minimum
+    was met.
     """
 
     features: Tensor
@@ -26,46 +30,211 @@ class RecoveredFeatures:
 
 
 @torch.no_grad()
-def recover_features(model: Model, observation: Observation, labels: Tensor, rounds: int = 20) -> RecoveredFeatures:
-    """Solve ∇W = (1/K) Aᵀ F for the pooled features F, with A[k, c] = p_k[c] − 1[c = y_k] and p = softmax(F Wᵀ + b).
+def recover_features(model: Model, observation: Observation, labels: Tensor, starts: int = 6) -> RecoveredFeatures:
+    """Solve ∇W = (1/K) Aᵀ F, ∇b = (1/K) Aᵀ 1 for the pooled features F ≥ 0, A = softmax(F Wᵀ + b) − y.
 
-    Starts from F_k = ∇W[y_k] / ∇b[y_k], then alternates A from F with the least squares F from A, clamped at 0
-    (features follow a ReLU), and keeps the F with the smallest residual. labels: (B,). Needs K < N. Not in the paper.
+    labels: (B,), of which some may repeat. `starts` bounds the attempts, see `FinalLayer`. Needs K < N. Not in the
+    paper. Raises GradinvError where the layer has no bias, K ≥ N, or its gradient is not finite.
     """
-    layer = model.final_layer
+    layer = FinalLayer(model, observation)
+    best = layer.fit(labels.cpu(), starts=starts)
     device = model.device
-    if f"{model.final}.bias" not in observation.gradients or layer.bias is None:
-        raise GradinvError(
-            "Features can only be recovered where the final layer has a bias; set features=0, errors=predicted."
-        )
-    # Double precision: the least squares squares the condition number of A, and the matrices are small.
-    weight, bias = layer.weight.double(), layer.bias.double()
-    weight_gradient = observation.gradients[f"{model.final}.weight"].to(device).double()
-    bias_gradient = observation.gradients[f"{model.final}.bias"].to(device).double()
-    labels = labels.to(device)
-    count = len(labels)
-    if count >= len(weight_gradient):
-        raise GradinvError(f"Features can be recovered for fewer than {len(weight_gradient)} images, not for {count}.")
+    return RecoveredFeatures(best.features.float().to(device), best.errors.float().to(device), best.residual)
 
-    def output_errors(features: Tensor) -> Tensor:
-        probabilities = F.linear(features, weight, bias).softmax(1)
-        return probabilities - F.one_hot(labels, len(weight)).to(probabilities)
 
-    def residual(features: Tensor) -> float:
-        explained = output_errors(features).T @ features / count
-        return float((explained - weight_gradient).norm() / weight_gradient.norm())
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Features (B, D) and output errors (B, N) that explain the final layer's gradient up to `residual`, as float64.
 
-    scale = bias_gradient[labels]
-    scale = torch.where(scale.abs() < 1e-12, torch.full_like(scale, -1e-12), scale)
-    features = (weight_gradient[labels] / scale[:, None]).clamp(min=0)
-    best, smallest = features, residual(features)
-    for _ in range(rounds):
-        # gelsd (by SVD) because repeated labels make A rank-deficient; CUDA only has gels, so the small system is
-        # solved on the CPU.
-        errors = output_errors(features).T.cpu()
-        solution = torch.linalg.lstsq(errors, count * weight_gradient.cpu(), driver="gelsd").solution
-        features = solution.to(device).clamp(min=0)
-        left = residual(features)
-        if left < smallest:
-            best, smallest = features, left
-    return RecoveredFeatures(best.float(), output_errors(best).float(), smallest)
+    `drift` (N,) says of which classes the labels are too few (above 0) or too many (below 0).
+    """
+
+    features: Tensor
+    errors: Tensor
+    residual: float
+    drift: Tensor
+
+
+class FinalLayer:
+    """The equations of the final layer, in the coordinates in which they are small.
+
+    X = [F, c] (the features with a column for the bias) obeys AᵀX = K [∇W, c ∇b], a matrix of rank K: its K leading
+    right singular vectors V span the rows of X, so X = R V with K × K unknowns instead of K × D. V is turned so that
+    the bias column fixes R's first column, which leaves Z (K, K − 1); c balances the two gradients. From Z the logits
+    are R M, M = V [W, b/c]ᵀ, so that the residual E = AᵀR/K − T, T = [∇W, c ∇b] Vᵀ, is N × K.
+
+    Solved by alternation (A from Z, Z by least squares from A, clamped to F ≥ 0), then by Levenberg-Marquardt with
+    a penalty on negative features; the true F is its minimum with value 0. Everything is float64 on the CPU: the
+    matrices are small, and the smallest singular values matter.
+    """
+
+    def __init__(self, model: Model, observation: Observation) -> None:
+        layer = model.final_layer
+        if f"{model.final}.bias" not in observation.gradients or layer.bias is None:
+            raise GradinvError(
+                "Features can only be recovered where the final layer has a bias; set features=0, errors=predicted."
+            )
+        self._gradient = observation.gradients[f"{model.final}.weight"].cpu().double()
+        self._bias_gradient = observation.gradients[f"{model.final}.bias"].cpu().double()
+        self._weight, self._bias = layer.weight.detach().cpu().double(), layer.bias.detach().cpu().double()
+        self._count = count = observation.batch_size
+        classes = len(self._gradient)
+        if count >= classes:
+            raise GradinvError(f"Features can be recovered for fewer than {classes} images, not for {count}.")
+        if not (torch.isfinite(self._gradient).all() and torch.isfinite(self._bias_gradient).all()):
+            raise GradinvError("The final layer's gradient is not finite, so no features can be recovered.")
+        tiny = torch.finfo(torch.float64).tiny
+        self._constant = float(self._gradient.norm().clamp(min=tiny) / self._bias_gradient.norm().clamp(min=tiny))
+        joint = torch.cat([self._gradient, self._constant * self._bias_gradient[:, None]], 1)
+        _, vectors = torch.linalg.eigh(joint @ joint.T)
+        rank = min(count, joint.shape[1])
+        rows = torch.linalg.qr((vectors[:, -rank:].T @ joint).T)[0]
+        turn = torch.linalg.qr(torch.cat([rows[-1:].T, torch.eye(rank, dtype=torch.float64)], 1))[0][:, :rank]
+        turn[:, 0] *= torch.where(rows[-1] @ turn[:, 0] < 0, -1.0, 1.0)
+        basis = (rows @ turn).T
+        self._basis = basis[:, :-1]
+        self._first = self._constant / max(float(basis[0, -1]), 1e-12)
+        self._target = joint @ basis.T
+        self._to_logits = basis @ torch.cat([self._weight, self._bias[:, None] / self._constant], 1).T
+        self._scale = float(joint.norm().clamp(min=tiny))
+        self._penalty = self._scale**2 / (count * self._constant**2)
+
+    def fit(self, labels: Tensor, *, starts: int = 6, exact: bool = True) -> Fit:
+        """The best of some starts: labels (B,) on the CPU → `Fit`.
+
+        The first start is F_k = ∇W[y_k] / ∇b[y_k]. Where labels repeat, and at every further attempt, the logits are
+        moved at random first (the same each time), or images of one label would stay one image. Ends at the first
+        residual below `EXPLAINED`. Without `exact` it is the alternation alone, a rough answer in milliseconds.
+        """
+        given = F.one_hot(labels, len(self._bias)).double()
+        ratio = self._ratio(labels)
+        generator = torch.Generator().manual_seed(0)
+        repeats = len(labels.unique()) < len(labels)
+        unknowns = ratio.numel()
+        exact = exact and 0 < unknowns <= _UNKNOWNS
+        left = max(20, min(400, int(2e12 / max(1, unknowns) ** 3)))  # steps, by what one costs
+        best, smallest = ratio, self._cost(ratio, given)
+        for start in range(starts if exact else 1):
+            state = self._shaken(ratio, given, generator) if repeats or start > 0 else ratio
+            state = self._alternate(state, given, rounds=5 if exact else 20)
+            if exact:
+                state, steps = self._descend(state, given, left)
+                left -= steps
+            cost = self._cost(state, given)
+            if cost < smallest:
+                best, smallest = state, cost
+            if smallest < (EXPLAINED * self._scale) ** 2 or left <= 0:
+                break
+        return self._finish(best, given)
+
+    def _ratio(self, labels: Tensor) -> Tensor:
+        scale = self._bias_gradient[labels]
+        scale = torch.where(scale.abs() < 1e-12, torch.full_like(scale, -1e-12), scale)
+        return self._inside((self._gradient[labels] / scale[:, None]).clamp(min=0))
+
+    def _inside(self, features: Tensor) -> Tensor:
+        """Features (B, D) → the unknowns Z (B, rank − 1) of the nearest ones in the span."""
+        return features @ self._basis[1:].T
+
+    def _mixture(self, state: Tensor) -> Tensor:
+        return torch.cat([state.new_full((len(state), 1), self._first), state], 1)
+
+    def _probabilities(self, state: Tensor) -> Tensor:
+        return (self._mixture(state) @ self._to_logits).softmax(1)
+
+    def _cost(self, state: Tensor, given: Tensor) -> float:
+        """‖E‖² + μ ‖min(F, 0)‖², in the units of ‖[∇W, c ∇b]‖²."""
+        mixture = self._mixture(state)
+        misfit = (self._probabilities(state) - given).T @ mixture / self._count - self._target
+        negative = (mixture @ self._basis).clamp(max=0)
+        return float(misfit.square().sum() + self._penalty * negative.square().sum())
+
+    def _solved(self, errors: Tensor) -> Tensor:
+        """Least squares of AᵀR = K T for R, then F = R V clamped at 0: errors A (B, N) → Z."""
+        gram = errors @ errors.T
+        gram = gram + (1e-9 * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
+        mixture = torch.linalg.solve(gram, self._count * errors @ self._target)
+        return self._inside((mixture @ self._basis).clamp(min=0))
+
+    def _shaken(self, state: Tensor, given: Tensor, generator: torch.Generator) -> Tensor:
+        logits = self._mixture(state) @ self._to_logits
+        noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
+        return self._solved((logits + noise).softmax(1) - given)
+
+    def _alternate(self, state: Tensor, given: Tensor, rounds: int) -> Tensor:
+        best, smallest = state, self._cost(state, given)
+        for _ in range(rounds):
+            state = self._solved(self._probabilities(state) - given)
+            cost = self._cost(state, given)
+            if cost < smallest:
+                best, smallest = state, cost
+        return best
+
+    def _descend(self, state: Tensor, given: Tensor, limit: int) -> tuple[Tensor, int]:
+        """Levenberg-Marquardt until the residual is rounding error or three steps gain little: → Z, steps taken."""
+        cost, damping, slow = self._cost(state, given), 1e-2, 0
+        for step in range(limit):
+            hessian, gradient = self._normal_equations(state, given)
+            scale = hessian.diagonal().clone()
+            for _ in range(12):
+                damped = hessian + torch.diag(damping * scale + 1e-14 * scale.max())
+                factor, failed = torch.linalg.cholesky_ex(damped)
+                if not failed:
+                    trial = state - torch.cholesky_solve(gradient[:, None], factor).view_as(state)
+                    value = self._cost(trial, given)
+                    if value < cost:
+                        break
+                damping = 6 * max(damping, 1e-9)
+            else:
+                return state, step + 1
+            slow = slow + 1 if value > 0.98 * cost else 0
+            state, cost, damping = trial, value, damping / 8
+            if slow == 3 or cost < (1e-6 * self._scale) ** 2:
+                return state, step + 1
+        return state, limit
+
+    def _normal_equations(self, state: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Gauss-Newton's JᵀJ (n, n) and Jᵀ(residuals) (n,) for the n = B · (rank − 1) unknowns.
+
+        With Q[k, i, z] = ∂p_k[i]/∂Z[k, z] = p_k[i] (M[z, i] − Σ_j p_k[j] M[z, j]) the Jacobian of K E[i, j] is
+        A[k, i] δ_jz + R[k, j] Q[k, i, z]; JᵀJ is put together from products over i, so J is never formed.
+        """
+        count, width = state.shape
+        mixture, probabilities = self._mixture(state), self._probabilities(state)
+        errors = probabilities - given
+        misfit = errors.T @ mixture / self._count - self._target
+        slopes = self._to_logits[1:].T[None] - (probabilities @ self._to_logits[1:].T)[:, None]
+        change = probabilities[:, :, None] * slopes  # (B, N, z)
+        flat = change.transpose(0, 1).reshape(-1, count * width)  # (N, B · z)
+        hessian = (flat.T @ flat).view(count, width, count, width) * (mixture @ mixture.T)[:, None, :, None]
+        cross = torch.einsum("wz,kwy->kzwy", state, (errors @ flat).view(count, count, width))
+        hessian = hessian + cross + cross.permute(2, 3, 0, 1)
+        same = torch.arange(width)
+        hessian[:, same, :, same] += errors @ errors.T
+        hessian /= self._count**2
+        features = mixture @ self._basis
+        inner = self._basis[1:]
+        for image, row in enumerate(features < 0):
+            part = inner[:, row]
+            hessian[image, :, image, :] += self._penalty * (part @ part.T)
+        gradient = (errors @ misfit)[:, 1:] + torch.einsum("ki,kiz->kz", mixture @ misfit.T, change)
+        gradient = gradient / self._count + self._penalty * features.clamp(max=0) @ inner.T
+        return hessian.view(count * width, -1), gradient.reshape(-1)
+
+    def _finish(self, state: Tensor, given: Tensor) -> Fit:
+        features = (self._mixture(state) @ self._basis).clamp(min=0)
+        errors = F.linear(features, self._weight, self._bias).softmax(1) - given
+        norm = self._gradient.norm().clamp(min=torch.finfo(torch.float64).tiny)
+        residual = float((errors.T @ features / self._count - self._gradient).norm() / norm)
+        return Fit(features, errors, residual, self._drift(state, given))
+
+    def _drift(self, state: Tensor, given: Tensor) -> Tensor:
+        """Two signs of a wrong count. Given R, the A that meets AᵀR = K T exactly gives each image labels P − A of its
+        own: how often a class is the largest there, against how often it was given, weighs most. The other is
+        what the bias equation lacks."""
+        mixture, probabilities = self._mixture(state), self._probabilities(state)
+        exact = torch.linalg.lstsq(mixture.T, self._count * self._target.T, driver="gelsd").solution
+        counts = given.sum(0)
+        votes = (probabilities - exact).argmax(1).bincount(minlength=given.shape[1]) - counts
+        lacking = self._count * (probabilities.mean(0) - self._bias_gradient) - counts
+        return votes + (5 * lacking).clamp(-1, 1)

@@ -21,7 +21,7 @@ def true_features(model, pixels):
 def test_features_and_errors_of_each_image_are_recovered(small_model, small_batch):
     pixels, labels = small_batch
     observation = observe(small_model, pixels, labels)
-    recovered = recover_features(small_model, observation, labels, rounds=200)
+    recovered = recover_features(small_model, observation, labels)
     truth = true_features(small_model, pixels)
     assert F.cosine_similarity(recovered.features, truth).min() > 0.999
     assert recovered.residual < 1e-2

@@ -1,0 +1,243 @@
+"""Registration against planted displacements: real pictures, moved by a known map, with noise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradinv.images import to_pixels
+from gradinv.metrics import psnr
+from gradinv.paths import ASSETS
+from gradinv.registration import METHODS, align, displacement, warp
+from gradinv.types import GradinvError, Preprocessing
+
+SIDE = 64
+NAMES = ("beagle", "cab", "chelsea", "coffee", "mosque", "pizza", "tiger", "wombat")
+EDGE = SIDE // 8  # displacements are compared inside: at the border there may be nothing to see
+
+
+def pictures(side: int = SIDE, names: tuple[str, ...] = NAMES) -> Tensor:
+    """Real pictures twice as large as the views of them, so that what moves in is the picture's own."""
+    return torch.stack(
+        [
+            to_pixels(Image.open(ASSETS / "samples" / f"{name}.jpg").convert("RGB"), Preprocessing(2 * side, 2 * side))
+            for name in names
+        ]
+    )
+
+
+def view(pixels: Tensor, shift: float = 0, direction: float = 0, degrees: float = 0) -> Tensor:
+    """The middle of pictures, half their side, seen shifted by that many pixels and rotated."""
+    side = pixels.shape[-1] // 2
+    x, y, cos, sin, right, down = _geometry(side, shift, direction, degrees)
+    where = torch.stack([cos * x - sin * y + right, sin * x + cos * y + down], -1) / side
+    return F.grid_sample(pixels, where.expand(len(pixels), -1, -1, -1), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def truth(side: int, shift: float = 0, direction: float = 0, degrees: float = 0) -> Tensor:
+    """The field that lays such a view on the one that was not moved: (2, side, side)."""
+    x, y, cos, sin, right, down = _geometry(side, shift, direction, degrees)
+    return torch.stack([cos * (x - right) + sin * (y - down) - x, cos * (y - down) - sin * (x - right) - y])
+
+
+def _geometry(side: int, shift: float, direction: float, degrees: float) -> tuple[Tensor, Tensor, *tuple[float, ...]]:
+    centred = torch.arange(side) + 0.5 - side / 2
+    y, x = torch.meshgrid(centred, centred, indexing="ij")
+    angle, way = math.radians(degrees), math.radians(direction)
+    return x, y, math.cos(angle), math.sin(angle), shift * math.cos(way), shift * math.sin(way)
+
+
+def noisy(images: Tensor, noise: float, seed: int = 0) -> Tensor:
+    return images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def errors(field: Tensor, true: Tensor) -> Tensor:
+    """Mean distance in pixels between where a field looks and where it should, inside, per image."""
+    return (field - true).square().sum(1).sqrt()[:, EDGE:-EDGE, EDGE:-EDGE].mean((1, 2))
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.15])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shift", [1, 1.5, 2, 3.25, 4, 5, 6.7, 8])
+def test_planted_shifts(method: str, shift: float, noise: float) -> None:
+    pixels, direction = pictures(), 40 * shift
+    reference, images = view(pixels), noisy(view(pixels, shift, direction), noise)
+    error = errors(displacement(images, reference, method), truth(SIDE, shift, direction))
+    assert error.max() < 0.5 and error.mean() < 0.2
+    assert (psnr(align(images, reference, method), reference) > psnr(images, reference)).all()
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.15])
+@pytest.mark.parametrize("method", ["affine", "flow"])
+@pytest.mark.parametrize(("shift", "degrees"), [(0, 2), (0, -5), (0, 5), (2, 3), (8, -5)])
+def test_planted_rotations(method: str, shift: float, degrees: float, noise: float) -> None:
+    pixels = pictures()
+    reference, images = view(pixels), noisy(view(pixels, shift, 200, degrees), noise)
+    error = errors(displacement(images, reference, method), truth(SIDE, shift, 200, degrees))
+    assert error.max() < 0.6 and error.mean() < 0.25
+    assert (psnr(align(images, reference, method), reference) > psnr(images, reference)).all()
+
+
+def test_a_larger_affine_map() -> None:
+    """Also what no rotation does: 6 % wider than high."""
+    pixels = pictures()
+    reference = view(pixels)
+    x = torch.linspace(-1, 1, SIDE).expand(SIDE, SIDE)
+    planted = torch.stack([0.03 * SIDE * x, -0.03 * SIDE * x.T]).expand(len(pixels), -1, -1, -1)
+    images = warp(reference, planted)
+    # The inverse of the planted map, whose middle stays where it is.
+    true = torch.stack([planted[0, 0] / -(1 + 0.06), planted[0, 1] / -(1 - 0.06)])
+    assert errors(displacement(images, reference, "affine"), true).max() < 0.3
+
+
+def test_flow_follows_what_no_affine_map_does() -> None:
+    pixels = pictures()
+    reference = view(pixels)
+    bends = torch.randn(len(pixels), 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    planted = F.interpolate(bends, (SIDE, SIDE), mode="bicubic", align_corners=True)
+    planted = planted * 4 / planted.square().sum(1).sqrt().flatten(1).amax(1)[:, None, None, None]
+    images = noisy(warp(reference, planted), 0.05)
+    gained = {method: psnr(align(images, reference, method), reference) for method in METHODS}
+    assert gained["flow"].mean() > gained["affine"].mean() + 1.5 > gained["shift"].mean() + 1.5
+    assert (gained["flow"] > psnr(images, reference) + 1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_does_not_move_comes_back_exactly(method: str, seed: int) -> None:
+    """Of images that only noise sets apart hardly one is taken for moved, and none where both are the same."""
+    reference = view(pictures())
+    assert torch.equal(align(reference, reference, method), reference)
+    images = noisy(reference, 0.15, seed)
+    kept = (align(images, reference, method) == images).flatten(1).all(1)
+    assert kept.sum() >= len(images) - 1
+    tiny = noisy(view(pictures(), 0.2, 30), 0.01, seed)
+    assert torch.equal(align(tiny, reference, method), tiny)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unrelated_images_fall_back_to_identity(method: str) -> None:
+    reference = view(pictures())
+    noise = noisy(torch.zeros_like(reference), 1)
+    assert torch.equal(align(noise, reference, method), noise)
+    assert torch.equal(align(reference, noise, method), reference)
+    assert torch.equal(align(reference, reference.roll(1, 0), method), reference)
+    flat = torch.full_like(reference, 0.5)
+    assert torch.equal(align(flat, reference, method), flat)
+    assert torch.equal(align(reference, flat, method), reference)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_image_is_on_its_own(method: str) -> None:
+    pixels = pictures()
+    reference, images = view(pixels), noisy(view(pixels, 3, 100, 2), 0.1)
+    together = align(images, reference, method)
+    assert torch.equal(together, align(images, reference, method))
+    for index in (0, 5):
+        one = slice(index, index + 1)
+        torch.testing.assert_close(align(images[one], reference[one], method), together[one], rtol=0, atol=1e-4)
+    # Whatever its neighbour is: noise, or not even numbers.
+    images[1], images[2] = torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)), torch.nan
+    torch.testing.assert_close(align(images, reference, method)[3:], together[3:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_comes_back_as_it_is(method: str, value: float) -> None:
+    pixels = pictures()
+    reference, images = view(pixels), view(pixels, 3, 0)
+    images[0, 1, 5, 6] = value
+    aligned = align(images, reference, method)
+    torch.testing.assert_close(aligned[0], images[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.isfinite(aligned[1:]).all() and not torch.equal(aligned[1], images[1])
+    reference[1, 0, 0, 0] = value
+    assert torch.equal(align(images, reference, method)[1], images[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", [8, 11, 16, 24, 33, 96, 224])
+def test_sizes(method: str, side: int) -> None:
+    """A shift of a sixteenth of the side is found at every size, and the image is no worse for it."""
+    pixels = pictures(side, ("tiger", "coffee"))
+    reference, images = view(pixels), view(pixels, side / 16, 20)
+    aligned = align(images, reference, method)
+    assert aligned.shape == images.shape
+    gain = psnr(aligned, reference) - psnr(images, reference)
+    assert gain.min() >= 0
+    if side >= 16:
+        assert gain.min() > 3
+
+
+def test_sides_that_differ_and_sides_too_small() -> None:
+    pixels = pictures()
+    reference, images = view(pixels)[..., 10:50, :], view(pixels, 3, 0)[..., 10:50, :]
+    assert (psnr(align(images, reference, "flow"), reference) > psnr(images, reference) + 3).all()
+    for height, width in ((7, 7), (1, 9), (1, 1)):
+        small = torch.rand(2, 3, height, width)
+        assert torch.equal(align(small, small.flip(-1), "flow"), small)
+    assert align(torch.zeros(0, 3, 16, 16), torch.zeros(0, 3, 16, 16), "affine").shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_normalised_images_move_as_pixels_do(method: str) -> None:
+    pixels = pictures()
+    reference, images = view(pixels), noisy(view(pixels, 4, 300, 1), 0.05)
+    field = displacement(images, reference, method)
+    other = displacement((images - 0.45) / 0.225, (reference - 0.45) / 0.225, method)
+    torch.testing.assert_close(other, field, rtol=0, atol=0.02)
+
+
+def test_the_border_is_continued_and_nothing_overshoots() -> None:
+    pixels = pictures()
+    reference, images = view(pixels), view(pixels, 8, 0)
+    aligned = align(images, reference, "shift")
+    assert (aligned.amin((2, 3)) >= images.amin((2, 3))).all() and (aligned.amax((2, 3)) <= images.amax((2, 3))).all()
+    # Moved by eight to the right: the columns that come in repeat the first one, and are not black.
+    torch.testing.assert_close(aligned[..., :4], images[..., :1].expand(-1, -1, -1, 4), rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_and_device_are_kept(dtype: torch.dtype) -> None:
+    pixels = pictures()
+    reference, images = view(pixels).to(dtype), view(pixels, 3, 0).to(dtype)
+    aligned = align(images, reference, "flow")
+    assert aligned.dtype == dtype and aligned.device == images.device
+    assert (psnr(aligned, reference) > psnr(images, reference) + 5).all()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pixels = pictures()
+    reference, images = view(pixels), noisy(view(pixels, 3, 0, 2), 0.05)
+    aligned = align(images.cuda(), reference.cuda(), "flow")
+    assert aligned.device.type == "cuda"
+    torch.testing.assert_close(aligned.cpu(), align(images, reference, "flow"), rtol=0, atol=1e-2)
+
+
+def test_no_gradient_flows_and_nothing_is_changed() -> None:
+    pixels = pictures()
+    reference, images = view(pixels), view(pixels, 3, 0).requires_grad_()
+    before = images.detach().clone()
+    assert not align(images, reference, "flow").requires_grad
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    ("images", "reference"),
+    [((2, 3, 9, 9), (1, 3, 9, 9)), ((2, 3, 9, 9), (2, 3, 9, 8)), ((3, 9, 9), (3, 9, 9)), ((2, 1, 9, 9), (2, 1, 9, 9))],
+)
+def test_shapes_that_do_not_fit(images: tuple[int, ...], reference: tuple[int, ...]) -> None:
+    with pytest.raises(GradinvError, match=r"^Images and reference must both have the shape \(B, 3, H, W\), not .*\.$"):
+        align(torch.zeros(images), torch.zeros(reference), "shift")
+
+
+def test_an_unknown_method() -> None:
+    with pytest.raises(GradinvError, match=r"^There is no registration 'warp'; take one of shift, affine, flow\.$"):
+        align(torch.zeros(1, 3, 9, 9), torch.zeros(1, 3, 9, 9), "warp")

@@ -334,5 +334,7 @@ def _gauss_newton(level: _Level, start: Tensor, basis: Tensor, ties: Tensor) -> 
         normal[:, :count, :count] += ties
         right[:, :count] -= flat @ ties
         normal = normal + torch.diag_embed(DAMPING * normal.diagonal(dim1=1, dim2=2) + 1e-6)
-        weights = weights + torch.linalg.solve(normal, right)[:, :count].view_as(weights)
+        # solve_ex, which does not raise where one image is beyond all numbers: its weights become NaN and are not kept.
+        step, _ = torch.linalg.solve_ex(normal, right[..., None])
+        weights = weights + step[:, :count, 0].view_as(weights)
     return best

@@ -157,6 +157,9 @@ def test_what_is_not_finite_comes_back_as_it_is(method: str, value: float) -> No
     assert torch.isfinite(aligned[1:]).all() and not torch.equal(aligned[1], images[1])
     reference[1, 0, 0, 0] = value
     assert torch.equal(align(images, reference, method)[1], images[1])
+    images = images.nan_to_num() * torch.tensor([1e-38, 1e20, 3e38, 1, 1, 1, 1, 1]).view(-1, 1, 1, 1)  # hardly finite
+    aligned = align(images, reference, method)
+    assert torch.isfinite(aligned).all() and not torch.equal(aligned[3], images[3])
 
 
 @pytest.mark.parametrize("method", METHODS)

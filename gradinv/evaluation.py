@@ -50,6 +50,7 @@ from gradinv.defenses import Defence, parse_all
 from gradinv.gallery import Gallery, Progress
 from gradinv.images import to_pixels
 from gradinv.inversion import invert
+from gradinv.labels import METHODS as LABEL_METHODS
 from gradinv.labels import restore_labels
 from gradinv.models import Model, load_model
 from gradinv.objective import Objective
@@ -187,29 +188,25 @@ COLUMNS = {
     "iip": Column("IIP %", 1),
     "seconds": Column("s", 1),
     "seconds_per_iteration": Column("s/iteration", 3),
-    **{f"labels {method}": Column(f"{method} %", 2) for method in ("auto", "column-minimum", "llg")},
-    **{f"labels {method}": Column(f"{method} %", 2) for method in ("bias-corrected", "ilrg")},
+    **{f"labels {method}": Column(f"{method} %", 2) for method in LABEL_METHODS},
 }
 """Every metric of every evaluation, in the table's order."""
-
-LABEL_METHODS = tuple(name.removeprefix("labels ") for name in COLUMNS if name.startswith("labels "))
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of the evaluations: what its rows measure (`task`), its usual number of batches, and what is drawn of it.
+    """One of the evaluations: what its rows measure (`task`), its usual number of batches, and what is shown of it.
 
-    `metrics` are the table's columns, `panels` the figure's: a title and the metrics drawn in it.
+    `metrics` are the table's columns, `panels` the figure's: a title and the metrics drawn in it. Where batches have
+    several `sizes` these are the usual ones; `defences` says whether it takes any.
     """
 
-    help: str
     task: Callable[[Bench, Row, int], Values]
     batches: int
     metrics: tuple[str, ...]
     panels: tuple[tuple[str, tuple[str, ...]], ...]
     sizes: tuple[int, ...] = ()
     defences: bool = False
-    inverts: bool = True
 
 
 # --- the rows
@@ -299,7 +296,12 @@ def defence_rows(config: AttackConfig, batch_size: int, defences: Sequence[str])
 
 def comparison_rows(config: AttackConfig, batch_size: int, model: Model, *, several: bool) -> tuple[Row, ...]:
     """Both attacks of `breaching`, then ours with one seed, from the decoder's picture where there is a decoder, and
-    with all seeds where `several` are asked for. Gains are over the better peer by each metric."""
+    with all seeds where `several` are asked for. Gains are over the better peer by each metric.
+
+    Raises GradinvError for a client in train mode, which `breaching` would attack in eval mode.
+    """
+    if config.bn == "inferred":
+        raise GradinvError("The comparison is made with a client in eval mode; take approx, exact or none for bn.")
     single = dataclasses.replace(config, seeds=1)
     peer_rows = tuple(Row(f"breaching {name}", batch_size, config=single, peer=name) for name in peers.BREACHING)
     over = tuple(row.name for row in peer_rows)
@@ -659,14 +661,14 @@ def _timing(bench: Bench, row: Row, number: int) -> Values:
     batch = bench.draw(row, number)
     pixels = bench.pixels(batch)
     rows = [other for other in bench.plan.rows if other.name != TIMING]
-    taken: dict[str, list[float]] = {other.name: [] for other in rows}
+    taken: dict[str, list[float | None]] = {other.name: [] for other in rows}
     for _ in range(TIMED_ROUNDS):
         for other in rows:
             config = _shortened(_config(other, number), bench.model.device)
             observation = _observe(bench, other, number, config, pixels, batch.labels)
             if other.peer is not None:
                 labels = restore_labels(bench.model, observation, config.labels).labels
-                found = _run_peer(bench, other, config, observation, labels).seconds_per_iteration or math.nan
+                found = _run_peer(bench, other, config, observation, labels).seconds_per_iteration
             else:
                 half = TIMED_ITERATIONS // 2
                 stamps = [s.seconds for s in invert(bench.model, observation, config, every=half, stop=bench.stop)]
@@ -674,7 +676,7 @@ def _timing(bench: Bench, row: Row, number: int) -> Values:
                     raise Stopped
                 found = (stamps[-1] - stamps[1]) / (TIMED_ITERATIONS - half)
             taken[other.name].append(found)
-    return {name: statistics.fmean(values) for name, values in taken.items()}
+    return {name: metrics.mean(values) for name, values in taken.items()}
 
 
 def _shortened(config: AttackConfig, device: torch.device) -> AttackConfig:
@@ -703,40 +705,33 @@ METHODS = tuple(f"labels {method}" for method in LABEL_METHODS)
 
 EXPERIMENTS: dict[str, Experiment] = {
     "labels": Experiment(
-        "Table 1: the share of labels that each method restores, distinct and repeated",
         labels_task,
         batches=1000,
         metrics=METHODS,
         panels=(("labels restored in %", METHODS),),
         sizes=(1, 2, 4, 8, 16, 32, 64),
-        inverts=False,
     ),
     "ablation": Experiment(
-        "Table 2: gradient, + fidelity, + group, lazy and registered; and with the gradient off",
         inversion_task,
         batches=8,
         metrics=(*QUALITY, "fft2d", "lpips", "distance", "labels", "seconds_per_iteration"),
         panels=(PSNR_PANEL, SSIM_PANEL),
     ),
     "matching": Experiment(
-        "Table 5: gradients compared by l2 and by cosine",
         inversion_task,
         batches=8,
         metrics=("l2_distance", "sign_match", "distance", *QUALITY),
         panels=(("cosine distance", ("distance",)), PSNR_PANEL, SSIM_PANEL),
     ),
     "identify": Experiment(
-        "which pictures of the whole folder were in the batch, from the gradient alone",
         identification_task,
         batches=20,
         metrics=("found", "labels", "residual"),
         panels=(("found at rank 1 in %", ("found",)), ("labels restored in %", ("labels",))),
         sizes=(8, 16, 32),
         defences=True,
-        inverts=False,
     ),
     "batch-size": Experiment(
-        "quality and IIP against the batch size",
         inversion_task,
         batches=8,
         metrics=(*QUALITY, "iip", "distance", "labels", "seconds_per_iteration"),
@@ -744,7 +739,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         sizes=(1, 2, 4, 8, 16, 32, 48),
     ),
     "defences": Experiment(
-        "quality, labels and identification behind each defence",
         inversion_task,
         batches=8,
         metrics=(*QUALITY, "labels", "found", "distance"),
@@ -752,7 +746,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         defences=True,
     ),
     "compare": Experiment(
-        "the public package breaching and ours, side by side",
         comparison_task,
         batches=8,
         metrics=(*QUALITY, "distance", "labels", "seconds_per_iteration"),
@@ -853,6 +846,7 @@ class Ledger:
 
     def write(self) -> dict[str, Any]:
         """Write results.json and results.csv of what there is; → the former's content."""
+        self.begin()
         rows = summarise(self.plan, self.values)
         result = {"command": self.plan.command, "config": self._config(), "rows": rows}
         self._store.write("results.json", json.dumps(result, indent=2).encode())

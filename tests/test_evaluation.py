@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,18 @@ def test_an_inversion_is_measured_in_full(folder: Path, small_model: Model) -> N
     assert values["constant_psnr"] == pytest.approx(float((-10 * error.log10()).mean()))
 
 
+def test_a_client_in_train_mode_is_measured_in_train_mode(folder: Path, small_model: Model) -> None:
+    row = Row("inferred", 3, config=dataclasses.replace(QUICK, bn="inferred"))
+    bench = Bench(plan(folder, rows=(row,)), small_model)
+    batch = bench.draw(row, 0)
+    assert row.config is not None
+    observation = evaluation._observe(bench, row, 0, row.config, bench.pixels(batch), batch.labels)
+    assert observation.mode == "train" and observation.running is not None
+    own = evaluation.gradient_match(small_model, bench.pixels(batch), batch.labels, observation)
+    assert own["distance"] == pytest.approx(0, abs=1e-9)
+    assert evaluation.inversion_task(bench, row, 0)["psnr"] is not None
+
+
 def test_both_ways_to_compare_gradients_start_with_the_same_pull(folder: Path, small_model: Model) -> None:
     config = dataclasses.replace(QUICK, match="cosine", gradient=0.7)
     l2, cosine = evaluation.matching_rows(config, 2)
@@ -284,6 +296,10 @@ def test_the_comparison_has_equal_iterations_and_a_single_seed() -> None:
     assert [row.config.start for row in rows[2:5] if row.config] == ["random", "decoder", "random"]
     assert all(row.over == ("breaching invertinggradients", "breaching seethroughgradients") for row in rows[2:5])
     assert len(evaluation.comparison_rows(config, 8, model, several=False)) == 5
+    with pytest.raises(
+        GradinvError, match=r"^The comparison is made with a client in eval mode; take approx, exact or"
+    ):
+        evaluation.comparison_rows(dataclasses.replace(config, bn="inferred"), 8, model, several=True)
 
 
 # --- the table
@@ -652,6 +668,38 @@ def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
     assert "K=2 repeated" in captured.out and Path("mine/results.csv").is_file()
     assert command(monkeypatch, small_model, *args) == 0
     assert len(done) == 8 and "3 of 8 parts are in mine already." in capsys.readouterr().out
+
+
+def test_ctrl_c_while_the_gallery_is_made_loses_nothing(
+    folder: Path, small_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of(*_: Any, progress: Callable[[int, int], None], **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        progress(1, 2)
+
+    args = ("labels", "--imagenet", str(folder), "--sizes", "1", "--out", "mine")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.Gallery, "of", of)
+        assert command(patched, small_model, *args) == 130
+    assert "Stopped after 0 of 4 parts; they are kept in mine" in capsys.readouterr().err
+    assert command(monkeypatch, small_model, *args) == 0
+
+
+def test_failed_batches_are_listed(
+    folder: Path, small_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = evaluation.EXPERIMENTS["labels"]
+
+    def task(bench: Bench, row: Row, batch: int) -> Values:
+        if batch == 1:
+            raise GradinvError("The sky is clouded.")
+        return experiment.task(bench, row, batch)
+
+    monkeypatch.setitem(evaluation.EXPERIMENTS, "labels", dataclasses.replace(experiment, task=task))
+    assert command(monkeypatch, small_model, "labels", "--imagenet", str(folder), "--sizes", "1", "--out", "mine") == 1
+    captured = capsys.readouterr()
+    assert "K=1 repeated, batch 1: The sky is clouded." in captured.out.splitlines()
+    assert captured.err == "gradinv: 2 of 4 parts failed; the same command tries them again.\n"
 
 
 @pytest.mark.parametrize(

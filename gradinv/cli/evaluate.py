@@ -157,8 +157,9 @@ def run(args: argparse.Namespace) -> int:
         say("")
     if note:
         say(note)
-    for (row, batch), sentence in sorted(ledger.errors.items()):
-        say(f"{row}, batch {batch}: {sentence}")
+    for row, batch in ledger.missing:
+        if sentence := ledger.errors.get((row.name, batch)):
+            say(f"{row.name}, batch {batch}: {sentence}")
     left = len(ledger.missing)
     if left and received:
         done = len(plan.tasks) - left
@@ -247,7 +248,8 @@ def _heading(result: Mapping[str, Any]) -> str:
         "tune": "the later half of each class's files, which settings are tuned on",
         "all": "all files of each class",
     }[config["half"]]
-    return f"{result['command']}: {config['model']['name']}, {most} batch{'' if most == 1 else 'es'} of {pictures}; mean ± standard error"
+    batches = f"{most} batch" if most == 1 else f"{most} batches"
+    return f"{result['command']}: {config['model']['name']}, {batches} of {pictures}; mean ± standard error"
 
 
 def results_table(result: Mapping[str, Any], names: Sequence[str]) -> str:

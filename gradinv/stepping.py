@@ -219,28 +219,20 @@ class _Unrecordable(Exception):
 
 @dataclass(frozen=True, eq=False)
 class _Value:
-    """A tensor in the recording: the memory that it looks at, its layout, whether it is all that is in that memory,
-    without gaps, and the tensor itself where it is the same in each evaluation."""
+    """A tensor in the recording: the memory that it looks at, its layout (shape, strides, type, device), and the tensor
+    itself where it is the same in each evaluation."""
 
     memory: int
-    layout: tuple[Any, ...]
-    whole: bool
+    layout: tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
     constant: Tensor | None = None
 
     @classmethod
     def of(cls, tensor: Tensor, memory: int, constant: Tensor | None = None) -> _Value:
-        layout = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        return cls(
-            memory, layout, tensor.is_contiguous() and tensor.untyped_storage().nbytes() == _bytes(layout), constant
-        )
+        return cls(memory, (tensor.shape, tensor.stride(), tensor.dtype, tensor.device), constant)
 
     @property
     def nbytes(self) -> int:
-        return _bytes(self.layout)
-
-
-def _bytes(layout: tuple[Any, ...]) -> int:
-    return math.prod(layout[0]) * layout[2].itemsize
+        return self.layout[0].numel() * self.layout[2].itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -508,7 +500,6 @@ def _reusing(nodes: Sequence[_Node], outputs: Sequence[_Value], inputs: Sequence
     def reusable(value: Any, node: _Node, index: int) -> bool:
         return (
             isinstance(value, _Value)
-            and value.whole
             and value.nbytes >= _LEAST_REUSED
             and value.layout == node.results[0].layout
             and value.memory not in held

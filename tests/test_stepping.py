@@ -211,10 +211,11 @@ def test_sums_with_zeros_and_changes_in_place_are_resolved():
         zeros = torch.zeros_like(images)
         part = zeros + images
         filled = torch.zeros_like(images)
-        filled[:, 0] += images[:, 1]  # a view is changed: this memory stays as it is
+        filled.select(1, 0).add_(images[:, 1])  # a view is changed, and with it what it looks at
         part.mul_(2).add_(filled)
         rows = torch.zeros(3).view(3, 1, 1)
-        return ((part + zeros) * (rows + 1)).square().sum() + (images * images).sum()
+        spread = zeros + images[:1]  # not images[:1] itself: there are three of it
+        return ((part + zeros) * (rows + 1)).square().sum() + spread.square().sum()
 
     objective = judging(total)
     stepper = Stepper(objective, "traced")
@@ -230,6 +231,31 @@ def test_a_view_keeps_what_it_looks_at():
         large = images.repeat(1, 1, 8, 8) * 3
         row = large[:, :, 0]
         return (large * 2).sum() + (row * row).sum() + (large.view(-1) ** 3).sum()
+
+    objective = judging(total)
+    stepper = Stepper(objective, "traced")
+    for seed in range(4):
+        assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
+    assert stepper.mode == "traced"
+
+
+def test_what_comes_from_outside_is_not_written_over():
+    scale, kept = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    scale, kept = scale.repeat(3, 1, 1, 1), kept.repeat(3, 1, 1, 1)
+    before = scale.clone(), kept.clone()
+    # Each is used for the last time in an elementwise product of its own shape.
+    objective = judging(lambda images: (scale * images.repeat(1, 1, 8, 8) * kept).sum())
+    stepper = Stepper(objective, "traced")
+    for seed in range(4):
+        assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
+        assert torch.equal(scale, before[0]) and torch.equal(kept, before[1])
+    assert stepper.mode == "traced"
+
+
+def test_a_smaller_argument_is_not_written_over():
+    def total(images: Tensor) -> Tensor:
+        large = images.repeat(1, 1, 8, 8)
+        return (large.mean(0, keepdim=True).sin() * large.cos()).sum()
 
     objective = judging(total)
     stepper = Stepper(objective, "traced")

@@ -67,7 +67,7 @@ class AttackConfig:
     l2: float = _option(1e-6, "weight of the image's ℓ2 norm, α_ℓ2", least=0)
     group: float = _option(0.01, "weight of group consistency, α_group (Eqn 11)", least=0)
     registration: str = _option(
-        "flow",
+        "affine",
         "how the group's images are aligned to their mean before they are averaged (Eqn 12): not at all (lazy), by a "
         "shift, by an affine map, or by an affine map and dense flow",
         choices=("lazy", "shift", "affine", "flow"),

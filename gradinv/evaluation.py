@@ -243,7 +243,7 @@ def ablation_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
     change = dataclasses.replace
     fidelity = change(config, group=0.0, registration="lazy")
     bare = {"tv": 0.0, "l2": 0.0, "bn": "none", "features": 0.0, "errors": "predicted", "layers": "all"}
-    registration = "flow" if config.registration == "lazy" else config.registration
+    registration = AttackConfig().registration if config.registration == "lazy" else config.registration
     lazy = change(config, group=config.group or GROUP_WEIGHT, registration="lazy")
     blind = change(fidelity, gradient=0.0, features=0.0, errors="predicted", start="random")
     rows = (

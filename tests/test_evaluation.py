@@ -273,7 +273,7 @@ def test_the_ablation_adds_one_thing_a_row() -> None:
     assert differs("gradient off", "gradient and features off") == {"features", "errors"}
     assert settings["+ fidelity"] == config.to_dict() | {"group": 0, "registration": "lazy"}
     assert settings["+ lazy group"]["group"] == evaluation.GROUP_WEIGHT
-    assert settings["+ registered group"]["registration"] == "flow"
+    assert settings["+ registered group"]["registration"] == "affine"
     assert [row.judged for row in rows.values()] == ["seeds", "seeds", "consensus", "consensus", "seeds", "seeds"]
     own = {row.name: row.config for row in evaluation.ablation_rows(AttackConfig(group=0.5, registration="shift"), 4)}
     assert own["+ lazy group"] == AttackConfig(group=0.5, registration="lazy")

@@ -224,8 +224,9 @@ class FinalLayer:
     def _finish(self, state: Tensor, given: Tensor) -> Fit:
         features = (self._mixture(state) @ self._basis).clamp(min=0)
         errors = F.linear(features, self._weight, self._bias).softmax(1) - given
-        norm = self._gradient.norm().clamp(min=torch.finfo(torch.float64).tiny)
-        residual = float((errors.T @ features / self._count - self._gradient).norm() / norm)
+        norm = float(self._gradient.norm())
+        # A gradient of zeros is explained by anything, and so by nothing.
+        residual = float((errors.T @ features / self._count - self._gradient).norm()) / norm if norm > 0 else 1.0
         return Fit(features, errors, residual, self._drift(state, given))
 
     def _drift(self, state: Tensor, given: Tensor) -> Tensor:

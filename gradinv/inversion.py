@@ -400,6 +400,8 @@ def _check_statistics(model: Model, statistics: BatchNormStatistics, whose: str)
 
 
 def _check_tensor(value: Tensor, shape: torch.Size, what: str) -> None:
+    if not isinstance(value, Tensor):
+        raise GradinvError(f"The {what} is {value!r}; a tensor is expected.")
     if value.shape != shape:
         raise GradinvError(f"The {what} has the shape {tuple(value.shape)} instead of {tuple(shape)}.")
     if not value.is_floating_point():
@@ -474,4 +476,5 @@ def _snapshot(
         labels=tuple(restored.labels.tolist()),
         label_method=restored.method,
         label_confidence=restored.confidence,
+        features_residual=None if objective.recovered is None else objective.recovered.residual,
     )

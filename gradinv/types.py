@@ -92,7 +92,16 @@ class Observation:
     running: BatchNormStatistics | None = None
 
     def pack(self) -> bytes:
-        """The content of a safetensors file for `load`: tensors as they are, the rest as JSON in its metadata."""
+        """The content of a safetensors file for `load`: tensors as they are, the rest as JSON in its metadata.
+
+        Raises GradinvError where a gradient is none.
+        """
+        for name, value in self.gradients.items():
+            if not isinstance(value, Tensor):
+                raise GradinvError(
+                    f"The gradient of {name} is {value!r}; let every parameter require its gradient, and observe after "
+                    "backward()."
+                )
         tensors = {f"gradient/{name}": value for name, value in self.gradients.items()}
         for kind, statistics in (("bn", self.bn), ("running", self.running)):
             if statistics is not None:
@@ -179,6 +188,7 @@ class Snapshot:
     is, per seed, one minus the cosine similarity between the gradient of the seed's images and the observed one over
     all matched parameters. `seconds` counts from the start of the run. `labels` are the restored labels, one an image,
     `label_method` is what read them and `label_confidence` how far to trust them, in [0, 1], None where nobody says.
+    `features_residual` is what the recovered features leave unexplained, None where the attack does without them.
     """
 
     step: int
@@ -191,6 +201,7 @@ class Snapshot:
     labels: tuple[int, ...]
     label_method: str = ""
     label_confidence: float | None = None
+    features_residual: float | None = None
 
     @property
     def final(self) -> bool:

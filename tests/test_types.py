@@ -102,6 +102,22 @@ def test_a_view_is_saved_as_it_reads(tmp_path: Path) -> None:
     assert torch.equal(Observation.load(tmp_path / "gradient.safetensors").gradients["fc.weight"], transposed)
 
 
+def test_gradients_that_share_their_memory_are_saved_as_they_read(tmp_path: Path) -> None:
+    """As distributed training keeps them: one buffer, of which each gradient is a part."""
+    buffer = torch.arange(10.0)
+    parts = {"fc.weight": buffer[:6].view(2, 3), "fc.bias": buffer[6:]}
+    dataclasses.replace(observation(), gradients=parts).save(tmp_path / "gradient.safetensors")
+    loaded = Observation.load(tmp_path / "gradient.safetensors").gradients
+    assert all(torch.equal(loaded[name], value) for name, value in parts.items())
+
+
+def test_a_parameter_without_a_gradient_is_named(tmp_path: Path) -> None:
+    frozen: dict[str, torch.Tensor] = {"fc.bias": None}  # type: ignore[dict-item]
+    with pytest.raises(GradinvError, match=r"The gradient of fc.bias is None; let every parameter require"):
+        dataclasses.replace(observation(), gradients=frozen).save(tmp_path / "gradient.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_not_an_observation(tmp_path: Path) -> None:
     for name, content in {"text": b"no tensors here", "empty": b""}.items():
         (tmp_path / name).write_bytes(content)

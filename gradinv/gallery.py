@@ -150,7 +150,7 @@ class Identified:
     """Of each image of a batch the pictures nearest to it: `similarity` and `places` in the gallery, both (B, top).
 
     `residual` says how far to trust them: the share of the final layer's gradient that the recovered features leave
-    unexplained, 0 where they explain all of it.
+    unexplained. Below `features.EXPLAINED` they are the client's own.
     """
 
     labels: RestoredLabels

@@ -80,7 +80,7 @@ def test_json_names_the_pictures_of_the_batch(model: Model, capsys: pytest.Captu
         assert matches[0]["path"] == str(Path("val") / name) and len(matches) == 3
         similarities = [match["similarity"] for match in matches]
         assert similarities[0] > 0.99 and similarities == sorted(similarities, reverse=True)
-        assert 0 <= images[label]["residual"] < 0.05
+        assert 0 <= images[label]["residual"] < 1e-3
 
 
 @pytest.mark.usefixtures("observed")
@@ -95,7 +95,15 @@ def test_table_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         number, *name, rank, _, picture = line.split()
         assert number.isdigit() and rank == "1" and first.pop(" ".join(name)) == picture
     assert not first and all(line.split()[0] == "2" for line in lines[2:7:2])
-    assert lines[7].startswith("13 pictures in val,") and "unexplained" in lines[7] and len(lines) == 8
+    assert lines[7].startswith("13 pictures in val,") and "they are the client's own" in lines[8] and len(lines) == 9
+
+
+def test_a_changed_gradient_is_said_to_be_less_sure(observed: Observation, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = observed.gradients["fc.weight"]
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
+    replace(observed, gradients={**observed.gradients, "fc.weight": weight + noise}).save("observation.safetensors")
+    assert cli.main(IDENTIFY) == 0
+    assert "they are not the client's own" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("observed")

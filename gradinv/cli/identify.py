@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from gradinv.features import EXPLAINED
     from gradinv.gallery import sought
     from gradinv.inversion import check_observation
     from gradinv.types import GradinvError, Observation
@@ -85,9 +86,15 @@ def run(args: argparse.Namespace) -> int:
     print(_table(model, gallery, found))
     print(
         f"{len(gallery.paths):,} pictures in {gallery.folder}, by the cosine similarity of their features on "
-        f"{model.name}. Labels by {found.labels.method}, confidence {found.labels.confidence:.2f}. The features leave "
-        f"{100 * found.residual:.2g} % of the final layer's gradient unexplained: the closer to 0, the surer."
+        f"{model.name}. Labels by {found.labels.method}, confidence {found.labels.confidence:.2f}."
     )
+    if found.residual < EXPLAINED:
+        trust = "they are the client's own"
+        if observation.mode == "eval":
+            trust += ", so a picture that was in the batch has a similarity of almost 1"
+    else:
+        trust = "they are not the client's own, so what is most similar may be another picture"
+    print(f"The features explain the final layer's gradient up to {found.residual:.1e}: {trust}.")
     return 0
 
 

@@ -37,7 +37,7 @@ SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 KEPT_EVERY = 5_000  # pictures between two writes of the index, which take seconds: what a killed process loses
 
 _FORMAT = 1
-_WORKERS = 4  # threads that read and decode; one more makes batches of what they give
+_WORKERS = 4  # threads that read and scale pictures; `images.decode` lets one decode at a time
 _AHEAD = 2  # batches decoded before they are needed
 _BLOCK = 4_096  # rows of features that are copied or converted at a time
 

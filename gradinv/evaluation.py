@@ -236,6 +236,7 @@ def ablation_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
 
     The features come out of the final layer's gradient, so the first control still knows that layer; the second knows
     only BN statistics, labels and TV. What all rows share are the choices that are not terms: optimiser, box, stages.
+    Settings without a group or a registration get GROUP_WEIGHT and the registration of the `paper` preset.
     Raises GradinvError for a single seed, which has no group.
     """
     if config.seeds < 2:

@@ -58,7 +58,8 @@ def invert(
     if resume is not None:
         run.restore(resume)
     stepper = Stepper(objective, config.stepping, steps=config.iterations * config.seeds)
-    stream = _iterate(run, stepper, objective.weights, restored, every, interval, stop or threading.Event(), resume)
+    known = _Known(objective.weights, restored, None if objective.recovered is None else objective.recovered.residual)
+    stream = _iterate(run, stepper, known, every, interval, stop or threading.Event(), resume)
     return Snapshots(run, stream)
 
 
@@ -112,11 +113,19 @@ class Snapshots(Iterator[Snapshot]):
         return RunState(self._last.step, self._last.seconds, self._run.tensors())
 
 
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What a run knows from its start on: the terms' weights, the labels, and the recovered features' residual."""
+
+    weights: Mapping[str, float]
+    restored: RestoredLabels
+    residual: float | None
+
+
 def _iterate(
     run: _Run,
     stepper: Stepper,
-    weights: Mapping[str, float],
-    restored: RestoredLabels,
+    known: _Known,
     every: int | None,
     interval: float | None,
     stop: threading.Event,
@@ -129,7 +138,7 @@ def _iterate(
     steps = run.config.iterations
 
     def snapshot(step: int) -> Snapshot:
-        return _snapshot(run, weights, judgements, step, time.perf_counter() - started, restored)
+        return _snapshot(run, known, judgements, step, time.perf_counter() - started)
 
     yield snapshot(begun)
     for step in range(begun + 1, steps + 1):
@@ -449,11 +458,10 @@ def _seed_of(seed: int, index: int) -> int:
 
 def _snapshot(
     run: _Run,
-    weights: Mapping[str, float],
+    known: _Known,
     judgements: list[Stepped],
     step: int,
     seconds: float,
-    restored: RestoredLabels,
 ) -> Snapshot:
     full = run.full_size().detach()
     preprocessing = run.model.preprocessing
@@ -462,7 +470,7 @@ def _snapshot(
             raw=(raw := tuple(float(judgement.raw[name]) for judgement in judgements)),
             weighted=tuple(weight * value for value in raw),
         )
-        for name, weight in weights.items()
+        for name, weight in known.weights.items()
         if judgements
     }
     return Snapshot(
@@ -473,8 +481,8 @@ def _snapshot(
         terms=terms,
         distance=tuple(float(judgement.distance) for judgement in judgements),
         seconds=seconds,
-        labels=tuple(restored.labels.tolist()),
-        label_method=restored.method,
-        label_confidence=restored.confidence,
-        features_residual=None if objective.recovered is None else objective.recovered.residual,
+        labels=tuple(known.restored.labels.tolist()),
+        label_method=known.restored.method,
+        label_confidence=known.restored.confidence,
+        features_residual=known.residual,
     )

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from gradinv.cli.replay import report
-from gradinv.cli.say import complain, diagnosis, listed, speaker
+from gradinv.cli.say import complain, diagnosis, listed, percent, speaker
 
 # torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -
         resume=None if resumed is None else resumed.state,
     )
     first = next(stream)  # what cannot be run is said here, before anything is written
-    _describe_labels(say, model, task.labels, first.labels)
+    _describe_labels(say, task, first)
     out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
     baseline = (
         None if task.pixels is None else float(metrics.psnr(metrics.constant_colour(task.pixels), task.pixels).mean())
@@ -204,7 +204,7 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -
         sentence, _ = diagnosis(error)
         return complain(f"{sentence.rstrip('.')}. What had been recorded after {done} is kept in {out}.", 1)
     if run["status"] == "stopped":
-        return complain(f"Stopped after {done}; the run is kept in {out}.", 128 + received[0])
+        return complain(f"Stopped after {done}; go on with: gradinv invert --resume {out}", 128 + received[0])
     say(f"The run is kept in {out}.")
     return 0
 
@@ -538,14 +538,17 @@ def _describe(say: Callable[[str], None], task: _Task) -> None:
         say(f"Classes repeat: {config.labels} restores distinct labels, so at least {repeats} will be wrong.")
 
 
-def _describe_labels(
-    say: Callable[[str], None], model: Model, labels: Sequence[int] | None, restored: Sequence[int]
-) -> None:
-    names = ", ".join(model.class_name(label) for label in restored)
+def _describe_labels(say: Callable[[str], None], task: _Task, first: Snapshot) -> None:
+    restored, labels, asked = first.labels, task.labels, task.config.labels
+    names = ", ".join(task.model.class_name(label) for label in restored)
     right = ""
     if labels is not None:
         right = f" ({sum((Counter(labels) & Counter(restored)).values())} of {len(labels)} right)"
-    say(f"Labels restored from the gradient: {names}{right}")
+    read = f"auto: {first.label_method}" if asked == "auto" else asked
+    sure = "" if first.label_confidence is None else f", confidence {percent(first.label_confidence)}"
+    say(f"Labels restored from the gradient: {names}{right}; read by {read}{sure}")
+    if first.features_residual is not None:
+        say(f"Recovered features explain the final layer's gradient up to {percent(first.features_residual)}.")
 
 
 def _with_progress(

@@ -52,3 +52,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequ
 
 def listed(words: Sequence[str], last: str) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as a reader wants it; what is next to nothing is said to be so."""
+    value = 100 * share
+    if 0 < value < 0.01:
+        return "less than 0.01 %"
+    return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"

@@ -107,7 +107,8 @@ def _received(network: Model, batch: pick.Batch, config: AttackConfig | None) ->
         st.info("Nothing yet: the batch is empty.")
         return
     key = tuple((member.chosen.id, member.label) for member in batch.members)
-    preview = shared.preview(network.name, key, torch.stack([member.pixels for member in batch.members]))
+    method = config.labels if config is not None else "auto"
+    preview = shared.preview(network.name, key, method, torch.stack([member.pixels for member in batch.members]))
     left, right = st.columns([3, 2], gap="medium")
     with left:
         count = sum(parameter.numel() for parameter in network.network.parameters())
@@ -122,11 +123,11 @@ def _received(network: Model, batch: pick.Batch, config: AttackConfig | None) ->
         true = [member.name for member in batch.members]
         restored = [network.class_name(label) for label in preview.restored]
         st.markdown("**The labels, read from the last layer**")
-        st.markdown(markup.labels(true, restored), unsafe_allow_html=True)
-        if len(set(true)) < len(true):
+        st.markdown(markup.labels(true, restored, preview.method, preview.confidence), unsafe_allow_html=True)
+        if len(set(true)) < len(true) and method == "column-minimum":
             st.warning(
-                "Some pictures share a class. Labels are restored under the assumption that none repeats, so at least "
-                "one will be wrong."
+                "Some pictures share a class. Column-minimum restores distinct labels, so at least one will be wrong; "
+                "the setting “labels: auto” counts repeated ones."
             )
     bn = BN_KNOWN[config.bn if config is not None else "approx"]
     learned = LEARNED if config is not None and config.start == "decoder" else ""

@@ -95,8 +95,11 @@ def _link(address: str | None, text: str) -> str:
     return f'<a href="{escape(address)}" target="_blank" rel="noopener">{escape(text)}</a>'
 
 
-def labels(true: Sequence[str], restored: Sequence[str]) -> str:
-    """Each true class beside what was restored, wrong ones last: the pairing that restoration itself allows."""
+def labels(true: Sequence[str], restored: Sequence[str], method: str, confidence: float) -> str:
+    """Each true class beside what was restored, wrong ones last: the pairing that restoration itself allows.
+
+    Below them what read the labels, and what share of certainty in [0, 1] it claims.
+    """
     left, found, body = list(restored), 0, ""
     for name in true:
         if name in left:
@@ -110,6 +113,7 @@ def labels(true: Sequence[str], restored: Sequence[str]) -> str:
     for name, wrong in zip(missed, left, strict=True):
         body += f"<tr><td>{escape(name)}</td><td>{_mark(False)}{escape(wrong)}</td></tr>"
     verdict = f"{found} of {len(true)} labels read from the gradient alone, before any picture is rebuilt."
+    verdict += f" Read by {escape(method)}, which is {100 * confidence:.0f} % sure of them."
     return (
         '<div class="gi-scroll"><table class="gi-table"><thead><tr><th>True class</th><th>Restored</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div><p>{verdict}</p>"

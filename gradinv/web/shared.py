@@ -68,20 +68,24 @@ def at_hand(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Preview:
-    """What the server receives and reads at once: each layer's gradient norm, the labels restored from it."""
+    """What the server receives and reads at once: each layer's gradient norm, the labels restored from it, by which
+    method, and how far they can be trusted (in [0, 1])."""
 
     norms: dict[str, float]
     restored: tuple[int, ...]
+    method: str
+    confidence: float
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def preview(name: str, batch: tuple[tuple[str, int], ...], _pixels: Tensor) -> Preview:
+def preview(name: str, batch: tuple[tuple[str, int], ...], method: str, _pixels: Tensor) -> Preview:
     """Share the gradient of pixels (B, 3, S, S) in [0, 1] and look at it. `batch`: what tells it from others, and its
-    labels. Raises GradinvError where the labels cannot be restored."""
+    labels; `method`: how they are restored. Raises GradinvError where the labels cannot be restored."""
     network = model(name)
     with _using:
         observation = observe(network, _pixels, torch.tensor([label for _, label in batch]))
-    return Preview(figures.layer_norms(observation), tuple(restore_labels(network, observation).labels.tolist()))
+    found = restore_labels(network, observation, method)
+    return Preview(figures.layer_norms(observation), tuple(found.labels.tolist()), found.method, found.confidence)
 
 
 @st.cache_data(max_entries=256, show_spinner=False)

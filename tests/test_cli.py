@@ -159,7 +159,10 @@ def test_a_signal_keeps_the_run(
     assert len(opened.steps) >= 3 and len(list(opened.snapshots())) == len(opened.steps)
     if status == "stopped":
         done = opened.run["iterations"]["done"]
-        assert one_sentence(complaint) == f"Stopped after {done} of 100000 iterations; the run is kept in run."
+        assert (
+            one_sentence(complaint)
+            == f"Stopped after {done} of 100000 iterations; go on with: gradinv invert --resume run"
+        )
         assert "PSNR constant" in output and opened.run["metrics"] is not None
     assert cli.main(["replay", "run"]) == 0
     replayed = capsys.readouterr().out

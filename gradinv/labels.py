@@ -21,6 +21,7 @@ _TESTABLE = 32  # images up to which `auto` tests by exact features; one test of
 _QUICK = 16  # images up to which a reading that was asked for by name is tested so; 20 ms
 _TESTS = 24  # tests that `auto` makes at most
 _MOVES = 16  # single labels that are moved from one reading, the likeliest first
+_TOO_MANY = -0.3  # the drift of a class that has too many images: seen from -0.4 down, of others above -0.2
 _DOUBT = 1e-2  # the residual at which labels are taken to be as likely wrong as right
 
 
@@ -133,16 +134,18 @@ def _readings(model: Model, observation: Observation) -> dict[str, Callable[[], 
         raise GradinvError(f"The observation has no gradient of {name}; labels are read from it.")
     gradient, count = observation.gradients[name], observation.batch_size
     _check(gradient, count)
+    if (bias_gradient := observation.gradients.get(f"{model.final}.bias")) is not None:
+        _check(bias_gradient, count)
 
     def with_bias(read: Callable[[Tensor, Tensor], Tensor], method: str) -> Callable[[], Tensor]:
         def reading() -> Tensor:
-            bias, found = model.final_layer.bias, observation.gradients.get(f"{model.final}.bias")
-            if bias is None or found is None:
+            bias = model.final_layer.bias
+            if bias is None or bias_gradient is None:
                 raise GradinvError(
                     f"{method} reads the gradient of the final layer's bias, which is not there; "
                     "take column-minimum or llg."
                 )
-            return read(found, bias.detach().to(found.device))
+            return read(bias_gradient, bias.detach().to(bias_gradient.device))
 
         return reading
 
@@ -241,14 +244,18 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor) ->
 
 
 def _moves(labels: Tensor, drift: Tensor, evidence: Tensor) -> Iterator[Tensor]:
-    """The labels with one image moved from a class with too many to one with too few, the likeliest first."""
+    """The labels with one image moved from a class with too many to one with too few, the likeliest first.
+
+    A class that was given too many stands out in the drift, one with too few does not always: there the evidence adds.
+    """
     counts = labels.bincount(minlength=len(drift))
     likely = evidence.clamp(min=0)
     likely = likely * len(labels) / likely.sum().clamp(min=torch.finfo(likely.dtype).tiny)
-    drift = drift + (likely - counts).clamp(-1, 1)
-    few = drift.argsort(descending=True, stable=True)[:8].tolist()
-    many = [label for label in drift.argsort(stable=True).tolist() if counts[label] > 0][:6]
-    pairs = sorted((float(drift[b] - drift[a]), a, b) for a in few for b in many if a != b)
+    lacks = drift + (likely - counts).clamp(-1, 1)
+    many = [label for label in drift.argsort(stable=True).tolist() if counts[label] > 0]
+    many = [label for label in many if drift[label] < _TOO_MANY] or many[:2]
+    few = [label for label in lacks.argsort(descending=True, stable=True).tolist() if label not in many[:1]]
+    pairs = sorted((float(drift[b] / 2 - lacks[a]), a, b) for a in few[:12] for b in many[:3] if a != b)
     for _, gains, loses in pairs[:_MOVES]:
         moved = counts.clone()
         moved[gains] += 1

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from multiprocessing import connection
 from multiprocessing.synchronize import Event
@@ -148,7 +149,7 @@ class Plan:
         return [(row, batch) for batch in range(self.batches) for row in self.rows]
 
     def identity(self, model: Model) -> dict[str, Any]:
-        """What may not differ where an evaluation goes on. The number of batches may: more of them continue it."""
+        """What may not differ where an evaluation goes on. Batches and rows may be added, so their numbers may."""
         facts = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         del facts["batches"]
         return {
@@ -318,6 +319,14 @@ def comparison_rows(config: AttackConfig, batch_size: int, model: Model, *, seve
 
 TIMING = "timing"
 """The row of the comparison that times all others in turn; it is no row of the table."""
+
+
+def chosen_rows(rows: Sequence[Row], patterns: Sequence[str]) -> tuple[Row, ...]:
+    """Those whose name fits one of the patterns, in which * stands for anything. Raises GradinvError for none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(row.name, pattern) for row in rows):
+            raise GradinvError(f"There is no row {pattern!r}; take some of {', '.join(row.name for row in rows)}.")
+    return tuple(row for row in rows if any(fnmatchcase(row.name, pattern) for pattern in patterns))
 
 
 # --- the bench: what tasks share
@@ -773,6 +782,7 @@ class Ledger:
         self.errors: dict[tuple[str, int], str] = {}
         self._store = DirectoryStore(self.folder)
         self._model = model
+        self._known: list[dict[str, Any]] = []
         if self.folder.exists() and not self.folder.is_dir():
             raise GradinvError(f"{self.folder} is a file; name a folder with --out.")
         names = self._store.names() if self.folder.is_dir() else []
@@ -784,9 +794,11 @@ class Ledger:
             raise GradinvError(f"{self.folder} is not empty and holds no evaluation; name another folder with --out.")
 
     def begin(self) -> None:
-        """Write down what is measured, before the first task."""
-        if not (self.folder / "plan.json").is_file():
-            self._store.write("plan.json", json.dumps(self.plan.identity(self._model), indent=2).encode())
+        """Write down what is measured, before the first task, beside the rows that were measured here before."""
+        plan = self.plan.identity(self._model)
+        names = {row["name"] for row in plan["rows"]}
+        rows = [*(row for row in self._known if row["name"] not in names), *plan["rows"]]
+        self._store.write("plan.json", json.dumps({**plan, "rows": rows}, indent=2).encode())
 
     def _check(self, identity: Mapping[str, Any]) -> None:
         try:
@@ -796,11 +808,14 @@ class Ledger:
                 row["config"] = row["config"] and AttackConfig.from_dict(row["config"]).to_dict()
             # Through JSON, so that both sides are what JSON can hold.
             mine = json.loads(json.dumps(identity))
-            other = [name for name in mine if known[name] != mine[name]]
+            rows = {row["name"]: row for row in known["rows"]}
+            same = all(rows.get(row["name"], row) == row for row in mine["rows"])
+            other = [name for name in mine if known[name] != mine[name] and not (name == "rows" and same)]
         except (ValueError, KeyError, TypeError) as error:
             raise GradinvError(
                 f"The plan in {self.folder} is damaged ({error!r}); remove that folder or name another with --out."
             ) from error
+        self._known = known["rows"]
         if other:
             raise GradinvError(
                 f"{self.folder} holds another evaluation ({_difference(known, mine, other[0])}); repeat its command or "
@@ -887,15 +902,18 @@ def _difference(known: Mapping[str, Any], mine: Mapping[str, Any], name: str) ->
     if name != "rows":
         here, there = ((item["name"] if name == "model" else item) for item in (mine[name], known[name]))
         return f"{name} {there}, not {here}" if here != there else f"another version of the {name} {here}"
-    rows = {row["name"]: row for row in known["rows"]}
+    rows = {row["name"]: _flat(row) for row in known["rows"]}
     for row in mine["rows"]:
-        if row["name"] not in rows:
-            return f"no row {row['name']}"
-        for key, value in (row["config"] or {}).items():
-            there = (rows[row["name"]]["config"] or {}).get(key)
-            if there != value:
-                return f"{key} {there}, not {value}"
+        here = _flat(row)
+        there = rows.get(row["name"], here)
+        if changed := [key for key in here if there.get(key) != here[key]]:
+            return f"{changed[0]} {there.get(changed[0])}, not {here[changed[0]]}"
     return "other rows"
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's facts and its settings as one mapping."""
+    return {**{key: value for key, value in row.items() if key != "config"}, **(row["config"] or {})}
 
 
 # --- running
@@ -1039,7 +1057,7 @@ def summarise(plan: Plan, values: Mapping[tuple[str, int], Values]) -> list[dict
             for name, value in one.items():
                 columns.setdefault(name, []).append(value)
         if any(one.peer for one in plan.rows):
-            columns["seconds_per_iteration"] = [timed[number][row.name] for number in sorted(timed)]
+            columns["seconds_per_iteration"] = [timed[number].get(row.name) for number in sorted(timed)]
         entry: dict[str, Any] = {
             "name": row.name,
             "n": len(found),

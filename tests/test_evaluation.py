@@ -409,6 +409,24 @@ def test_more_batches_continue_an_evaluation(folder: Path, small_model: Model, t
     assert back.missing == [] and back.write()["rows"] == first["rows"]
 
 
+def test_rows_can_be_measured_one_after_the_other(folder: Path, small_model: Model, tmp_path: Path) -> None:
+    rows = evaluation.ablation_rows(QUICK, 2)
+    whole = run(Ledger(tmp_path / "whole", plan(folder), small_model), small_model)
+    first = evaluation.chosen_rows(rows, ["gradient*"])
+    assert [row.name for row in first] == ["gradient only", "gradient off", "gradient and features off"]
+    assert len(run(Ledger(tmp_path / "out", plan(folder, rows=first), small_model), small_model)["rows"]) == 3
+    second = evaluation.chosen_rows(rows, ["+ lazy group"])
+    run(Ledger(tmp_path / "out", plan(folder, rows=second), small_model), small_model)
+    again = Ledger(tmp_path / "out", plan(folder), small_model)
+    assert {row.name for row, _ in again.missing} == {"+ fidelity", "+ registered group"}
+    assert untimed(run(again, small_model)["rows"]) == untimed(whole["rows"])
+    changed = evaluation.ablation_rows(dataclasses.replace(QUICK, tv=0.5), 2)
+    with pytest.raises(GradinvError, match=r"holds another evaluation \(tv 0.0001, not 0.5\)"):
+        Ledger(tmp_path / "out", plan(folder, rows=changed[1:2]), small_model)
+    with pytest.raises(GradinvError, match=r"^There is no row 'x'; take some of gradient only, \+ fidelity"):
+        evaluation.chosen_rows(rows, ["x"])
+
+
 def test_an_inversion_that_was_stopped_midway_is_not_kept(folder: Path, small_model: Model, tmp_path: Path) -> None:
     rows = evaluation.ablation_rows(dataclasses.replace(QUICK, iterations=1_000_000), 2)
     stop = threading.Event()
@@ -451,8 +469,7 @@ def test_where_every_batch_fails_the_reason_is_raised(folder: Path, small_model:
         ({"half": "tune"}, r"half report, not tune"),
         ({"command": "matching"}, r"command ablation, not matching"),
         ({"rows": evaluation.ablation_rows(dataclasses.replace(QUICK, tv=0.5), 2)}, r"tv 0.0001, not 0.5"),
-        ({"rows": evaluation.ablation_rows(QUICK, 3)}, r"other rows"),
-        ({"rows": (Row("new", 2),)}, r"no row new"),
+        ({"rows": evaluation.ablation_rows(QUICK, 3)}, r"batch_size 2, not 3"),
     ],
 )
 def test_another_evaluation_is_refused(

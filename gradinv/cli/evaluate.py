@@ -77,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         metavar="TEXT",
         help=f"the defences of identify and defences, several at once joined by + (default: {' '.join(DEFENCES)})",
     )
+    options.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="NAME",
+        help="only these rows of the table (* stands for anything); the others can be measured into the same folder",
+    )
     options.add_argument("--lpips", action="store_true", help="also LPIPS (its weights are downloaded on first use)")
     running = parser.add_argument_group("the run")
     running.add_argument(
@@ -204,7 +210,8 @@ def _rows(args: argparse.Namespace, config: AttackConfig, model: Model, *, sever
         "defences": lambda: evaluation.defence_rows(config, size, defences),
         "compare": lambda: evaluation.comparison_rows(config, size, model, several=several),
     }
-    return rows[args.evaluation]()
+    made = rows[args.evaluation]()
+    return made if args.rows is None else evaluation.chosen_rows(made, args.rows)
 
 
 def _measure(ledger: Ledger, model: Model, workers: int, stop: threading.Event) -> None:

@@ -80,7 +80,10 @@ class FinalLayer:
         self._count = count = observation.batch_size
         classes = len(self._gradient)
         if count >= classes:
-            raise GradinvError(f"Features can be recovered for fewer than {classes} images, not for {count}.")
+            raise GradinvError(
+                f"Features can be recovered for fewer images than the {classes} classes, not for {count}; "
+                "set features=0, errors=predicted."
+            )
         if not (torch.isfinite(self._gradient).all() and torch.isfinite(self._bias_gradient).all()):
             raise GradinvError("The final layer's gradient is not finite, so no features can be recovered.")
         tiny = torch.finfo(torch.float64).tiny

@@ -146,11 +146,15 @@ def test_a_class_that_the_model_lacks_is_named_and_can_be_removed(visit: Open) -
     assert not app.button(key="start").disabled
 
 
-def test_repeated_classes_are_warned_of(visit: Open) -> None:
+def test_repeated_classes_are_counted_or_warned_of(visit: Open) -> None:
     app = visit(pictures="tabby.chelsea")
     sound(app)
+    assert "2 of 2 labels read" in text(app) and "100 % sure of them" in text(app)
+    assert "Some pictures share a class" not in text(app)
+    app = visit(pictures="tabby.chelsea", preset="paper")
+    sound(app)
     assert "Some pictures share a class" in text(app)
-    assert "1 of 2 labels read" in text(app)
+    assert "1 of 2 labels read" in text(app) and "Read by column-minimum" in text(app)
 
 
 def test_hostile_addresses_do_no_harm(visit: Open) -> None:
@@ -442,7 +446,8 @@ def test_durations_are_said_as_people_do(seconds: float | None, said: str) -> No
 
 
 def test_wrongly_restored_labels_stand_beside_what_they_should_have_been() -> None:
-    shown = markup.labels(["a", "b", "a"], ["a", "c", "b"])
+    shown = markup.labels(["a", "b", "a"], ["a", "c", "b"], "llg", 0.256)
+    assert "Read by llg, which is 26 % sure of them." in shown
     assert shown.count("restored correctly:") == 2 and shown.count("restored wrongly:") == 1
     assert "2 of 3 labels" in shown
     assert "<td>a</td><td><span" in shown.split("restored wrongly:")[0]

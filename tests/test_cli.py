@@ -100,7 +100,10 @@ def test_invert_prints_the_table_and_keeps_the_run(tmp_path: Path) -> None:
     assert lines[0] == "resnet18-tiny: 200 classes at 32 × 32 px, top-1 44.5 %, on cpu"
     assert lines[1] == "The client's batch: goldfish, tabby"
     assert "batch size 2" in lines[2] and "neither the pictures nor their labels" in lines[3]
-    assert any(line.startswith("Labels restored from the gradient: ") for line in lines)
+    (labels,) = (line for line in lines if line.startswith("Labels restored from the gradient: "))
+    assert labels.endswith(f"(2 of 2 right); read by auto: {run['labels']['method']}, confidence 100 %")
+    assert run["labels"]["confidence"] > 0.99
+    assert "Recovered features explain the final layer's gradient up to less than 0.01 %." in lines
     assert lines[-1] == "The run is kept in run."
     top = next(index for index, line in enumerate(lines) if line.startswith("#"))
     header, goldfish, tabby, mean = (line.split() for line in lines[top : top + 4])
@@ -217,7 +220,7 @@ def test_more_pictures_than_classes(tmp_path: Path) -> None:
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     sentence = one_sentence(done.stderr)
     assert sentence == (
-        "Column-minimum restores distinct labels, so the batch size must be between 1 and the 2 classes, not 3."
+        "Features can be recovered for fewer images than the 2 classes, not for 3; set features=0, errors=predicted."
     )
     # Their classes were not given, so the network's own were taken, which is said.
     assert "a: no class was given; two takes it for class " in done.stdout

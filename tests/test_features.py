@@ -111,5 +111,5 @@ def test_residual_tells_wrong_labels(small_model, small_batch):
 def test_as_many_images_as_classes_are_refused(small_model):
     labels = torch.arange(6)
     observation = observe(small_model, torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), labels)
-    with pytest.raises(GradinvError, match="fewer than 6 images"):
+    with pytest.raises(GradinvError, match="fewer images than the 6 classes, not for 6; set features=0"):
         recover_features(small_model, observation, labels)

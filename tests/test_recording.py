@@ -123,6 +123,16 @@ def test_run_json_has_every_field_of_the_design(tmp_path: Path, model: Model, ob
     assert run["peak_memory_mb"] > 10
 
 
+def test_what_read_the_labels_is_recorded_and_replayed(model: Model, observation: Observation) -> None:
+    store = MemoryStore()
+    sure = dataclasses.replace(snapshot(4), label_method="ilrg", label_confidence=0.75)
+    for _ in recorder(store, model, observation).follow(iter([sure])):
+        pass
+    opened = Recording.open(store)
+    assert (opened.run["labels"]["method"], opened.run["labels"]["confidence"]) == ("ilrg", 0.75)
+    assert (opened.snapshot(4).label_method, opened.snapshot(4).label_confidence) == ("ilrg", 0.75)
+
+
 def test_metrics_are_per_image_in_the_originals_order(model: Model, observation: Observation) -> None:
     run = complete_run(MemoryStore(), model, observation).run
     last = snapshot(4)

@@ -19,8 +19,7 @@ METHODS = ("auto", "column-minimum", "llg", "bias-corrected", "ilrg")
 
 _TESTABLE = 32  # images up to which `auto` tests by exact features; one test of 32 takes about half a second
 _QUICK = 16  # images up to which a reading that was asked for by name is tested so; 20 ms
-_TESTS = 24  # tests that `auto` makes at most
-_MOVES = 16  # single labels that are moved from one reading, the likeliest first
+_MOVES = 30  # single labels that are moved from one reading, the likeliest first
 _TOO_MANY = -0.3  # the drift of a class that has too many images: seen from -0.4 down, of others above -0.2
 _DOUBT = 1e-2  # the residual at which labels are taken to be as likely wrong as right
 
@@ -211,10 +210,12 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor) ->
 
     evidence: (N,), about how many images each class has.
     """
-    starts = 2 if len(next(iter(tried.values()))) <= _QUICK else 1
+    # Tests of small batches are cheap: there a reading gets several starts, as a right one may fail at the first.
+    quick = len(next(iter(tried.values()))) <= _QUICK
+    most, thorough, starts = (80, 6, 2) if quick else (24, 1, 1)
     tested: dict[tuple[int, ...], tuple[float, str, Tensor, Iterator[Tensor]]] = {}
 
-    def test(name: str, labels: Tensor) -> bool:
+    def test(name: str, labels: Tensor, starts: int) -> bool:
         """Whether the labels, in any order, explain the gradient."""
         key = tuple(sorted(labels.tolist()))
         if key in tested:
@@ -225,9 +226,9 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor) ->
 
     def search() -> None:
         for name in sorted(tried, key=lambda name: _implausible(tried[name], evidence)):
-            if test(name, tried[name].cpu()):
+            if test(name, tried[name].cpu(), thorough):
                 return
-        while len(tested) < _TESTS:
+        while len(tested) < most:
             open_moves = (
                 (name, moved)
                 for _, name, _, moves in sorted(tested.values(), key=lambda known: known[0])
@@ -235,7 +236,7 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor) ->
                 if tuple(sorted(moved.tolist())) not in tested
             )
             found = next(open_moves, None)
-            if found is None or test(f"{found[0].removesuffix(CORRECTED)}{CORRECTED}", found[1]):
+            if found is None or test(f"{found[0].removesuffix(CORRECTED)}{CORRECTED}", found[1], starts):
                 return
 
     search()

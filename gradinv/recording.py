@@ -39,8 +39,8 @@ from torch import Tensor
 from gradinv import __version__, metrics
 from gradinv.config import AttackConfig
 from gradinv.images import from_grid, to_grid, to_image
-from gradinv.inversion import RunState
 from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
+from gradinv.state import RunState
 from gradinv.types import GradinvError, Observation, Snapshot, Term
 
 FORMAT = 1

@@ -19,9 +19,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"gradinv.models"}),
     frozenset(
         f"gradinv.{name}"
-        for name in ("consensus", "defenses", "features", "labels", "metrics", "objective", "registration", "sources")
-    )
-    | {"gradinv.gallery", "gradinv.prior", "gradinv.stepping", "gradinv.victim"},
+        for name in (
+            *("checks", "consensus", "defenses", "features", "gallery", "labels", "metrics", "objective", "prior"),
+            *("registration", "sources", "state", "stepping", "victim"),
+        )
+    ),
     frozenset({"gradinv.inversion"}),
     frozenset({"gradinv.evaluation", "gradinv.figures", "gradinv.jobs", "gradinv.peers", "gradinv.recording"}),
     frozenset({"gradinv.cli", "gradinv.web"}),

@@ -8,10 +8,12 @@ import threading
 import pytest
 import torch
 
+from gradinv.checks import estimate_memory
 from gradinv.config import AttackConfig
 from gradinv.consensus import consensus
-from gradinv.inversion import RunState, estimate_memory, invert, learning_rate, stage_plan, upsample
+from gradinv.inversion import invert
 from gradinv.metrics import constant_colour, pair, psnr
+from gradinv.state import RunState, learning_rate, stage_plan, upsample
 from gradinv.types import BatchNormStatistics, GradinvError
 from gradinv.victim import observe
 

@@ -304,7 +304,7 @@ def _beside_resume(args: argparse.Namespace) -> str:
 
 def _save(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -> int:
     """Write the observation and end."""
-    from gradinv.inversion import check_observation
+    from gradinv.checks import check_observation
 
     check_observation(task.model, task.observation)
     task.observation.save(Path(args.save_observation).expanduser())

@@ -8,8 +8,8 @@ import streamlit as st
 import torch
 
 from gradinv import figures
+from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
-from gradinv.inversion import check_memory
 from gradinv.jobs import Inversion, manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model

@@ -1,0 +1,144 @@
+"""What cannot be inverted is said before anything runs, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from gradinv.config import AttackConfig
+from gradinv.models import Model
+from gradinv.objective import check_train_mode, running_statistics
+from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
+
+
+def check_observation(model: Model, observation: Observation) -> None:
+    """Raises GradinvError, in one sentence, for an observation that is not one of this model or is not finite."""
+    _check_origin(model, observation)
+    count = observation.batch_size
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise GradinvError(f"The observation's batch size must be a whole number of at least 1, not {count!r}.")
+    if observation.mode not in MODES:
+        raise GradinvError(
+            f"The observation's forward mode must be {' or '.join(MODES)}, not {observation.mode!r}; say in which one "
+            "the client took its gradient."
+        )
+    if observation.mode == "eval" and observation.running is not None:
+        raise GradinvError(
+            "The observation holds running statistics after a step, but its forward mode is eval, in which none are "
+            "kept; set its mode to train, or leave them out."
+        )
+    if observation.mode == "train":
+        check_train_mode(model, count)
+    _check_gradients(model, observation.gradients)
+    for statistics, whose in ((observation.bn, "batch"), (observation.running, "running")):
+        if statistics is not None:
+            _check_statistics(model, statistics, whose)
+
+
+def _check_origin(model: Model, observation: Observation) -> None:
+    if observation.model_sha256 != model.sha256:
+        theirs, ours = f"{observation.model_sha256:.8}…", f"{model.sha256:.8}…"
+        if observation.model_name == model.name:
+            raise GradinvError(
+                f"The observation was made with other weights of {model.name} (sha256 {theirs}) than those loaded "
+                f"(sha256 {ours}); load the file that it was made with."
+            )
+        raise GradinvError(
+            f"The observation is of the network {observation.model_name} (sha256 {theirs}), not of {model.name} "
+            f"(sha256 {ours}); load that one."
+        )
+    theirs_at, ours_at = observation.preprocessing, model.preprocessing
+    if theirs_at.size != ours_at.size:
+        raise GradinvError(
+            f"The observation is of {theirs_at.size}-px images, the model is set to {ours_at.size} px; set the same "
+            "image size."
+        )
+    if theirs_at != ours_at:
+        raise GradinvError(
+            f"The observation's preprocessing ({theirs_at}) is not the model's ({ours_at}); take that of the loaded "
+            "model."
+        )
+
+
+def _check_gradients(model: Model, gradients: Mapping[str, Tensor]) -> None:
+    expected = dict(model.network.named_parameters())
+    if missing := [name for name in expected if name not in gradients]:
+        raise GradinvError(
+            f"The observation lacks the gradient of {missing[0]}{_others(missing)}; {model.name} has {len(expected)} "
+            "parameters, and the gradient of each one is needed."
+        )
+    if unknown := [name for name in gradients if name not in expected]:
+        raise GradinvError(
+            f"The observation holds a gradient of {unknown[0]}{_others(unknown)}, which {model.name} does not have; "
+            "name them as the model's own named_parameters() does."
+        )
+    for name, parameter in expected.items():
+        _check_tensor(gradients[name], parameter.shape, f"gradient of {name}")
+    if not any(gradient.any() for gradient in gradients.values()):
+        raise GradinvError("Every gradient of the observation is zero, so there is nothing to match.")
+
+
+def _check_statistics(model: Model, statistics: BatchNormStatistics, whose: str) -> None:
+    expected = running_statistics(model.network).mean
+    for kind, given in (("mean", statistics.mean), ("variance", statistics.var)):
+        if missing := [name for name in expected if name not in given]:
+            raise GradinvError(
+                f"The observation's {whose} statistics lack the {kind} of the BN layer {missing[0]}{_others(missing)}; "
+                "give each layer's, or none."
+            )
+        if unknown := [name for name in given if name not in expected]:
+            raise GradinvError(
+                f"The observation's {whose} statistics name a BN layer {unknown[0]}{_others(unknown)} that "
+                f"{model.name} does not have."
+            )
+        for name, value in expected.items():
+            what = f"{whose} {kind} of the BN layer {name}"
+            _check_tensor(given[name], value.shape, what)
+            if kind == "variance" and (given[name] < 0).any():
+                raise GradinvError(f"The {what} is negative, which no variance is; measure it again.")
+
+
+def _check_tensor(value: Tensor, shape: torch.Size, what: str) -> None:
+    if not isinstance(value, Tensor):
+        raise GradinvError(f"The {what} is {value!r}; a tensor is expected.")
+    if value.shape != shape:
+        raise GradinvError(f"The {what} has the shape {tuple(value.shape)} instead of {tuple(shape)}.")
+    if not value.is_floating_point():
+        raise GradinvError(f"The {what} holds {value.dtype}; floating-point numbers are expected.")
+    if not torch.isfinite(value).all():
+        raise GradinvError(f"The {what} holds values that are not finite, so there is nothing to match.")
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
+    """About how many bytes a run adds to the loaded model, from above.
+
+    Per seed its images, Adam's two moments, the gradient and a snapshot; once, since seeds take turns, the gradients
+    with their double backward and the activations of one evaluation.
+    """
+    size = model.preprocessing.size
+    image_bytes = 4 * batch_size * 3 * size * size
+    parameter_bytes = 4 * sum(parameter.numel() for parameter in model.network.parameters())
+    # A ResNet keeps about 180 (ResNet-18: 50) float32 values a pixel; the double backward holds about four times that.
+    activations = 4 * 180 * image_bytes // 3
+    return config.seeds * 8 * image_bytes + 8 * parameter_bytes + activations
+
+
+def check_memory(model: Model, batch_size: int, config: AttackConfig) -> None:
+    """Raises GradinvError where `estimate_memory` exceeds what is free on the model's device."""
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    needed = estimate_memory(model, batch_size, config)
+    if needed > free:
+        raise GradinvError(
+            f"{config.seeds} seeds of {batch_size} images need about {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; take fewer seeds or a smaller batch."
+        )

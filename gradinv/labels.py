@@ -21,16 +21,16 @@ _TESTABLE = 32  # images up to which `auto` tests by exact features; one test of
 _QUICK = 16  # images up to which a reading that was asked for by name is tested so; 20 ms
 _MOVES = 30  # single labels that are moved from one reading, the likeliest first
 _TOO_MANY = -0.3  # the drift of a class that has too many images: seen from -0.4 down, of others above -0.2
-_DOUBT = 1e-2  # the residual at which labels are taken to be as likely wrong as right
+_DOUBT = 1e-3  # the residual at which labels are taken to be as likely wrong as right
 
 
 @dataclass(frozen=True, eq=False)
 class RestoredLabels:
     """The batch's `labels` (B,), int64, most certain first, the `method` that read them, and how far to trust them.
 
-    `confidence` in [0, 1] tells, where it can be tested, whether all labels are right: 1 / (1 + (r / 0.01)²), r being
+    `confidence` in [0, 1] tells, where it can be tested, whether all labels are right: 1 / (1 + (r / 0.001)²), r being
     the share of the final layer's gradient that the features recovered with these labels leave unexplained: with the
-    right labels rounding error, with a wrong one mostly 0.01 to 0.4; noise raises it. Elsewhere (`auto` of more than
+    right labels rounding error, with a wrong one 0.002 to 0.4; noise raises it. Elsewhere (`auto` of more than
     32 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the share of labels that are
     right and says nothing of the batch as a whole: 0.9 times the share on which the other methods agree, on average.
     """

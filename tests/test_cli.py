@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 import gradinv
-from gradinv import cli, inversion, metrics, victim
+from gradinv import cli, inversion, metrics, state, victim
 from gradinv.cli.invert import signals_set
 from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import AttackConfig
@@ -484,7 +484,9 @@ def test_defences_are_applied_in_order_said_and_recorded(capsys: pytest.CaptureF
     assert cli.main(plain) == 0 and not Path("runs").exists()
     first, second = Observation.load("defended.safetensors"), Observation.load("plain.safetensors")
     expected = quantise(clip(second, 1.0), 4)
-    assert all(torch.equal(first.gradients[name], value) for name, value in expected.gradients.items())
+    # Two passes on several threads may sum in another order; a number next to the middle of two levels then jumps.
+    differing = sum(int((first.gradients[name] != value).sum()) for name, value in expected.gradients.items())
+    assert differing < 1e-3 * sum(value.numel() for value in expected.gradients.values())
     capsys.readouterr()
     assert cli.main(["invert", "lion", *QUICK, "--defence", "dp:1,8,1e-5", "--mode", "train", "--out", "run"]) == 2
     assert "one value a channel" in one_sentence(capsys.readouterr().err)
@@ -658,16 +660,16 @@ def stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     network = torchvision.models.resnet18(num_classes=3)
     safetensors.torch.save_file(network.state_dict(), "mine.safetensors")
     picture(Path("a.png"))
-    step = inversion._Run.step
+    step = state.Run.step
 
     def signalled(*args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return step(*args)
 
-    monkeypatch.setattr(inversion._Run, "step", signalled)
+    monkeypatch.setattr(state.Run, "step", signalled)
     args = ["a.png", "--class", "class 1", *QUICK, "--model", "mine.safetensors", "--features", "0", "--out", "run"]
     assert cli.main(["invert", *args, "--errors", "predicted"]) == 130
-    monkeypatch.setattr(inversion._Run, "step", step)
+    monkeypatch.setattr(state.Run, "step", step)
     capsys.readouterr()
     return "run"
 

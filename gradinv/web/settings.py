@@ -95,7 +95,7 @@ def panel(model: str) -> AttackConfig:
     right.caption(BN[bn])
     start = "random"
     if model in DECODERS:
-        start = right.segmented_control(
+        start = st.segmented_control(
             "What the attack starts from",
             list(START),
             default=base.start,
@@ -103,7 +103,7 @@ def panel(model: str) -> AttackConfig:
             key="start_from",
             bind="query-params",
         )
-        right.caption(START[start])
+        st.caption(START[start])
     with st.expander("Advanced settings"):
         advanced = _advanced(base)
     plain = {"seeds": int(seeds), "iterations": int(iterations), "bn": bn, "start": start}

@@ -19,19 +19,20 @@ _UNKNOWNS = 4096  # of a Gauss-Newton step; more (above 64 images) are left to t
 class RecoveredFeatures:
     """What the final layer's gradient says of each image: `features` F (B, D) and `errors` A = p − y (B, N).
 
-    `residual` is ‖AᵀF/K − ∇W‖ / ‖∇W‖. Below `EXPLAINED` the features are the client's own, also of images that share a
-    label (then in any order among these). Large, the gradient was changed, the labels are wrong, or a wrong minimum
-    was met.
+    `residual` is ‖s AᵀF/K − ∇W‖ / ‖∇W‖ with the best `scale` s, which is 1 unless the client rescaled its gradient.
+    Below `EXPLAINED` the features are the client's own, also of images that share a label (then in any order among
+    these). Large, the gradient was changed otherwise, the labels are wrong, or a wrong minimum was met.
     """
 
     features: Tensor
     errors: Tensor
     residual: float
+    scale: float
 
 
 @torch.no_grad()
 def recover_features(model: Model, observation: Observation, labels: Tensor, starts: int = 6) -> RecoveredFeatures:
-    """Solve ∇W = (1/K) Aᵀ F, ∇b = (1/K) Aᵀ 1 for the pooled features F ≥ 0, A = softmax(F Wᵀ + b) − y.
+    """Solve ∇W = (s/K) Aᵀ F, ∇b = (s/K) Aᵀ 1 for the pooled features F ≥ 0, A = softmax(F Wᵀ + b) − y.
 
     labels: (B,), of which some may repeat. `starts` bounds the attempts, see `FinalLayer`. Needs K < N. Not in the
     paper. Raises GradinvError where the layer has no bias, K ≥ N, or its gradient is not finite.
@@ -39,12 +40,15 @@ def recover_features(model: Model, observation: Observation, labels: Tensor, sta
     layer = FinalLayer(model, observation)
     best = layer.fit(labels.cpu(), starts=starts)
     device = model.device
-    return RecoveredFeatures(best.features.float().to(device), best.errors.float().to(device), best.residual)
+    return RecoveredFeatures(
+        best.features.float().to(device), best.errors.float().to(device), best.residual, best.scale
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Features (B, D) and output errors (B, N) that explain the final layer's gradient up to `residual`, as float64.
+    """Features (B, D) and output errors (B, N) that explain the final layer's gradient, `scale` times the client's
+    average, up to `residual`; as float64.
 
     `drift` (N,) says of which classes the labels are too few (above 0) or too many (below 0).
     """
@@ -53,6 +57,7 @@ class Fit:
     errors: Tensor
     residual: float
     drift: Tensor
+    scale: float
 
 
 class FinalLayer:
@@ -61,7 +66,8 @@ class FinalLayer:
     X = [F, c] (the features with a column for the bias) obeys AᵀX = K [∇W, c ∇b], a matrix of rank K: its K leading
     right singular vectors V span the rows of X, so X = R V with K × K unknowns instead of K × D. V is turned so that
     the bias column fixes R's first column, which leaves Z (K, K − 1); c balances the two gradients. From Z the logits
-    are R M, M = V [W, b/c]ᵀ, so that the residual E = AᵀR/K − T, T = [∇W, c ∇b] Vᵀ, is N × K.
+    are R M, M = V [W, b/c]ᵀ, so that the residual E = s AᵀR/K − T, T = [∇W, c ∇b] Vᵀ, is N × K. Clipping and averages
+    of more than one client rescale the gradient; c and V do not change with that, and s is the best one for every Z.
 
     Solved by alternation (A from Z, Z by least squares from A, clamped to F ≥ 0), then by Levenberg-Marquardt with
     a penalty on negative features; the true F is its minimum with value 0. Everything is float64 on the CPU: the
@@ -148,26 +154,29 @@ class FinalLayer:
     def _cost(self, state: Tensor, given: Tensor) -> float:
         """‖E‖² + μ ‖min(F, 0)‖², in the units of ‖[∇W, c ∇b]‖²."""
         mixture = self._mixture(state)
-        misfit = (self._probabilities(state) - given).T @ mixture / self._count - self._target
+        predicted = (self._probabilities(state) - given).T @ mixture / self._count
+        misfit = _scale(predicted, self._target) * predicted - self._target
         negative = (mixture @ self._basis).clamp(max=0)
         return float(misfit.square().sum() + self._penalty * negative.square().sum())
 
-    def _solved(self, errors: Tensor) -> Tensor:
-        """Least squares of AᵀR = K T for R, then F = R V clamped at 0: errors A (B, N) → Z."""
+    def _solved(self, state: Tensor, errors: Tensor) -> Tensor:
+        """Least squares of s AᵀR = K T for R, with the s of the present R, then F = R V clamped at 0: errors A (B, N)
+        → Z."""
         gram = errors @ errors.T
         gram = gram + (1e-9 * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-        mixture = torch.linalg.solve(gram, self._count * errors @ self._target)
+        scale = _scale(errors.T @ self._mixture(state) / self._count, self._target)
+        mixture = torch.linalg.solve(gram, self._count / scale * errors @ self._target)
         return self._inside((mixture @ self._basis).clamp(min=0))
 
     def _shaken(self, state: Tensor, given: Tensor, generator: torch.Generator) -> Tensor:
         logits = self._mixture(state) @ self._to_logits
         noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
-        return self._solved((logits + noise).softmax(1) - given)
+        return self._solved(state, (logits + noise).softmax(1) - given)
 
     def _alternate(self, state: Tensor, given: Tensor, rounds: int) -> Tensor:
         best, smallest = state, self._cost(state, given)
         for _ in range(rounds):
-            state = self._solved(self._probabilities(state) - given)
+            state = self._solved(state, self._probabilities(state) - given)
             cost = self._cost(state, given)
             if cost < smallest:
                 best, smallest = state, cost
@@ -183,7 +192,8 @@ class FinalLayer:
                 damped = hessian + torch.diag(damping * scale + 1e-14 * scale.max())
                 factor, failed = torch.linalg.cholesky_ex(damped)
                 if not failed:
-                    trial = state - torch.cholesky_solve(gradient[:, None], factor).view_as(state)
+                    change = torch.cholesky_solve(gradient[:, None], factor)[:-1]  # the last is s's, which follows
+                    trial = state - change.view_as(state)
                     value = self._cost(trial, given)
                     if value < cost:
                         break
@@ -197,15 +207,17 @@ class FinalLayer:
         return state, limit
 
     def _normal_equations(self, state: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Gauss-Newton's JᵀJ (n, n) and Jᵀ(residuals) (n,) for the n = B · (rank − 1) unknowns.
+        """Gauss-Newton's JᵀJ (n + 1, n + 1) and Jᵀ(residuals) (n + 1,) for the n = B · (rank − 1) unknowns and s.
 
-        With Q[k, i, z] = ∂p_k[i]/∂Z[k, z] = p_k[i] (M[z, i] − Σ_j p_k[j] M[z, j]) the Jacobian of K E[i, j] is
+        With Q[k, i, z] = ∂p_k[i]/∂Z[k, z] = p_k[i] (M[z, i] − Σ_j p_k[j] M[z, j]) the Jacobian of K E[i, j] / s is
         A[k, i] δ_jz + R[k, j] Q[k, i, z]; JᵀJ is put together from products over i, so J is never formed.
         """
         count, width = state.shape
         mixture, probabilities = self._mixture(state), self._probabilities(state)
         errors = probabilities - given
-        misfit = errors.T @ mixture / self._count - self._target
+        predicted = errors.T @ mixture / self._count
+        scale = _scale(predicted, self._target)
+        misfit = scale * predicted - self._target
         slopes = self._to_logits[1:].T[None] - (probabilities @ self._to_logits[1:].T)[:, None]
         change = probabilities[:, :, None] * slopes  # (B, N, z)
         flat = change.transpose(0, 1).reshape(-1, count * width)  # (N, B · z)
@@ -214,31 +226,49 @@ class FinalLayer:
         hessian = hessian + cross + cross.permute(2, 3, 0, 1)
         same = torch.arange(width)
         hessian[:, same, :, same] += errors @ errors.T
-        hessian /= self._count**2
+        hessian *= (scale / self._count) ** 2
         features = mixture @ self._basis
         inner = self._basis[1:]
         for image, row in enumerate(features < 0):
             part = inner[:, row]
             hessian[image, :, image, :] += self._penalty * (part @ part.T)
-        gradient = (errors @ misfit)[:, 1:] + torch.einsum("ki,kiz->kz", mixture @ misfit.T, change)
-        gradient = gradient / self._count + self._penalty * features.clamp(max=0) @ inner.T
-        return hessian.view(count * width, -1), gradient.reshape(-1)
+
+        def pulled(cotangent: Tensor) -> Tensor:
+            """(∂ s AᵀR/K ∂Z)ᵀ of a cotangent (N, rank) → (n,)."""
+            through = (errors @ cotangent)[:, 1:] + torch.einsum("ki,kiz->kz", mixture @ cotangent.T, change)
+            return (scale / self._count * through).reshape(-1)
+
+        gradient = pulled(misfit) + (self._penalty * features.clamp(max=0) @ inner.T).reshape(-1)
+        joint = torch.empty(len(gradient) + 1, len(gradient) + 1, dtype=hessian.dtype)
+        joint[:-1, :-1] = hessian.view(len(gradient), -1)
+        joint[-1, :-1] = joint[:-1, -1] = pulled(predicted)
+        joint[-1, -1] = predicted.square().sum()
+        return joint, torch.cat([gradient, gradient.new_zeros(1)])  # s is the best already
 
     def _finish(self, state: Tensor, given: Tensor) -> Fit:
         features = (self._mixture(state) @ self._basis).clamp(min=0)
         errors = F.linear(features, self._weight, self._bias).softmax(1) - given
+        predicted = errors.T @ features / self._count
+        scale = float(_scale(predicted, self._gradient))
         norm = float(self._gradient.norm())
         # A gradient of zeros is explained by anything, and so by nothing.
-        residual = float((errors.T @ features / self._count - self._gradient).norm()) / norm if norm > 0 else 1.0
-        return Fit(features, errors, residual, self._drift(state, given))
+        residual = float((scale * predicted - self._gradient).norm()) / norm if norm > 0 else 1.0
+        return Fit(features, errors, residual, self._drift(state, given), scale)
 
     def _drift(self, state: Tensor, given: Tensor) -> Tensor:
         """Two signs of a wrong count. Given R, the A that meets AᵀR = K T exactly gives each image labels P − A of its
         own: how often a class is the largest there, against how often it was given, weighs most. The other is
         what the bias equation lacks."""
         mixture, probabilities = self._mixture(state), self._probabilities(state)
-        exact = torch.linalg.lstsq(mixture.T, self._count * self._target.T, driver="gelsd").solution
+        scale = _scale((probabilities - given).T @ mixture / self._count, self._target)
+        exact = torch.linalg.lstsq(mixture.T, self._count / scale * self._target.T, driver="gelsd").solution
         counts = given.sum(0)
         votes = (probabilities - exact).argmax(1).bincount(minlength=given.shape[1]) - counts
-        lacking = self._count * (probabilities.mean(0) - self._bias_gradient) - counts
+        lacking = self._count * (probabilities.mean(0) - self._bias_gradient / scale) - counts
         return votes + (5 * lacking).clamp(-1, 1)
+
+
+def _scale(predicted: Tensor, target: Tensor) -> Tensor:
+    """The s > 0 for which s · predicted comes closest to the target of the same shape."""
+    energy = predicted.square().sum().clamp(min=torch.finfo(predicted.dtype).tiny)
+    return ((predicted * target).sum() / energy).clamp(min=1e-9)

@@ -79,6 +79,20 @@ def test_a_gradient_that_was_changed_is_not_explained(small_model, small_batch):
     assert EXPLAINED < residuals[0] < residuals[1] < residuals[2]
 
 
+@pytest.mark.parametrize("factor", [1e-4, 0.3, 50.0])
+def test_a_rescaled_gradient_gives_the_same_features(small_model, small_batch, factor):
+    """Clipping multiplies the whole gradient by an unknown number, which hides nothing."""
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels, labels)
+    scaled = dataclasses.replace(
+        observation, gradients={name: factor * value for name, value in observation.gradients.items()}
+    )
+    recovered = recover_features(small_model, scaled, labels)
+    assert recovered.residual < EXPLAINED
+    assert recovered.scale == pytest.approx(factor, rel=1e-3)
+    torch.testing.assert_close(recovered.features, true_features(small_model, pixels), rtol=1e-3, atol=1e-3)
+
+
 def test_a_gradient_that_is_not_finite_is_refused(small_model, small_batch):
     observation = observe(small_model, *small_batch)
     broken = {name: value * float("inf") for name, value in observation.gradients.items()}

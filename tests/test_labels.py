@@ -72,6 +72,36 @@ def test_auto_counts_repeated_labels_and_is_sure(small_model):
         assert restored.confidence > 0.99
 
 
+def test_auto_counts_repeated_labels_of_a_clipped_gradient(small_model):
+    labels = torch.tensor([3, 3, 0])
+    observation = observe(small_model, pictures(3, seed=2), labels)
+    clipped = dataclasses.replace(
+        observation, gradients={name: 0.01 * value for name, value in observation.gradients.items()}
+    )
+    restored = restore_labels(small_model, clipped)
+    assert sorted(restored.labels.tolist()) == [0, 3, 3]
+    assert restored.confidence > 0.99
+
+
+@pytest.mark.parametrize("true", [[0, 2, 4], [3, 3, 3]])
+def test_behind_noise_auto_falls_back_to_a_plain_reading(small_model, true):
+    """A corrected reading would fit the noise: here every residual is large, so none decides."""
+    labels = torch.tensor(true)
+    observation = observe(small_model, pictures(3, seed=2), labels)
+    generator = torch.Generator().manual_seed(0)
+    noisy = dataclasses.replace(
+        observation,
+        gradients={
+            name: value + 0.1 * value.abs().max() * torch.randn(value.shape, generator=generator)
+            for name, value in observation.gradients.items()
+        },
+    )
+    restored = restore_labels(small_model, noisy)
+    assert restored.method == ("column-minimum" if len(set(true)) == 3 else "ilrg")
+    assert sorted(restored.labels.tolist()) == true
+    assert restored.confidence < 0.1
+
+
 def test_a_wrong_reading_is_not_trusted(small_model):
     """Column-minimum cannot repeat a label: the features do not explain the gradient, and the confidence says so."""
     observation = observe(small_model, pictures(4), torch.tensor([3, 3, 0, 5]))

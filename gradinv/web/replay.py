@@ -1,10 +1,273 @@
-"""The page Replay: recorded runs, played in the browser."""
+"""The page Replay: recorded runs, played in the browser. And the one that moves on the first page."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
 import streamlit as st
+from PIL import Image
+
+from gradinv import figures, metrics
+from gradinv.images import to_grid
+from gradinv.paths import ASSETS
+from gradinv.recording import Recording
+from gradinv.sources import Credit
+from gradinv.types import GradinvError
+from gradinv.web import markup
+from gradinv.web.guard import guarded
+
+FIRST = "four"
+PAIRS = {
+    "One picture or eight": ("one", "eight"),
+    "BN statistics: exact or none": ("bn-exact", "bn-none"),
+    "Undefended or behind noise": ("four", "noise"),
+    "With the gradient or without": ("four", "gradient-off"),
+    "Eight seeds: averaged or aligned": ("lazy", "registered"),
+}
+
+_MOVING = 32  # frames of the first page's animation
+_MOVING_SECONDS = 4.0
+_MOVING_SIDE = 128  # pixels of a tile
+
+
+def _part(kind: str) -> str:
+    return Path(__file__).with_name(f"player.{kind}").read_text(encoding="utf-8")
+
+
+_player = st.components.v2.component("gradinv-player", html=_part("html"), css=_part("css"), js=_part("js"))
+
+
+@dataclass(frozen=True, eq=False)
+class Bundled:
+    """A recorded run that comes with the program: what is told about it, and whose pictures it shows."""
+
+    name: str
+    title: str
+    story: str
+    command: str
+    pictures: tuple[tuple[str, Credit], ...]
+    recording: Recording
+    order: tuple[int, ...]  # for each original its place in the frames
+
+    @property
+    def classes(self) -> tuple[list[str], list[str]]:
+        """The true classes and the restored ones, both in the originals' order."""
+        labels = self.recording.run["labels"]
+        name = self.recording.class_name
+        return [name(label) for label in labels["true"]], [name(labels["restored"][place]) for place in self.order]
+
+
+@cache
+def library() -> dict[str, Bundled]:
+    """By name all bundled runs, in the order of the page. Raises GradinvError where one is damaged."""
+    found: list[tuple[int, Bundled]] = []
+    for path in (ASSETS / "runs").glob("*.zip"):
+        recording = Recording.open(path)
+        try:
+            about = json.loads(recording.store.read("about.json"))
+            pictures = tuple((item.pop("title"), Credit(**item)) for item in about["pictures"])
+            told = about["title"], about["story"], about["command"]
+            found.append((about["place"], Bundled(path.stem, *told, pictures, recording, tuple(recording.order()))))
+        except (KeyError, TypeError, ValueError) as error:
+            raise GradinvError(f"What is told about the run {path.stem} is damaged; record it again.") from error
+    return {run.name: run for _, run in sorted(found, key=lambda item: item[0])}
+
+
+@lru_cache(maxsize=8)
+def packed(*names: str) -> bytes:
+    """What the player takes (player.js says how) to show these runs side by side."""
+    runs, pictures = [], []
+    for run in (library()[name] for name in names):
+        facts, blobs = _facts(run)
+        runs.append(facts)
+        pictures += blobs
+    header = json.dumps({"name": " ".join(names), "runs": runs}).encode()
+    return b"".join([len(header).to_bytes(4, "little"), header, *pictures])
+
+
+def _facts(run: Bundled) -> tuple[dict[str, Any], list[bytes]]:
+    """One run's part of the header, and its pictures: frames, then originals."""
+    recording, (true, restored) = run.recording, run.classes
+    seeds = recording.run["config"]["seeds"]
+    rows: dict[tuple[int, int], dict[str, Any]] = {(row["step"], row["seed"]): row for row in recording.curves}
+    own = [[rows[step, seed]["psnr"] for step in recording.steps] for seed in range(seeds)] if seeds > 1 else []
+    frames = [recording.frame(step) for step in recording.steps]
+    originals = [recording.store.read(f"images/original_{place:02d}.png") for place in range(len(true))]
+    with Image.open(io.BytesIO(frames[0])) as frame:
+        side = frame.width // len(true)
+    facts = {
+        "title": run.title,
+        "story": run.story,
+        "total": recording.run["iterations"]["total"],
+        "batch": len(true),
+        "seeds": seeds,
+        "aligned": recording.run["config"]["registration"] != "lazy",
+        "side": side,
+        "order": run.order,
+        "titles": [title for title, _ in run.pictures],
+        "classes": true,
+        "restored": restored,
+        "steps": recording.steps,
+        "psnr": [*own, [rows[step, 0]["consensus_psnr"] for step in recording.steps]],
+        "distance": [metrics.mean([rows[step, seed]["distance"] for seed in range(seeds)]) for step in recording.steps],
+        "baseline": metrics.mean(recording.run["metrics"]["baseline"]["psnr"]),
+        "frames": [[len(data), f"image/{'webp' if data[8:12] == b'WEBP' else 'png'}"] for data in frames],
+        "originals": [len(data) for data in originals],
+    }
+    return facts, [*frames, *originals]
 
 
 def page() -> None:
-    """The whole page."""
-    st.title("Replay")
+    """Everything on the page."""
+    with guarded():
+        _page()
+
+
+def _page() -> None:
+    runs = library()
+    st.html(
+        '<header class="gi-lead"><h1>Recorded runs</h1><p>Each began with noise and had nothing but a shared gradient '
+        "to go by. Guess what the pictures are before you reveal the originals.</p></header>"
+    )
+    if not runs:
+        raise GradinvError("No recorded run is installed; record some with: python assets/runs/record.py.")
+    run, beside = _asked("run") or next(iter(runs)), _asked("beside")
+    _check_step()
+    beside = None if beside == run else beside
+    _choice(run, beside)
+    shown = [run] if beside is None else [run, beside]
+    with st.container(key="player"):
+        _player(data=packed(*shown), key="replay-player")
+    with st.expander("How this was recorded, and whose pictures these are"):
+        st.html("".join(_made(runs[name]) for name in shown))
+        pictures = dict(picture for name in shown for picture in runs[name].pictures)
+        st.html(f"<p>Pictures:</p>{markup.credits(pictures.items())}")
+
+
+def _asked(parameter: str) -> str | None:
+    """The run that the address names; says so where there is none of that name."""
+    name = st.query_params.get(parameter)
+    if name is not None and name not in library():
+        st.warning(f"The address names a recorded run that is not there; it can name {', '.join(library())}.")
+        return None
+    return name
+
+
+def _check_step() -> None:
+    step = st.query_params.get("step")
+    if step is not None and not step.isdecimal():
+        st.warning("The step in the address is not a whole number; the run plays from its start.")
+
+
+def _choice(run: str, beside: str | None) -> None:
+    """Cards, pairs and a list. The address alone keeps what is chosen."""
+    runs = library()
+    st.session_state["replay-run"] = run
+    st.session_state["replay-pair"] = next((title for title, pair in PAIRS.items() if pair == (run, beside)), None)
+    st.session_state["replay-beside"] = beside
+
+    def show(run: str, beside: str | None) -> None:
+        st.query_params["run"] = run
+        for name in ("beside", "step"):
+            st.query_params.pop(name, None)
+        if beside is not None:
+            st.query_params["beside"] = beside
+
+    with st.container(key="thumbnails-runs"):
+        st.pills(
+            "Recorded run",
+            list(runs),
+            format_func=lambda name: f"![]({_card(name)}) {runs[name].title}",
+            key="replay-run",
+            on_change=lambda: show(st.session_state["replay-run"] or run, None),
+            width="stretch",
+        )
+    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    left.pills(
+        "Side by side",
+        [title for title, pair in PAIRS.items() if set(pair) <= set(runs)],
+        key="replay-pair",
+        on_change=lambda: show(*PAIRS.get(st.session_state["replay-pair"], (run, None))),
+    )
+    right.selectbox(
+        "Beside it",
+        [name for name in runs if name != run],
+        format_func=lambda name: runs[name].title,
+        key="replay-beside",
+        on_change=lambda: show(run, st.session_state["replay-beside"]),
+        index=None,
+        placeholder="nothing",
+    )
+
+
+@cache
+def _card(name: str) -> str:
+    """A small picture of where a run ended: up to four of its reconstructions."""
+    run = library()[name]
+    images = run.recording.snapshot(run.recording.steps[-1]).consensus[list(run.order)]
+    rows = 2 if len(images) >= 4 else 1
+    return figures.tile(to_grid(images[: rows * rows].unflatten(0, (rows, rows))), quality=70)
+
+
+def _made(run: Bundled) -> str:
+    facts = run.recording.run
+    return (
+        f"<p><b>{escape(run.title)}</b>: <code>{escape(run.command)}</code>, {facts['model']['name']}, "
+        f"{markup.count(facts['iterations']['done'], 'iteration')} in {markup.duration(facts['seconds'])} on "
+        f"{escape(facts['environment']['device'])}.</p>"
+    )
+
+
+def moving() -> str:
+    """HTML for the first page: a recorded run that moves by itself, beside the originals; empty where there is none."""
+    if FIRST not in library():
+        return ""
+    run = library()[FIRST]
+    animation, still, originals = _animation()
+    names = ", ".join(run.classes[0])
+    return (
+        '<div class="gi-moving"><figure>'
+        f'<img class="gi-plays" src="{animation}" alt="Four pictures emerge from noise: {escape(names)}" '
+        'width="512" height="128">'
+        f'<img class="gi-still" src="{still}" alt="The rebuilt pictures: {escape(names)}" width="512" height="128">'
+        "<figcaption>What the server rebuilds from the gradient alone</figcaption></figure><figure>"
+        f'<img src="{originals}" alt="The originals: {escape(names)}" width="512" height="128">'
+        "<figcaption>What the client kept to itself</figcaption></figure></div>"
+    )
+
+
+@cache
+def _animation() -> tuple[str, str, str]:
+    """The first page's run as data URIs: animated, its last frame, and the originals."""
+    run = library()[FIRST]
+    steps, order = run.recording.steps, list(run.order)
+    chosen = [steps[round(index * (len(steps) - 1) / (_MOVING - 1))] for index in range(_MOVING)]
+    size = (_MOVING_SIDE * len(order), _MOVING_SIDE)
+    frames = [
+        to_grid(run.recording.snapshot(step).consensus[order][None]).resize(size, Image.Resampling.BICUBIC)
+        for step in chosen
+    ]
+    packed = io.BytesIO()
+    pause = round(1000 * _MOVING_SECONDS / _MOVING)
+    frames[0].save(
+        packed,
+        "WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        duration=[pause] * (_MOVING - 1) + [2500],
+        loop=0,
+        quality=70,
+    )
+    originals = run.recording.originals()
+    if originals is None:
+        raise GradinvError(f"The run {run.name} lacks its originals; record it again.")
+    kept = to_grid(originals[None]).resize(size, Image.Resampling.BICUBIC)
+    moving = "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode("ascii")
+    return moving, figures.tile(frames[-1]), figures.tile(kept)

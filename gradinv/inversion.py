@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from gradinv.checks import check_memory, check_observation
 from gradinv.config import AttackConfig
+from gradinv.distributed import ALONE, Ranks
 from gradinv.labels import RestoredLabels, restore_labels
 from gradinv.models import Model
 from gradinv.objective import Objective
@@ -29,6 +31,7 @@ def invert(
     interval: float | None = None,
     stop: threading.Event | None = None,
     resume: RunState | None = None,
+    ranks: Ranks = ALONE,
 ) -> Snapshots:
     """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
 
@@ -38,19 +41,24 @@ def invert(
     it goes on from there, first yielding that step once more: on the CPU it then gives the very images that it would
     have given uninterrupted.
 
+    Several `ranks` share the seeds: each calls this with the same arguments, goes through all snapshots, which are the
+    same on each and of all seeds, and stops where any of them is told to.
+
     Raises GradinvError, at once, for an observation that does not belong to the model or is not finite, for a config
     that it cannot serve, and where memory would not suffice; and during the run where the objective stops being
-    finite. Also where `resume` is the state of another run.
+    finite or a rank is lost. Also where `resume` is the state of another run.
     """
     check_observation(model, observation)
-    check_memory(model, observation.batch_size, config)
+    ranks.check(model.device)
+    own = replace(config, seeds=len(ranks.share(config.seeds)))
+    check_memory(model, observation.batch_size, own)
     restored = restore_labels(model, observation, config.labels)
     objective = Objective(model, observation, restored.labels, config)
     start = _start(model, objective, config) if resume is None else None
-    run = Run(model, observation.batch_size, config, start)
+    run = Run(model, observation.batch_size, config, start, ranks)
     if resume is not None:
         run.restore(resume)
-    stepper = Stepper(objective, config.stepping, steps=config.iterations * config.seeds)
+    stepper = Stepper(objective, config.stepping, steps=own.iterations * own.seeds)
     known = _Known(objective.weights, restored, None if objective.recovered is None else objective.recovered.residual)
     stream = _iterate(run, stepper, known, every, interval, stop or threading.Event(), resume)
     return Snapshots(run, stream)
@@ -73,7 +81,7 @@ class Snapshots(Iterator[Snapshot]):
         self._stream.close()
 
     def state(self) -> RunState:
-        """Where the run stands at the snapshot that came last, to `resume` from."""
+        """Where the run stands at the snapshot that came last, to `resume` from, with as many ranks as may be."""
         if self._last is None:
             raise RuntimeError("The state of a run is known from its first snapshot on.")
         return RunState(self._last.step, self._last.seconds, self._run.tensors())
@@ -115,10 +123,12 @@ def _iterate(
         judgements = done
         now = time.perf_counter()
         due = (every is not None and step % every == 0) or (interval is not None and now - emitted >= interval)
-        if due or step == steps or stop.is_set():
+        due, stopped = run.ranks.any(due or step == steps, stop.is_set())
+        if due or stopped:
             emitted = now
             yield snapshot(step)
-        if stop.is_set():
+            (stopped,) = run.ranks.any(stop.is_set())  # by whoever looked at it
+        if stopped:
             return
 
 
@@ -136,26 +146,33 @@ def _snapshot(
     step: int,
     seconds: float,
 ) -> Snapshot:
-    full = run.full_size().detach()
+    full = run.gather()
     preprocessing = run.model.preprocessing
-    terms: Mapping[str, Term] = {
-        name: Term(
-            raw=(raw := tuple(float(judgement.raw[name]) for judgement in judgements)),
-            weighted=tuple(weight * value for value in raw),
-        )
-        for name, weight in known.weights.items()
-        if judgements
-    }
+    terms, distance = _values(run, known.weights, judgements) if judgements else ({}, ())
     return Snapshot(
         step=step,
         steps=run.config.iterations,
         seeds=preprocessing.denormalise(full).cpu(),
         consensus=preprocessing.denormalise(run.consensus(step)).cpu(),
         terms=terms,
-        distance=tuple(float(judgement.distance) for judgement in judgements),
+        distance=distance,
         seconds=seconds,
         labels=tuple(known.restored.labels.tolist()),
         label_method=known.restored.method,
         label_confidence=known.restored.confidence,
         features_residual=known.residual,
     )
+
+
+def _values(
+    run: Run, weights: Mapping[str, float], judgements: list[Stepped]
+) -> tuple[dict[str, Term], tuple[float, ...]]:
+    """Every seed's terms and distance, of all ranks."""
+    rows = [[float(judged.raw[name]) for name in weights] + [float(judged.distance)] for judged in judgements]
+    found = run.ranks.gather(torch.tensor(rows, dtype=torch.float64), run.config.seeds)
+    *columns, distance = (tuple(column) for column in found.T.tolist())
+    terms = {
+        name: Term(raw, tuple(weight * value for value in raw))
+        for (name, weight), raw in zip(weights.items(), columns, strict=True)
+    }
+    return terms, distance

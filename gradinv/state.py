@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gradinv.config import AttackConfig
 from gradinv.consensus import consensus
+from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
 from gradinv.stepping import Stepped, Stepper
 from gradinv.types import GradinvError
@@ -50,25 +51,36 @@ class RunState:
 
 
 class Run:
-    """The state that is optimised: every seed's images, their generators, one Adam over all.
+    """The state that is optimised: the images of this rank's seeds, their generators, one Adam over all of them.
 
     `_group` is the group's mean that the seeds are drawn to: once registration has begun it is held between two.
+    Where there are several ranks, all of them call each method that tells of the group or of other ranks' seeds.
     """
 
-    def __init__(self, model: Model, batch_size: int, config: AttackConfig, start: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        batch_size: int,
+        config: AttackConfig,
+        start: Tensor | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.model = model
         self.config = config
+        self.ranks = ranks
+        self._mine = ranks.share(config.seeds)
         size = model.preprocessing.size
         self._plan = stage_plan(config, size)
         self._generators = [
-            torch.Generator(model.device).manual_seed(_seed_of(config.seed, index)) for index in range(config.seeds)
+            torch.Generator(model.device).manual_seed(_seed_of(config.seed, index)) for index in self._mine
         ]
         side = self._plan[0][1]
-        noise = [self._normal(index, (batch_size, 3, side, side)) for index in range(config.seeds)]
+        noise = [self._normal(index, (batch_size, 3, side, side)) for index in range(len(self._mine))]
         self.images = torch.stack(noise) * config.start_scale
         if start is not None:
             self.images += F.interpolate(start, (side, side), mode="area")
         self._group: Tensor | None = None
+        self._gathered: dict[str, Tensor] | None = None
         self._limits = model.preprocessing.bounds(self.images)
         self._project()
         self._adam = self._optimiser()
@@ -86,20 +98,36 @@ class Run:
             self.images.data.clamp_(low, high)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that changes from step to step, copied to the CPU; `restore` takes it."""
+        """Everything that changes from step to step, of all seeds, copied to the CPU; `restore` takes it, whatever the
+        number of ranks. With several it is what they held at the last `gather`."""
+        return self._copied() if self._gathered is None else self._gathered
+
+    def gather(self) -> Tensor:
+        """Every seed's normalised images (G, B, 3, S, S) at full size, also those of the other ranks."""
+        if self.ranks.count == 1:
+            return self.full_size().detach()
+        self._gathered = self._copied()
+        return upsample(self._gathered["images"], self.model.preprocessing.size)
+
+    def _copied(self) -> dict[str, Tensor]:
         adam = self._adam.state_dict()["state"].get(0, {})
         found = {"images": self.images, **{f"adam.{name}": value for name, value in adam.items()}}
-        found |= {f"generator.{index}": generator.get_state() for index, generator in enumerate(self._generators)}
+        found["generators"] = torch.stack([generator.get_state() for generator in self._generators])
         if self._group is not None:
             found["group"] = self._group
-        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+        copied = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
+        for name, value in copied.items():  # in the same order on each rank
+            if name not in ("adam.step", "group"):  # which are no seed's own
+                copied[name] = self.ranks.gather(value, self.config.seeds)
+        return copied | {f"generator.{index}": state.clone() for index, state in enumerate(copied.pop("generators"))}
 
     def restore(self, state: RunState) -> None:
         """Go back to where `tensors` was called. Raises GradinvError for the state of another run."""
         # Copies: the run goes on in place.
         tensors, device = {name: value.clone() for name, value in state.tensors.items()}, self.model.device
         sides = {side for _, side in self._plan}
-        count, batch_size = self.images.shape[:2]
+        count, batch_size = self.config.seeds, self.images.shape[1]
+        mine = slice(self._mine.start, self._mine.stop)
         try:
             images = tensors["images"]
             side = images.shape[-1]
@@ -107,37 +135,44 @@ class Run:
                 raise GradinvError(f"images of the shape {tuple(images.shape)}")
             if not 0 <= state.step <= self.config.iterations:
                 raise GradinvError(f"{state.step} steps")
-            for index, generator in enumerate(self._generators):
+            for index, generator in zip(self._mine, self._generators, strict=True):
                 generator.set_state(tensors[f"generator.{index}"])
         except (GradinvError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise GradinvError(f"The saved state is that of another run ({error}); start this one again.") from error
-        self.images = images.to(device)
+        self.images = images[mine].to(device)
         self._adam = self._optimiser()
         adam = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
+        adam = {name: value[mine] if value.dim() else value for name, value in adam.items()}
         if adam:
             self._adam.load_state_dict({**self._adam.state_dict(), "state": {0: adam}})
         self._group = tensors["group"].to(device) if "group" in tensors else None
 
     def full_size(self) -> Tensor:
-        """Every seed's normalised images (G, B, 3, S, S), upsampled where the stage is coarser."""
+        """This rank's normalised images (g, B, 3, S, S), upsampled where the stage is coarser."""
         return upsample(self.images, self.model.preprocessing.size)
 
     def step(self, step: int, stepper: Stepper, stop: threading.Event) -> list[Stepped] | None:
-        """One iteration of every seed; None, and nothing changed, where `stop` was set on the way."""
+        """One iteration of this rank's seeds; None, and nothing changed, where `stop` was set on the way on any rank.
+
+        Raises GradinvError where the objective is not finite on any rank, or one is lost.
+        """
         config = self.config
         self._enter_stage(step)
         group = self._drawn_to(step)
         judgements, gradients = [], []
         for images in self.images:
             if stop.is_set():
-                return None
+                break
             full = upsample(images, self.model.preprocessing.size)
             judgement = stepper(full, group)
             # Through the upsampling of a coarse stage.
             gradients.append(torch.autograd.grad(full, images, judgement.gradient)[0])
             judgements.append(judgement)
-        gradient = torch.stack(gradients)
-        if not torch.isfinite(gradient).all():
+        gradient = torch.stack(gradients) if len(gradients) == len(self.images) else None
+        stopped, diverged = self.ranks.any(gradient is None, gradient is not None and not gradient.isfinite().all())
+        if stopped or gradient is None:
+            return None
+        if diverged:
             raise GradinvError(
                 f"The objective stopped being finite at iteration {step + 1}; "
                 "take a lower learning rate or other weights."
@@ -157,7 +192,8 @@ class Run:
         """What the seeds agree on after `step` steps, normalised (B, 3, S, S): registered once that has begun."""
         begun = step >= self.config.registration_start * self.config.iterations
         with torch.no_grad():
-            return consensus(self.full_size(), self.config.registration if begun else "lazy")
+            registration = self.config.registration if begun else "lazy"
+            return consensus(self.full_size(), registration, count=self.config.seeds, ranks=self.ranks)
 
     def _drawn_to(self, step: int) -> Tensor:
         """E(x̂_{g∈G}) of Eqn 11: the plain mean of this step, or the registered mean (Eqn 12), renewed at intervals."""

@@ -20,12 +20,23 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         f"gradinv.{name}"
         for name in (
-            *("checks", "consensus", "defenses", "features", "gallery", "labels", "metrics", "objective", "prior"),
+            *(
+                "checks",
+                "consensus",
+                "defenses",
+                "distributed",
+                "features",
+                "gallery",
+                "labels",
+                "metrics",
+                "objective",
+                "prior",
+            ),
             *("registration", "sources", "state", "stepping", "victim"),
         )
     ),
     frozenset({"gradinv.inversion"}),
-    frozenset({"gradinv.evaluation", "gradinv.figures", "gradinv.jobs", "gradinv.peers", "gradinv.recording"}),
+    frozenset(f"gradinv.{name}" for name in ("benchmark", "evaluation", "figures", "jobs", "peers", "recording")),
     frozenset({"gradinv.cli", "gradinv.web"}),
     frozenset({"gradinv.__main__", "app"}),
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradinv.cli.replay import report
 from gradinv.cli.say import complain, diagnosis, listed, percent, speaker
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gradinv.config import AttackConfig
+    from gradinv.distributed import Ranks
     from gradinv.models import Model
     from gradinv.recording import Recorder, Resumption
     from gradinv.sources import Picture
+    from gradinv.state import RunState
     from gradinv.types import Observation, Snapshot
 
 
@@ -48,6 +50,7 @@ examples:
                                                        what the client does to its gradient before it shares it
   gradinv invert --observation mine.safetensors        a gradient of your own training loop, nothing else known
   gradinv invert --resume runs/old                     go on with a run that was stopped or killed
+  torchrun --nproc-per-node=4 -m gradinv invert lion   the seeds shared out over four processes, each with a GPU if any
 
 exit codes: 0; 2 bad use; 1 the run failed; 130 stopped by Ctrl-C, with what was recorded kept
 """
@@ -132,34 +135,93 @@ class _Task:
     resumed: Resumption | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What the other ranks hear of a run from the first, which alone reads files; the model each one loads itself."""
+
+    weights: str
+    image_size: int
+    device: str
+    config: AttackConfig
+    observation: Observation
+    every: int
+    state: RunState | None
+
+
 def run(args: argparse.Namespace) -> int:
-    say = speaker(args)
-    task = _begun(args, say) if args.resume is None else _resumed(args, say)
-    _describe(say, task)
-    if args.save_observation is not None:
+    from gradinv.distributed import joined
+
+    with joined() as ranks:
+        if ranks.rank > 0:
+            return _follow(args, ranks)
+        say = speaker(args)
+        task = _begun(args, say) if args.resume is None else _resumed(args, say)
+        _describe(say, task)
+        if args.save_observation is None:
+            return _invert(args, task, say, ranks)
+        ranks.tell(None)
         return _save(args, task, say)
-    return _invert(args, task, say)
 
 
-def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -> int:
+def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
+    """The part of every rank but the first: its share of the seeds, without a word or a file of its own."""
+    from gradinv.inversion import invert
+    from gradinv.models import load_model
+    from gradinv.types import GradinvError
+
+    stop = threading.Event()
+    with signals_set(stop):
+        try:
+            told: _Told | None = ranks.tell(None)
+            if told is None:
+                return 0
+            with ranks.together():
+                model = load_model(told.weights, device=told.device, image_size=told.image_size)
+                stream = invert(
+                    model,
+                    told.observation,
+                    told.config,
+                    every=told.every,
+                    stop=stop,
+                    resume=told.state,
+                    ranks=ranks,
+                )
+            for _ in stream:
+                pass
+        except GradinvError:
+            # The first rank says it. An exit code would have torchrun end that one before it has.
+            if args.debug:
+                raise
+    return 0
+
+
+def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], ranks: Ranks) -> int:
     from gradinv import metrics
     from gradinv.inversion import invert
     from gradinv.models import MODELS
-    from gradinv.recording import DirectoryStore, Recorder, Recording, thinned
-    from gradinv.types import GradinvError
+    from gradinv.recording import DirectoryStore, Recorder, thinned
 
     model, config, resumed = task.model, task.config, task.resumed
+    state = None if resumed is None else resumed.state
+    weights = model.name if args.model == "auto" else args.model
+    size, device = model.preprocessing.size, model.device.type
+    ranks.tell(_Told(weights, size, device, config, task.observation, task.every, state))
     stop = threading.Event()
-    stream = invert(
-        model,
-        task.observation,
-        config,
-        every=task.every,
-        interval=REFRESH,
-        stop=stop,
-        resume=None if resumed is None else resumed.state,
-    )
+    with ranks.together():
+        stream = invert(
+            model,
+            task.observation,
+            config,
+            every=task.every,
+            # Of several ranks each snapshot has to be gathered: only those that are recorded are worth that.
+            interval=REFRESH if ranks.count == 1 else None,
+            stop=stop,
+            resume=state,
+            ranks=ranks,
+        )
     first = next(stream)  # what cannot be run is said here, before anything is written
+    if ranks.count > 1:
+        say(f"{ranks.count} ranks share the {config.seeds} seeds.")
     _describe_labels(say, task, first)
     out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
     baseline = (
@@ -189,8 +251,23 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -
             if args.debug:
                 raise
             error = raised
+        # Still within: torchrun sends SIGTERM where another rank was lost, which is to be said first.
+        # Without a signal of its own, this rank was stopped by another's.
+        return _ended(args, say, recorder.run, out, error, received[0] if received else signal.SIGTERM)
 
-    run = recorder.run
+
+def _ended(
+    args: argparse.Namespace,
+    say: Callable[[str], None],
+    run: dict[str, Any],
+    out: Path,
+    error: BaseException | None,
+    signalled: int,
+) -> int:
+    """Say how the run ended. → the exit code."""
+    from gradinv.recording import Recording
+    from gradinv.types import GradinvError
+
     done = f"{run['iterations']['done']} of {run['iterations']['total']} iterations"
     if args.json:
         print(json.dumps(run, indent=2))
@@ -204,7 +281,7 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -
         sentence, _ = diagnosis(error)
         return complain(f"{sentence.rstrip('.')}. What had been recorded after {done} is kept in {out}.", 1)
     if run["status"] == "stopped":
-        return complain(f"Stopped after {done}; go on with: gradinv invert --resume {out}", 128 + received[0])
+        return complain(f"Stopped after {done}; go on with: gradinv invert --resume {out}", 128 + signalled)
     say(f"The run is kept in {out}.")
     return 0
 

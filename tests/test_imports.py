@@ -20,19 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         f"gradinv.{name}"
         for name in (
-            *(
-                "checks",
-                "consensus",
-                "defenses",
-                "distributed",
-                "features",
-                "gallery",
-                "labels",
-                "metrics",
-                "objective",
-                "prior",
-            ),
-            *("registration", "sources", "state", "stepping", "victim"),
+            *("checks", "consensus", "defenses", "distributed", "features", "gallery", "labels", "metrics"),
+            *("objective", "prior", "registration", "sources", "state", "stepping", "victim"),
         )
     ),
     frozenset({"gradinv.inversion"}),

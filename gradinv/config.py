@@ -104,6 +104,11 @@ class AttackConfig:
         "CUDA graph, or by whichever is fastest here",
         choices=("auto", "eager", "traced", "graph"),
     )
+    micro_batch: int = _option(
+        0,
+        "how many images the network takes at a time, with the same result: less memory, more time (0: all at once)",
+        least=0,
+    )
     labels: str = _option(
         "column-minimum",
         "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected or iLRG (these count "

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradinv import __version__
-from gradinv.cli import evaluate, head, identify, invert, models, replay
+from gradinv.cli import benchmark, evaluate, head, identify, invert, models, replay
 from gradinv.cli.say import complain, diagnosis
 
 # Each module has HELP, EXAMPLES, `add_arguments(parser, chosen)` and `run(args)`. torch takes seconds to import: only
 # the `chosen` command, the one that was typed, may need it for its arguments.
 COMMANDS: dict[str, Any] = {
+    "benchmark": benchmark,
     "evaluate": evaluate,
     "head": head,
     "identify": identify,

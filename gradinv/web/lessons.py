@@ -1,0 +1,341 @@
+"""What the lessons Labels, Who was in the batch? and Defences share: the pictures, the batch, the quick attack.
+
+The sample pictures come in four views, so that a class can be drawn more than once.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+
+import streamlit as st
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from gradinv import figures, prior
+from gradinv.defenses import parse_all
+from gradinv.evaluation import final_gradient
+from gradinv.features import EXPLAINED, FinalLayer, Fit
+from gradinv.gallery import Gallery, pooled
+from gradinv.images import to_pixels
+from gradinv.labels import bias_corrected, column_minimum, ilrg, llg
+from gradinv.models import Model
+from gradinv.paths import ASSETS
+from gradinv.sources import Picture, gallery
+from gradinv.types import Observation
+from gradinv.victim import observe
+from gradinv.web import markup, shared
+
+NETWORKS = ("resnet18-tiny", "resnet50-tiny")
+MOST = 20  # pictures in a batch: to solve the features of more takes too long for a lesson
+REPEATS = 4  # pictures of one class that are drawn together at most
+DRAWS = 9999
+VIEWS = ("", "mirrored", "cropped", "cropped and mirrored")
+_CROP = (0.15, 0.1, 0.85, 0.8)  # left, top, right, bottom, as shares of the picture's sides
+_STARTS, _CHEAP = 3, 16  # where labels repeat a right reading may fail at the first start; more are for small batches
+
+STRENGTHS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "clip": ("Clip to a norm of", ("10", "3", "1", "0.3", "0.1")),
+    "noise": ("Gaussian noise, σ", ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "0.1", "1", "3")),
+    "prune": ("Prune the smallest share", ("0.5", "0.9", "0.99", "0.999")),
+    "quantise": ("Bits a number", ("8", "6", "4", "3", "2", "1")),
+}
+"""Each defence's slider and its strengths, weakest first, in the order in which they are applied."""
+OFF = "off"
+
+
+# --- the pictures
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A picture that can be in a batch, in one of `VIEWS`. `label`: None where the network lacks its class."""
+
+    picture: Picture
+    label: int | None
+    view: int = 0
+
+    @property
+    def title(self) -> str:
+        """What it is called, with its view."""
+        return ", ".join(filter(None, (self.picture.title, VIEWS[self.view])))
+
+    def open(self) -> Image.Image:
+        """The view as an RGB image. Raises GradinvError where the picture cannot be decoded."""
+        return seen(self.picture.open(), self.view)
+
+
+def seen(image: Image.Image, view: int) -> Image.Image:
+    """A view of a picture: view 2 and 3 are cropped, 1 and 3 mirrored."""
+    if view & 2:
+        width, height = image.size
+        left, top, right, bottom = _CROP
+        image = image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
+    return ImageOps.mirror(image) if view & 1 else image
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """All pictures among which the attacker searches, and from which the batch is drawn: `candidates` (N) with their
+    features in `gallery`, in the same order. `name` tells it from other pools of the same network."""
+
+    name: str
+    candidates: tuple[Candidate, ...]
+    gallery: Gallery
+
+    @cached_property
+    def by_label(self) -> dict[int, list[int]]:
+        """The places of each class's pictures; as they are first, other views later."""
+        groups: dict[int, list[int]] = {}
+        for place in sorted(range(len(self.candidates)), key=lambda place: self.candidates[place].view):
+            if (label := self.candidates[place].label) is not None:
+                groups.setdefault(label, []).append(place)
+        return groups
+
+    def draw(self, size: int, repeats: int, seed: int) -> tuple[int, ...]:
+        """The places of a batch: `repeats` pictures a class, and more where the classes do not suffice for `size`.
+
+        The same numbers give the same batch, and a larger batch holds a smaller one. Fewer than `size` where there are
+        no more pictures.
+        """
+        generator = random.Random(seed)
+        labels = generator.sample(sorted(self.by_label), len(self.by_label))
+        longest = max((len(places) for places in self.by_label.values()), default=0)
+        rounds = range(0, longest, repeats)
+        places = [place for first in rounds for label in labels for place in self.by_label[label][first:][:repeats]]
+        return tuple(places[:size])
+
+    def labels(self, places: Sequence[int]) -> Tensor:
+        """The labels (K,) of pictures that were drawn."""
+        return torch.tensor([label for place in places if (label := self.candidates[place].label) is not None])
+
+
+@st.cache_resource(max_entries=4, show_spinner="Looking at the sample pictures")
+def samples(name: str) -> Pool:
+    """The bundled photographs as a network sees them, in all their views where it knows their class."""
+    network = shared.model(name)
+    known = {picture.key: picture for picture in gallery(network)}
+    views = [
+        [Candidate(picture, network.class_index(picture.wnid or ""), view) for picture in known.values()]
+        for view in range(len(VIEWS))
+    ]
+    views[0] += [Candidate(picture, None) for picture in gallery() if picture.key not in known]
+    features = torch.cat([_features(network, candidates) for candidates in views])  # a view at a time: less memory
+    candidates = [candidate for view in views for candidate in view]
+    paths = tuple(ASSETS / "samples" / item.picture.key / str(item.view) for item in candidates)
+    return Pool("samples", tuple(candidates), Gallery(ASSETS / "samples", paths, features))
+
+
+def _features(network: Model, candidates: Sequence[Candidate]) -> Tensor:
+    pixels = pixels_of(network, candidates)
+    with shared._using:
+        return pooled(network, pixels)
+
+
+def pixels_of(network: Model, candidates: Sequence[Candidate]) -> Tensor:
+    """Pixels (B, 3, S, S) in [0, 1] as the network takes them. Raises GradinvError for what cannot be decoded."""
+    return torch.stack([to_pixels(item.open(), network.preprocessing) for item in candidates])
+
+
+@st.cache_data(max_entries=2048, show_spinner=False)
+def thumbnail(pool: str, key: str, view: int, _picture: Picture) -> str:
+    """A square thumbnail of a view as a data URI. Raises GradinvError for a picture that cannot be decoded."""
+    return figures.tile(ImageOps.fit(seen(_picture.open(), view), (96, 96)), quality=70)
+
+
+def thumbnail_of(pool: Pool, place: int) -> str:
+    """The thumbnail of a picture of the pool."""
+    item = pool.candidates[place]
+    return thumbnail(pool.name, item.picture.key, item.view, item.picture)
+
+
+# --- the batch and its gradient
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the controls say: the network, and which batch."""
+
+    network: str
+    size: int
+    repeats: int
+    seed: int
+
+
+def controls() -> Choice:
+    """The network, the batch's size, how often classes repeat, and the draw. All of them are in the address."""
+    with st.container(key="lesson-controls"):
+        left, middle, right, last = st.columns([3, 3, 3, 4], gap="medium", vertical_alignment="bottom")
+        network = left.segmented_control(
+            "Network", NETWORKS, default=NETWORKS[0], required=True, key="network", bind="query-params"
+        )
+        size = middle.slider("Batch size", 1, MOST, 8, key="size", bind="query-params")
+        repeats = right.slider(
+            "Pictures of one class",
+            1,
+            REPEATS,
+            1,
+            key="repeats",
+            bind="query-params",
+            help="How many pictures of a class are drawn together. A class's further pictures are mirrored or cropped.",
+        )
+        with last.container(horizontal=True, vertical_alignment="bottom"):
+            seed = st.number_input("Draw", 0, DRAWS, 0, key="draw", bind="query-params", width=150)
+            st.button("Shuffle", icon=":material/shuffle:", key="shuffle", on_click=_shuffle)
+    return Choice(str(network), size, repeats, int(seed))
+
+
+def _shuffle() -> None:
+    st.session_state.draw = secrets.randbelow(DRAWS + 1)
+
+
+def defences() -> tuple[str, ...]:
+    """The defences that the sliders say, as `defenses.parse_all` reads them. All sliders are in the address."""
+    chosen = []
+    with st.container(key="lesson-defences"):
+        for column, (name, (label, strengths)) in zip(st.columns(len(STRENGTHS)), STRENGTHS.items(), strict=True):
+            strength = column.select_slider(label, (OFF, *strengths), OFF, key=name, bind="query-params")
+            if strength != OFF:
+                chosen.append(f"{name}:{strength}")
+    return tuple(chosen)
+
+
+def observed_final(network: Model, pool: Pool, places: Sequence[int]) -> Observation:
+    """What the final layer gives of a batch, from features that are known: no pass through the network."""
+    return Observation(
+        gradients=final_gradient(network, pool.gallery.features[list(places)], pool.labels(places)),
+        batch_size=len(places),
+        preprocessing=network.preprocessing,
+        model_name=network.name,
+        model_sha256=network.sha256,
+    )
+
+
+@st.cache_resource(max_entries=2, show_spinner="The client computes its gradient")
+def observed(name: str, among: str, places: tuple[int, ...], _pool: Pool) -> Observation:
+    """What the client shares of a batch: the gradient of all layers. Kept for the last two batches, since it is as
+    large as the network."""
+    network = shared.model(name)
+    pixels = pixels_of(network, [_pool.candidates[place] for place in places])
+    with shared._using:
+        return observe(network, pixels, _pool.labels(places))
+
+
+def defended(observation: Observation, texts: Sequence[str], seed: int) -> Observation:
+    """The observation behind all defences, in their order."""
+    for defence in parse_all(texts, seed):
+        observation = defence(observation)
+    return observation
+
+
+# --- the attack
+
+
+@dataclass(frozen=True, eq=False)
+class Attack:
+    """What the final layer's gradient gives away at once: the `labels` (K,) that `method` read, each image's
+    `features` (K, D), and what they leave unexplained of that gradient. `seconds` is what it took."""
+
+    method: str
+    labels: Tensor
+    features: Tensor
+    residual: float
+    seconds: float
+
+
+def attack(network: Model, observation: Observation) -> Attack:
+    """Of the plain readings of the labels the one whose features explain the gradient best, in about a second.
+
+    ilrg trusts the gradient's scale, which clipping changes; where nothing explains the gradient, it reads once more,
+    at each scale that was found. `labels.restore_labels` tests corrections of single labels as well, which behind other
+    defences takes long and finds nothing. Raises GradinvError where the layer has no bias or its gradient is not
+    finite.
+    """
+    began = time.perf_counter()
+    layer = FinalLayer(network, observation)
+    starts = _STARTS if observation.batch_size <= _CHEAP else 1
+    tested: dict[tuple[int, ...], tuple[str, Tensor, Fit]] = {}
+
+    def test(method: str, labels: Tensor) -> bool:
+        """Whether the labels, in any order, explain the gradient."""
+        key = tuple(sorted(labels.tolist()))
+        if key not in tested:
+            tested[key] = (method, labels, layer.fit(labels, starts=starts))
+        return tested[key][2].residual < EXPLAINED
+
+    if not any(test(method, labels) for method, labels in readings(network, observation).items()):
+        scales = [fit.scale for _, _, fit in tested.values()]
+        any(test("ilrg, rescaled", readings(network, observation, scale)["ilrg"]) for scale in scales)
+    method, labels, best = min(tested.values(), key=lambda one: one[2].residual)
+    return Attack(method, labels, best.features.float(), best.residual, time.perf_counter() - began)
+
+
+def readings(network: Model, observation: Observation, scale: float = 1.0) -> dict[str, Tensor]:
+    """The labels (K,) by each plain method that applies, of a gradient that is `scale` times the client's average."""
+    gradient, bias_gradient = (
+        observation.gradients[f"{network.final}.{part}"].cpu() / scale for part in ("weight", "bias")
+    )
+    weight, bias = (value.detach().cpu() for value in (network.final_layer.weight, network.final_layer.bias))
+    count = observation.batch_size
+    return {
+        "column-minimum": column_minimum(gradient, count),
+        "ilrg": ilrg(gradient, bias_gradient, weight, bias, count),
+        "bias-corrected": bias_corrected(bias_gradient, count),
+        "llg": llg(gradient, count),
+    }
+
+
+@st.cache_resource(max_entries=64, show_spinner="The server reads the gradient")
+def attacked(name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _pool: Pool) -> Attack:
+    """The attack on a batch behind some defences, which act on the gradients of all layers together."""
+    network = shared.model(name)
+    if not texts:
+        return attack(network, observed_final(network, _pool, places))
+    return attack(network, defended(observed(name, among, places, _pool), texts, seed))
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def painted(
+    name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _features: Tensor
+) -> tuple[str, ...]:
+    """What a learned prior makes of recovered features (K, D), as data URIs. What comes before tells them apart."""
+    return figures.tiles(prior.preview(shared.model(name), _features))
+
+
+def right(restored: Tensor, true: Tensor) -> int:
+    """How many labels were restored, each as often as it is there."""
+    return (Counter(restored.tolist()) & Counter(true.tolist())).total()
+
+
+def found(first: Sequence[int], places: Sequence[int]) -> int:
+    """How many pictures of the batch are somebody's best match; a picture counts once."""
+    return len(set(first) & set(places))
+
+
+def strip(pool: Pool, places: Sequence[int], shown: bool) -> str:
+    """The batch as a line of small pictures, or as many question marks as long as it is not to be seen."""
+    body = ""
+    for place in places:
+        title = escape(pool.candidates[place].title)
+        if shown:
+            body += f'<img src="{thumbnail_of(pool, place)}" alt="In the batch: {title}" title="{title}">'
+        else:
+            body += '<span class="gi-hidden" role="img" aria-label="Hidden picture of the batch">?</span>'
+    return f'<div class="gi-strip">{body}</div>'
+
+
+def credits(pool: Pool) -> None:
+    """Authors and licences of the sample pictures."""
+    pictures = [item.picture for item in pool.candidates if item.view == 0]
+    known = [(picture.title, picture.credit) for picture in pictures if picture.credit is not None]
+    if known:
+        with st.expander(f"Authors and licences of the {len(known)} sample pictures"):
+            st.html(markup.credits(known))
+            st.caption("Every picture was cropped to a square and scaled; for some views it was mirrored or cropped.")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import secrets
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import torch
@@ -37,29 +38,40 @@ FINISHED: frozenset[Status] = frozenset({"done", "stopped", "failed"})
 
 @dataclass(frozen=True)
 class Limits:
-    """What a manager accepts and keeps.
+    """What a manager accepts and keeps. A host sets each field by the environment variable GRADINV_MAX_<FIELD>, as in
+    GRADINV_MAX_COST=1e8; these are all that there are.
 
-    `cost` bounds batch size × pixels of an image × iterations × seeds of one job, `waiting` the queue, `retained` and
-    `retained_bytes` the finished jobs that are kept. A `lease`, in seconds, outlasts the one tick a minute to which
-    browsers slow the timers of a hidden tab.
+    cost               batch size × pixels of an image × iterations × seeds of one job
+    waiting            jobs in the queue
+    retained           finished jobs that are kept, of all visitors together
+    retained_bytes     what these may hold
+    retained_seconds   how long one is kept that nobody looks at any more
+    lease              seconds after which a job that nobody looks at makes room for one that waits; longer than the one
+                       tick a minute to which browsers slow the timers of a hidden tab
     """
 
     cost: float = 1e12
     waiting: int = 20
     retained: int = 24
     retained_bytes: int = 256 * 2**20
+    retained_seconds: float = 6 * 3600.0
     lease: float = 180.0
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> Limits:
-        """The defaults, with `cost` from GRADINV_MAX_COST where a host sets it. Raises GradinvError for no number."""
-        text = variables.get("GRADINV_MAX_COST")
-        if not text:
-            return cls()
-        try:
-            return cls(cost=float(text))
-        except ValueError as error:
-            raise GradinvError(f"GRADINV_MAX_COST must be a number such as 1e9, not {text!r}.") from error
+        """The defaults, but for what the variables say. Raises GradinvError for what is no positive number."""
+        given: dict[str, Any] = {}
+        for item in fields(cls):
+            name = f"GRADINV_MAX_{item.name.upper()}"
+            if text := variables.get(name):
+                try:
+                    value = float(text)
+                except ValueError:
+                    value = math.nan
+                if not 0 < value < math.inf:
+                    raise GradinvError(f"{name} must be a positive number such as {item.default:g}, not {text!r}.")
+                given[item.name] = math.ceil(value) if isinstance(item.default, int) else value
+        return cls(**given)
 
 
 class Handle(Protocol):
@@ -69,8 +81,9 @@ class Handle(Protocol):
     def stop(self) -> threading.Event:
         """Set when the job is to end; whatever it has published stays."""
 
-    def publish(self, update: Any, size: int) -> None:
-        """Replace what watchers see. `size`: bytes held by this job as a whole."""
+    def publish(self, update: Any, size: int, remaining: float | None = None) -> None:
+        """Replace what watchers see. `size`: bytes held by this job as a whole; `remaining`: seconds until it ends, as
+        far as it knows."""
 
 
 class Work(Protocol):
@@ -89,12 +102,14 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class JobState:
-    """A job at one moment. `place` is 0 for what is not queued, else 1 for the next to run. `update` is the latest
-    published, `reason` one sentence on why it failed or was dropped."""
+    """A job at one moment. `place` is 0 for what is not queued, else 1 for the next to run; `wait` is the seconds until
+    it begins, None where that cannot be told. `update` is the latest published, `reason` one sentence on why it failed
+    or was dropped."""
 
     id: str
     status: Status
     place: int
+    wait: float | None
     update: Any
     reason: str | None
     work: Work
@@ -109,17 +124,20 @@ class JobState:
 class _Job:
     id: str
     work: Work
+    owner: str | None
     leased_until: float
-    published: Callable[[], None]
+    published: Callable[[_Job, float | None], None]
     status: Status = "queued"
     update: Any = None
     size: int = 0
     reason: str | None = None
+    begun: float = 0.0
+    ends: float | None = None  # when it will have ended, by what it published last
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def publish(self, update: Any, size: int) -> None:
+    def publish(self, update: Any, size: int, remaining: float | None = None) -> None:
         self.update, self.size = update, size
-        self.published()
+        self.published(self, remaining)
 
 
 class JobManager:
@@ -135,8 +153,9 @@ class JobManager:
         self._closed = False
         self._worker: threading.Thread | None = None
 
-    def submit(self, work: Work) -> str:
-        """Queue work → the job's id, which nobody can guess. Raises GradinvError for what is not accepted."""
+    def submit(self, work: Work, owner: str | None = None) -> str:
+        """Queue work → the job's id, which nobody can guess. Raises GradinvError for what is not accepted, and for an
+        owner's second job as long as the first has not ended."""
         work.check()
         if work.cost > self.limits.cost:
             raise GradinvError(
@@ -145,27 +164,35 @@ class JobManager:
             )
         with self._changed:
             self._drop_abandoned()
+            if self.unfinished(owner) is not None:
+                raise GradinvError("Your last run has not ended yet; stop it or wait for it before you start another.")
             if len(self._queue) >= self.limits.waiting:
                 raise GradinvError(f"{len(self._queue)} runs are waiting already; try again in a few minutes.")
-            job = _Job(secrets.token_urlsafe(16), work, self._clock() + self.limits.lease, self._published)
+            job = _Job(secrets.token_urlsafe(16), work, owner, self._clock() + self.limits.lease, self._published)
             self._jobs[job.id] = job
             self._queue.append(job)
-            if self._worker is None or not self._worker.is_alive():
-                self._worker = threading.Thread(target=self._serve, name="gradinv-worker", daemon=True)
-                self._worker.start()
+            self._revive()
             self._changed.notify_all()
             return job.id
+
+    def unfinished(self, owner: str | None) -> str | None:
+        """The id of an owner's job that waits or runs, or None."""
+        with self._changed:
+            own = (job.id for job in self._jobs.values() if job.owner == owner and job.status not in FINISHED)
+            return next(own, None) if owner is not None else None
 
     def state(self, job_id: str) -> JobState | None:
         """The job as it stands, or None where it is not known (any more). Renews its lease."""
         with self._changed:
+            self._forget()
             job = self._jobs.get(job_id)
             if job is None:
                 return None
             job.leased_until = self._clock() + self.limits.lease
             self._drop_abandoned()
+            self._revive()
             place = self._queue.index(job) + 1 if job.status == "queued" else 0
-            return JobState(job.id, job.status, place, job.update, job.reason, job.work)
+            return JobState(job.id, job.status, place, self._wait(place), job.update, job.reason, job.work)
 
     def cancel(self, job_id: str) -> None:
         """End a job: at once where it waits, within one iteration where it runs; nothing where it has ended."""
@@ -195,6 +222,25 @@ class JobManager:
         with self._changed:
             self._worker, self._closed = None, False
 
+    def _wait(self, place: int) -> float | None:
+        """Seconds until the job at a place of the queue begins, as if all went as fast as the one that runs."""
+        running, now = self._running, self._clock()
+        if place == 0 or running is None or running.ends is None:
+            return None
+        pace = (running.ends - running.begun) / max(1, running.work.cost)
+        return max(0.0, running.ends - now) + pace * sum(job.work.cost for job in list(self._queue)[: place - 1])
+
+    def _revive(self) -> None:
+        """Start the worker where there is none (any more); the job that it was lost with has failed."""
+        if self._worker is not None and self._worker.is_alive():
+            return
+        if self._running is not None:
+            self._running.status, self._running.reason = "failed", "The server lost this run; start it again."
+            self._running = None
+        if self._queue:
+            self._worker = threading.Thread(target=self._serve, name="gradinv-worker", daemon=True)
+            self._worker.start()
+
     def _serve(self) -> None:
         while (job := self._next()) is not None:
             status: Status = "failed"
@@ -216,13 +262,14 @@ class JobManager:
                 return None
             self._drop_abandoned()
             job = self._queue.popleft()
-            job.status = "running"
+            job.status, job.begun = "running", self._clock()
             self._running = job
             self._changed.notify_all()
             return job
 
-    def _published(self) -> None:
+    def _published(self, job: _Job, remaining: float | None) -> None:
         with self._changed:
+            job.ends = None if remaining is None else self._clock() + remaining
             self._drop_abandoned()
             self._changed.notify_all()
 
@@ -246,8 +293,12 @@ class JobManager:
         self._changed.notify_all()
 
     def _forget(self) -> None:
-        """Drop the oldest finished jobs beyond the limits, those that nobody watches first; never the newest."""
+        """Drop finished jobs that nobody has looked at for long, then the oldest beyond the limits, those that nobody
+        watches first; of the latter never the newest."""
         now = self._clock()
+        for job in [job for job in self._jobs.values() if job.status in FINISHED]:
+            if job.leased_until + self.limits.retained_seconds < now:
+                del self._jobs[job.id]
         finished = [job for job in self._jobs.values() if job.status in FINISHED]
         finished.sort(key=lambda job: job.leased_until >= now)  # stable: within each kind the oldest comes first
         size = sum(job.size for job in finished)
@@ -348,7 +399,7 @@ class Inversion:
         pace: deque[tuple[float, int]] = deque(maxlen=20)
 
         def publish(progress: Progress) -> None:
-            handle.publish(progress, sum(len(store.read(name)) for name in store.names()))
+            handle.publish(progress, sum(len(store.read(name)) for name in store.names()), progress.remaining)
 
         def shown(snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
             for snapshot in snapshots:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ class Scripted:
     size: int = 10
     orders: queue.Queue[object] = field(default_factory=queue.Queue)
     problem: str | None = None
+    remaining: float | None = None
 
     def check(self) -> None:
         if self.problem is not None:
@@ -42,7 +44,7 @@ class Scripted:
                 return "stopped" if handle.stop.wait(PATIENCE) else "done"
             if order is None:
                 return "done"
-            handle.publish(order, self.size)
+            handle.publish(order, self.size, self.remaining)
 
 
 class Clock:
@@ -60,7 +62,9 @@ def clock() -> Clock:
 
 @pytest.fixture
 def manager(clock: Clock) -> Iterator[JobManager]:
-    made = JobManager(Limits(cost=100, waiting=3, retained=2, retained_bytes=100, lease=60), clock=clock)
+    made = JobManager(
+        Limits(cost=100, waiting=3, retained=2, retained_bytes=100, retained_seconds=3600, lease=60), clock=clock
+    )
     yield made
     made.close(PATIENCE)
 
@@ -287,11 +291,82 @@ def test_closing_ends_everything_and_a_later_job_still_runs(manager: JobManager)
     assert ended(manager, manager.submit(after)).status == "done"
 
 
-def test_the_limit_is_read_from_the_environment() -> None:
+def test_a_visitor_has_one_unfinished_job_and_others_are_not_kept_from_theirs(manager: JobManager) -> None:
+    works = [Scripted() for _ in range(2)]
+    first = manager.submit(works[0], "ada")
+    with pytest.raises(GradinvError, match="Your last run has not ended yet"):
+        manager.submit(Scripted(), "ada")
+    assert (manager.unfinished("ada"), manager.unfinished("bob"), manager.unfinished(None)) == (first, None, None)
+    manager.submit(works[1], "bob")
+    for work in works:
+        work.orders.put(None)
+    ended(manager, first)
+    after = Scripted()
+    after.orders.put(None)
+    ended(manager, manager.submit(after, "ada"))
+
+
+def test_those_who_wait_are_told_how_long_by_the_pace_of_what_runs(manager: JobManager, clock: Clock) -> None:
+    running, waiting = Scripted(cost=10, remaining=60.0), Scripted(cost=20)
+    first = begun(manager, running)
+    second, third = manager.submit(waiting), manager.submit(Scripted())
+
+    def waits() -> list[float | None]:
+        return [state.wait for job in (first, second, third) if (state := manager.state(job))]
+
+    assert waits() == [None, None, None]
+    clock.now += 40
+    running.orders.put("picture")
+    assert manager.wait(first, lambda state: state.update == "picture", PATIENCE)
+    # 40 s gone and 60 to go for a cost of 10: the next, twice as large, takes 200 s.
+    assert waits() == [None, pytest.approx(60), pytest.approx(260)]
+    clock.now += 30
+    assert waits() == [None, pytest.approx(30), pytest.approx(230)]
+    manager.cancel(third)
+    for work in (running, waiting):
+        work.orders.put(None)
+    ended(manager, second)
+
+
+def test_a_finished_job_is_kept_only_so_long_after_the_last_look(manager: JobManager, clock: Clock) -> None:
+    job = run_to_the_end(manager, 1)
+    clock.now += manager.limits.retained_seconds
+    assert manager.state(job) is not None
+    clock.now += manager.limits.lease + manager.limits.retained_seconds + 1
+    assert manager.state(job) is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lost_worker_is_replaced_and_its_job_has_failed(manager: JobManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(_: BaseException) -> str:
+        raise SystemExit
+
+    lost, waiting = Scripted(), Scripted()
+    first = begun(manager, lost)
+    second = manager.submit(waiting)
+    worker = manager._worker
+    assert worker is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "sentence", die)
+        lost.orders.put(ValueError())
+        worker.join(PATIENCE)
+    assert not worker.is_alive()
+    waiting.orders.put(None)
+    assert ended(manager, second).status == "done"
+    state = manager.state(first)
+    assert state is not None and (state.status, state.reason) == ("failed", "The server lost this run; start it again.")
+
+
+def test_every_limit_is_read_from_the_environment() -> None:
     assert Limits.from_environment({}) == Limits()
     assert Limits.from_environment({"GRADINV_MAX_COST": "1e9"}).cost == 1e9
-    with pytest.raises(GradinvError, match="GRADINV_MAX_COST"):
-        Limits.from_environment({"GRADINV_MAX_COST": "much"})
+    names = [item.name for item in dataclasses.fields(Limits)]
+    numbers = {f"GRADINV_MAX_{name.upper()}": str(place) for place, name in enumerate(names, 7)}
+    assert list(dataclasses.astuple(Limits.from_environment(numbers))) == list(range(7, 7 + len(names)))
+    assert all(name in (Limits.__doc__ or "") for name in names)
+    for wrong in ("much", "-1", "0", "nan", "inf"):
+        with pytest.raises(GradinvError, match="GRADINV_MAX_WAITING must be a positive number such as 20"):
+            Limits.from_environment({"GRADINV_MAX_WAITING": wrong})
 
 
 def test_there_is_one_manager_until_it_is_reset() -> None:
@@ -323,7 +398,8 @@ class Listener:
     updates: list[Progress] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
-    def publish(self, update: Progress, size: int) -> None:
+    def publish(self, update: Progress, size: int, remaining: float | None = None) -> None:
+        assert remaining == update.remaining
         self.updates.append(update)
         self.sizes.append(size)
         if len(self.updates) == self.enough:

@@ -304,11 +304,31 @@ def test_a_run_waits_its_turn_with_its_place_shown_and_can_leave(visit: Open) ->
     app = visit(pictures="goldfish")
     app.button(key="start").click().run()
     sound(app)
-    assert "Place 1 in the queue" in text(app)
+    assert "Place 1 in the queue" in text(app) and "starts by itself" in text(app)
     press(app, "Leave the queue")
     app = app.run()
     assert "cancelled before it began" in text(app)
     manager().cancel(blocking)
+
+
+def test_a_visitor_has_one_run_at_a_time_and_finds_the_way_back_to_it(visit: Open) -> None:
+    blocking = manager().submit(Blocking())
+    app = visit(pictures="goldfish")
+    app.button(key="start").click().run()
+    job = address(app, "job")
+    press(app, "New run")
+    sound(app)
+    assert "Your last run has not ended yet" in text(app)
+    assert "start" not in [button.key for button in app.button]
+    press(app, "Back to it")
+    assert address(app, "job") == job and "Place 1 in the queue" in text(app)
+    # Others have theirs.
+    other = visit(pictures="goldfish")
+    other.button(key="start").click().run()
+    sound(other)
+    assert address(other, "job") != job and "Place 2 in the queue" in text(other)
+    for one in (job, address(other, "job"), blocking):
+        manager().cancel(one)
 
 
 def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:

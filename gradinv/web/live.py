@@ -153,6 +153,8 @@ def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, p
         horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="start-bar"
     )
     with bar:
+        if run.way_back():
+            return
         if problem is None and config is not None:
             st.markdown(
                 f"**{markup.count(len(batch.members), 'picture')}** · {network.name} · "
@@ -169,7 +171,7 @@ def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, p
         )
         if pressed and config is not None:
             try:
-                st.query_params["job"] = manager().submit(_work(network, batch, config))
+                st.query_params["job"] = manager().submit(_work(network, batch, config), run.visitor())
             except GradinvError as error:
                 st.error(str(error))
             else:

@@ -16,7 +16,7 @@ from gradinv.images import to_pixels
 from gradinv.models import Model
 from gradinv.sources import Credit, Picture, draw, find, from_upload, gallery, known, search
 from gradinv.types import GradinvError
-from gradinv.web import markup, shared
+from gradinv.web import markup, shared, uploads
 
 Source = Literal["gallery", "folder", "samples", "upload"]
 SOURCES: dict[Source, str] = {
@@ -330,6 +330,7 @@ def _upload(network: Model) -> None:
         "Your pictures stay in this server's memory for as long as the page and its runs are kept, and are never "
         "written to its disk. Their metadata is dropped. Choose a class for each, or leave it to the model."
     )
+    uploads.keep_in_memory()
     turn = st.session_state.setdefault("upload_turn", 0)
     files = st.file_uploader(
         "Pictures (JPEG, PNG, WebP, BMP, GIF or TIFF, at most 20 MB each)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -58,6 +59,27 @@ def view(job: str) -> None:
         _finished(state)
     else:
         _live(job)
+
+
+def visitor() -> str:
+    """Who this session is to the job manager; nobody can guess it."""
+    name: str = st.session_state.setdefault("visitor", secrets.token_urlsafe(16))
+    return name
+
+
+def way_back() -> bool:
+    """Where a run of this visitor has not ended, say so and offer the way to it; → whether that is so."""
+    job = manager().unfinished(visitor())
+    if job is not None:
+        st.markdown(":material/hourglass: Your last run has not ended yet; there is one for each visitor at a time.")
+        st.button(
+            "Back to it", type="primary", icon=":material/arrow_forward:", key="back", on_click=_open, args=(job,)
+        )
+    return job is not None
+
+
+def _open(job: str) -> None:
+    st.query_params["job"] = job
 
 
 def _leave(state: JobState | None) -> None:
@@ -127,8 +149,8 @@ def _places(batch: int) -> tuple[Any, Any]:
 
 def _timeline(state: JobState, progress: Progress | None) -> None:
     if state.status == "queued":
-        others = "one run is" if state.place == 1 else f"{state.place} runs are"
-        shown = markup.progress(0, f"Place {state.place} in the queue", f"{others} ahead; this one starts by itself")
+        when = "starts by itself" if state.wait is None else f"starts in about {markup.duration(state.wait)}"
+        shown = markup.progress(0, f"Place {state.place} in the queue", when)
     elif progress is None:
         shown = markup.progress(0, "Preparing", "loading the network, sharing the gradient")
     else:

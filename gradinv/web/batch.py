@@ -2,12 +2,234 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from html import escape
+
 import streamlit as st
 
+from gradinv.features import EXPLAINED
+from gradinv.gallery import Gallery, Progress
+from gradinv.jobs import sentence
+from gradinv.models import Model, load_model
+from gradinv.sources import from_path
+from gradinv.types import GradinvError
+from gradinv.web import lessons, markup, shared
 from gradinv.web.guard import guarded
+from gradinv.web.lessons import Candidate, Pool
+
+TOP = 3  # pictures that are shown for each of the batch
+AMONG = {"samples": "Sample pictures", "folder": "The server’s ImageNet folder"}
+TICK = 1.0  # seconds between two looks at how far the folder is
 
 
 def page() -> None:
     """Everything on the page."""
     with guarded():
-        st.header("Who was in the batch?", anchor=False)
+        st.html(
+            '<header class="gi-lead"><h1>Who was in the batch?</h1><p>An attacker who has a pile of pictures need not '
+            "rebuild anything. It solves the last layer’s gradient for what the network sees in each picture of the "
+            "batch, and looks up which pictures look like that to the network.</p></header>"
+        )
+        choice = lessons.controls()
+        texts = lessons.defences()
+        pool = _pool(choice.network)
+        if pool is not None:
+            _search(choice, texts, pool)
+
+
+def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
+    network = shared.model(choice.network)
+    places = pool.draw(choice.size, choice.repeats, choice.seed)
+    if not places:
+        raise GradinvError(f"No picture of the folder is of a class that {network.name} knows; name another folder.")
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        st.markdown(f"**The client’s batch**: {markup.count(len(places), 'picture')}, which the attack never sees")
+        shown = st.toggle("Reveal", False, key="reveal", bind="query-params")
+    st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
+    found = lessons.attacked(choice.network, pool.name, places, texts, choice.seed, pool)
+    similarity, ranked = (part.tolist() for part in pool.gallery.match(found.features, TOP))
+    st.header("What the server finds", anchor=False)
+    st.markdown(
+        markup.facts(
+            [
+                ("searched", markup.count(len(pool.candidates), "picture")),
+                ("time to read the gradient", f"{found.seconds:.1f} s"),
+                ("residual of the features", f"{found.residual:.1e}"),
+                *(
+                    [
+                        ("labels right", f"{lessons.right(found.labels, pool.labels(places))} of {len(places)}"),
+                        ("pictures found", f"{lessons.found([row[0] for row in ranked], places)} of {len(places)}"),
+                    ]
+                    if shown
+                    else []
+                ),
+            ]
+        ),
+        unsafe_allow_html=True,
+    )
+    st.markdown(trust(found.residual))
+    prior = st.toggle(
+        "Paint what a learned prior makes of the features",
+        False,
+        key="prior",
+        bind="query-params",
+        help="A network that learned from 100,000 public pictures paints a first guess. The search does without it.",
+    )
+    painted = lessons.painted(choice.network, pool.name, places, texts, choice.seed, found.features) if prior else None
+    names = [network.class_name(label) for label in found.labels.tolist()]
+    st.markdown(lineup(pool, names, ranked, similarity, places if shown else None, painted), unsafe_allow_html=True)
+    st.caption(
+        f"For each picture of the batch: the class that was read, and the {TOP} pictures whose features are most "
+        "similar (cosine), the most similar one large. Nothing is optimised in pixels."
+    )
+    lessons.credits(pool)
+
+
+def trust(residual: float) -> str:
+    """What the residual of the features means, in words."""
+    if residual < EXPLAINED:
+        return (
+            "The features explain the last layer’s gradient to the last digit: they are **the client’s own**, and a "
+            "picture that was in the batch has a similarity of 1."
+        )
+    share = f"{100 * residual:.2g} %" if residual < 1 else "all"
+    return (
+        f"The features leave **{share} of the last layer’s gradient unexplained**: they are not exactly the client’s "
+        "own, so the most similar picture may be another one. A defence changed the gradient, or a class was misread."
+    )
+
+
+def lineup(
+    pool: Pool,
+    names: Sequence[str],
+    ranked: Sequence[Sequence[int]],
+    similarity: Sequence[Sequence[float]],
+    places: Sequence[int] | None,
+    painted: Sequence[str] | None,
+) -> str:
+    """A card for each recovered picture: its class of `names`, the `ranked` pictures of the pool with their similarity,
+    and what was `painted` of it. Marked right or wrong against the batch's `places`, once they may be seen."""
+    cards = ""
+    for number, (name, row, similarities) in enumerate(zip(names, ranked, similarity, strict=True), 1):
+        tiles = ""
+        for place, value in zip(row, similarities, strict=True):
+            title = escape(pool.candidates[place].title)
+            mark = _mark(place in places) if places is not None else ""
+            tiles += (
+                f'<figure class="gi-tile"><img src="{lessons.thumbnail_of(pool, place)}" alt="Match: {title}" '
+                f'title="{title}"><figcaption>{mark}{value:.3f}</figcaption></figure>'
+            )
+        guess = (
+            f'<figure class="gi-tile"><img src="{painted[number - 1]}" alt="Guess of a learned prior: {escape(name)}">'
+            "<figcaption>learned prior</figcaption></figure>"
+            if painted is not None
+            else ""
+        )
+        cards += (
+            f'<article class="gi-suspect"><h4><small>Picture {number}</small>{escape(name)}</h4>'
+            f'<div class="gi-matches">{tiles}{guess}</div></article>'
+        )
+    return f'<div class="gi-lineup">{cards}</div>'
+
+
+def _mark(right: bool) -> str:
+    sign, word, kind = ("✓", "was in the batch:", "right") if right else ("✗", "was not in the batch:", "wrong")
+    return f'<span class="gi-{kind}" role="img" aria-label="{word}">{sign}</span> '
+
+
+# --- the pictures to search
+
+
+def _pool(name: str) -> Pool | None:
+    """The pictures to search; None as long as the folder is being looked at."""
+    if not _has_folder():
+        return lessons.samples(name)
+    among = st.segmented_control(
+        "Search among",
+        list(AMONG),
+        default="samples",
+        required=True,
+        key="among",
+        bind="query-params",
+        format_func=AMONG.__getitem__,
+    )
+    if among == "samples":
+        return lessons.samples(name)
+    index = Index.of(name)
+    if index.problem:
+        st.error(index.problem)
+        st.button("Try again", icon=":material/refresh:", on_click=Index.forget, args=(name,))
+    elif index.pool is None:
+        _wait(name)
+    return index.pool
+
+
+def _has_folder() -> bool:
+    try:
+        shared.folder()
+    except GradinvError:
+        return False
+    return True
+
+
+@st.fragment(run_every=TICK)
+def _wait(name: str) -> None:
+    with guarded():
+        index = Index.of(name)
+        if index.pool is not None or index.problem:
+            st.rerun()
+        share = index.done / index.total if index.total else 0.0
+        told = f"{index.done:,} of {index.total:,}; this is done once" if index.total else "loading the network"
+        st.markdown(markup.progress(share, "Looking at the folder’s pictures", told), unsafe_allow_html=True)
+
+
+class Index:
+    """The pictures of the server's folder as one network sees them, looked at once a process by a thread of its own.
+
+    `pool` is None until it is done; `problem` says why it never will be.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.done, self.total = 0, 0
+        self.pool: Pool | None = None
+        self.problem = ""
+        self.thread = threading.Thread(target=self._look, args=(name,), name="gradinv-folder", daemon=True)
+        self.thread.start()
+
+    @staticmethod
+    def of(name: str) -> Index:
+        """That of a network, which the first call begins."""
+        with _guard:
+            if name not in _indices:
+                _indices[name] = Index(name)
+            return _indices[name]
+
+    @staticmethod
+    def forget(name: str) -> None:
+        """Let the next call begin anew."""
+        with _guard:
+            _indices.pop(name, None)
+
+    def _look(self, name: str) -> None:
+        try:
+            # A network of its own: this may take long, and hooks on a network hear every thread that runs it.
+            self.pool = folder_pool(load_model(name), self._report)
+        except Exception as error:
+            self.problem = sentence(error, "Looking at the folder")
+
+    def _report(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+
+_indices: dict[str, Index] = {}
+_guard = threading.Lock()
+
+
+def folder_pool(network: Model, report: Progress | None = None) -> Pool:
+    """All pictures of the server's ImageNet folder. Raises GradinvError where it is not there or holds none."""
+    gallery = Gallery.of(network, shared.folder().root, progress=report)
+    labels = {item.wnid: label for label, item in enumerate(network.classes)}
+    pictures = [from_path(path) for path in gallery.paths]
+    candidates = tuple(Candidate(picture, labels.get(picture.wnid or "")) for picture in pictures)
+    return Pool(f"folder {gallery.folder}", candidates, gallery)

@@ -85,9 +85,9 @@ def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
         st.latex(r"\nabla W_i=\frac1K\sum_k (p_{k,i}-y_{k,i})\,f_k")
         st.markdown(
             "The network’s belief $p$ lies between 0 and 1, and $y$ is 1 for the picture’s own class, else 0. "
-            "So a picture pushes **only its own class’s row below zero**, and those that the network took it for above. "
-            "*Column-minimum*, the rule of the CVPR 2021 "
-            f"paper, takes the {len(places)} rows whose minimum is most negative. It cannot see a class twice."
+            "So a picture pushes **only its own class’s row below zero**, and those that the network took it for "
+            f"above. *Column-minimum*, the rule of the CVPR 2021 paper, takes the {len(places)} rows "
+            "whose minimum is most negative. It cannot see a class twice."
         )
         if shown:
             st.markdown(

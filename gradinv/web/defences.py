@@ -2,12 +2,223 @@
 
 from __future__ import annotations
 
-import streamlit as st
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 
+import plotly.graph_objects as go
+import streamlit as st
+from plotly.subplots import make_subplots
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradinv import figures
+from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse_all
+from gradinv.types import Gradients
+from gradinv.web import lessons, markup
 from gradinv.web.guard import guarded
+from gradinv.web.lessons import Attack, Pool
+from gradinv.web.markup import Row, Tile
+
+EPSILON = 8.0  # of the guarantee that the page holds against the sliders
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How far a defended gradient g′ is from the client's g: `error` ‖g′ − g‖ / ‖g‖ and their cosine similarity, which
+    is 0 where nothing is left of one of them."""
+
+    error: float
+    cosine: float
 
 
 def page() -> None:
     """Everything on the page."""
     with guarded():
-        st.header("What does a defence cost, and what does it hide?", anchor=False)
+        st.html(
+            '<header class="gi-lead"><h1>What does a defence hide, and what does it cost?</h1><p>A client can change '
+            "its gradient before it shares it. Move the sliders: what the attacker still gets at once stands before "
+            "what the server, which only wants a good average, loses.</p></header>"
+        )
+        choice = lessons.controls()
+        texts = lessons.defences()
+        _notes(texts)
+        pool = lessons.samples(choice.network)
+        places = pool.draw(choice.size, choice.repeats, choice.seed)
+        _attacker(choice, texts, pool, places)
+        _server(choice, texts, pool, places)
+        lessons.credits(pool)
+
+
+def _notes(texts: Sequence[str]) -> None:
+    if texts:
+        notes = [f"{number}. {defence.note}" for number, defence in enumerate(parse_all(texts), 1)]
+    else:
+        notes = ["No defence is on: the gradient is shared as it is."]
+    st.markdown("\n".join([*notes, "", privacy(texts)]))
+
+
+def privacy(texts: Sequence[str]) -> str:
+    """What differential privacy says of the defences, in one sentence or two."""
+    strengths = dict(text.split(":") for text in texts)
+    norm, sigma = (float(strengths[name]) if name in strengths else None for name in ("clip", "noise"))
+    if norm is None:
+        if sigma is None:
+            return "**Privacy guarantee:** none, since nothing is left to chance."
+        return "**Privacy guarantee:** none, since without clipping nothing bounds what one batch adds to the gradient."
+    needed = f"ε = {EPSILON:g} would take σ = {gaussian_sigma(2 * norm, EPSILON, DELTA):.3g} on every number."
+    if sigma is None:
+        return f"**Privacy guarantee:** none, since clipping leaves nothing to chance; {needed}"
+    epsilon = gaussian_epsilon(2 * norm, sigma, DELTA)
+    return f"**Privacy guarantee:** (ε, δ) = ({epsilon:.3g}, {DELTA:g}) for the whole batch, one round; {needed}"
+
+
+# --- the attacker
+
+
+def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: tuple[int, ...]) -> None:
+    with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
+        st.header("What the attacker still gets", anchor=False)
+        shown = st.toggle("Show the truth", True, key="truth", bind="query-params")
+    both = {
+        text: lessons.attacked(choice.network, pool.name, places, own, choice.seed, pool)
+        for text, own in {"No defence": (), "Defended": texts}.items()
+    }
+    true, features = pool.labels(places), pool.gallery.features[list(places)]
+    rows, tiles = [], [_originals(pool, places, shown)]
+    for (text, found), own in zip(both.items(), ((), texts), strict=True):
+        first = pool.gallery.match(found.features, 1)[1].flatten().tolist()
+        rows.append(
+            [
+                text,
+                f"{lessons.right(found.labels, true)} of {len(places)}",
+                f"{lessons.found(first, places)} of {len(places)}",
+                f"{found.residual:.1e}",
+            ]
+        )
+        uris = lessons.painted(choice.network, pool.name, places, own, choice.seed, found.features)
+        tiles.append(_guesses(text, uris, found, features, [first[k] in places for k in range(len(first))]))
+    st.markdown(table(("", "Labels right", "Pictures found", "Residual of the features"), rows), unsafe_allow_html=True)
+    st.markdown(markup.board(tiles), unsafe_allow_html=True)
+    st.caption(
+        f"The pictures are searched among {len(pool.candidates)}. Below the guesses: how similar the recovered "
+        "features are to the picture’s own (cosine), and whether that picture is the best match. What is painted of "
+        "the features comes from a **learned prior**, a network trained on 100,000 public pictures. The page Live "
+        "rebuilds in earnest."
+    )
+
+
+def _originals(pool: Pool, places: Sequence[int], shown: bool) -> Row:
+    tiles = [
+        Tile(
+            lessons.thumbnail_of(pool, place) if shown else None,
+            f"Original: {pool.candidates[place].title}" if shown else "Hidden original",
+            pool.candidates[place].picture.name if shown else "",
+        )
+        for place in places
+    ]
+    return Row("Originals", tiles, "what the client kept")
+
+
+def _guesses(name: str, uris: Sequence[str], found: Attack, features: Tensor, right: Sequence[bool]) -> Row:
+    """What the learned prior paints of the recovered features, in the originals' order, which is known to us only."""
+    order, similarity = aligned(found.features, features)
+    tiles = [
+        Tile(uris[one], f"{name}: guess of a learned prior, picture {place}", f"{value:.3f}", mark=right[one])
+        for place, (one, value) in enumerate(zip(order, similarity, strict=True), 1)
+    ]
+    return Row(name, tiles, "learned prior")
+
+
+def aligned(found: Tensor, features: Tensor) -> tuple[list[int], list[float]]:
+    """Recovered features (K, D) against the pictures' own (K, D): for each picture which of the recovered is its, one
+    to one so that the cosine similarities are largest in all, and that similarity."""
+    similarity = F.normalize(features) @ F.normalize(found.cpu()).T
+    _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
+    return order.tolist(), similarity[range(len(order)), order.tolist()].tolist()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A small table; the first cell of each row is its name."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="gi-scroll"><table class="gi-table gi-gains"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+# --- the server
+
+
+def _server(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: tuple[int, ...]) -> None:
+    st.header("What the server loses", anchor=False)
+    layers, whole = _distorted(choice.network, pool.name, places, texts, choice.seed, pool)
+    st.markdown(
+        markup.facts([("relative error of the gradient", f"{whole.error:.3g}"), ("cosine", f"{whole.cosine:.4f}")]),
+        unsafe_allow_html=True,
+    )
+    st.plotly_chart(
+        distortions(layers),
+        key="distortion",
+        config={"displayModeBar": False},
+        alt="Bars by layer: above the relative error of its gradient, below the cosine similarity to the client’s",
+    )
+    st.caption(
+        "Of the gradient that the server averages, against the one that the client computed. A cosine of 1 beside an "
+        "error means that only the length changed. Over many clients noise averages out; what was cut away does not."
+    )
+
+
+@st.cache_data(max_entries=256, show_spinner="The gradient is compared")
+def _distorted(
+    name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _pool: Pool
+) -> tuple[dict[str, Distortion], Distortion]:
+    own = lessons.observed(name, among, places, _pool)
+    return distortion(own.gradients, lessons.defended(own, texts, seed).gradients)
+
+
+def distortion(own: Gradients, shared: Gradients) -> tuple[dict[str, Distortion], Distortion]:
+    """How far the shared gradients are from the client's own: of each layer, weights and biases together, in the
+    network's order, and of all together."""
+    sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    for name, value in own.items():
+        a, b = value.double().flatten(), shared[name].double().flatten()
+        parts = (float((b - a).square().sum()), float(a @ a), float(b @ b), float(a @ b))
+        layer = sums[name.rpartition(".")[0]]
+        for place, part in enumerate(parts):
+            layer[place] += part
+    whole = [sum(layer[place] for layer in sums.values()) for place in range(4)]
+    return {layer: _distortion(*parts) for layer, parts in sums.items()}, _distortion(*whole)
+
+
+def _distortion(square: float, own: float, shared: float, product: float) -> Distortion:
+    error = math.sqrt(square / own) if own > 0 else math.inf if square > 0 else 0.0
+    return Distortion(error, product / math.sqrt(own * shared) if own * shared > 0 else 0.0)
+
+
+def distortions(layers: Mapping[str, Distortion]) -> go.Figure:
+    """Bars by layer, from the input to the output: the relative error and the cosine."""
+    names = list(layers)
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    columns = (("error", figures.COLOURS[1]), ("cosine", figures.COLOURS[0]))
+    for part, (name, colour) in enumerate(columns, 1):
+        values = [getattr(layers[layer], name) for layer in names]
+        figure.add_bar(
+            x=names,
+            y=[value if math.isfinite(value) else None for value in values],
+            name=name,
+            marker={"color": colour, "line": {"width": 0}},
+            hovertemplate="%{x}: %{y:.3g}<extra></extra>",
+            showlegend=False,
+            row=part,
+            col=1,
+        )
+    figure.update_yaxes(title_text="relative error", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title_text="cosine", range=[0, 1.02], row=2, col=1)
+    figure.update_xaxes(showticklabels=False, showgrid=False)
+    figure.update_xaxes(title_text="layers, from the input to the output", row=2, col=1)
+    return figure.update_layout(**lessons.LAYOUT, height=360, bargap=0.15)

@@ -50,6 +50,14 @@ STRENGTHS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Each defence's slider and its strengths, weakest first, in the order in which they are applied."""
 OFF = "off"
 
+LAYOUT = {
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0, "title": None},
+}
+"""Of the lessons' figures: they stand on a light and on a dark page alike."""
+
 
 # --- the pictures
 

@@ -23,12 +23,6 @@ _BESIDE, _FEATURES = 12, 48  # classes in the picture beside those that the mini
 
 _NEGATIVE, _POSITIVE = COLOURS[1], COLOURS[3]
 _SCALE = [[0, _NEGATIVE], [0.5, "rgba(123,133,140,0.10)"], [1, _POSITIVE]]
-_LAYOUT = {
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0, "title": None},
-}
 
 
 @dataclass(frozen=True)
@@ -203,7 +197,7 @@ def picture(gradient: Tensor, names: Sequence[str], count: int, true: Mapping[in
     figure.update_xaxes(title_text=f"{len(columns)} of {gradient.shape[1]} features", showticklabels=False)
     figure.update_yaxes(tickvals=places, ticktext=labels, autorange="reversed", showgrid=False)
     figure.update_xaxes(showgrid=False, zeroline=False)
-    return figure.update_layout(**_LAYOUT, height=90 + 21 * len(rows))
+    return figure.update_layout(**lessons.LAYOUT, height=90 + 21 * len(rows))
 
 
 def _named(name: str, count: int | None) -> str:
@@ -244,7 +238,7 @@ def bars(
         figure.add_vline(x=count - 0.5, line={"color": NEUTRAL, "dash": "dash", "width": 1.5}, row=part, col=1)
     figure.update_xaxes(showticklabels=False, showgrid=False)
     figure.update_xaxes(title_text=f"{len(order)} classes, the most negative minimum first", row=2, col=1)
-    return figure.update_layout(**_LAYOUT, height=380, bargap=0.2, barmode="overlay")
+    return figure.update_layout(**lessons.LAYOUT, height=380, bargap=0.2, barmode="overlay")
 
 
 def table(found: Mapping[str, Reading], names: Sequence[str], true: Mapping[int, int] | None, size: int) -> str:

@@ -6,9 +6,9 @@ x̂* = argmin L_grad(x̂; W, ΔW) + R_fidelity(x̂) + R_group(x̂) (Eqns 1–2),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -184,6 +184,10 @@ class Objective:
         self._config = config
         self._mode = observation.mode
         self._labels = labels.to(model.device)
+        if self._mode == "train" and 0 < config.micro_batch < len(labels):
+            raise GradinvError(
+                "In train mode BN normalises by the whole batch, so it cannot be taken in parts; set micro_batch to 0."
+            )
         # The control without the gradient asks for none, nor for the network to have the stages that are matched.
         matched = matched_parameters(model, config.layers) if config.gradient > 0 else []
         self._target = {name: observation.gradients[name].to(model.device, torch.float32) for name in matched}
@@ -227,6 +231,10 @@ class Objective:
 
         The forward mode is the client's; the network's buffers never change.
         """
+        return self._evaluate(images, group, slice(None), create_graph=True)
+
+    def _evaluate(self, images: Tensor, group: Tensor, part: slice, *, create_graph: bool) -> Evaluation:
+        """The same for the images of one `part` of the batch, with their share of the gradient."""
         inputs: list[Tensor] = []
         network = self._model.network
         handle = self._model.final_layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -237,22 +245,89 @@ class Objective:
             handle.remove()
         gradients: dict[str, Tensor] = {}
         if "gradient" in self._terms:
-            found = torch.autograd.grad(self._loss(logits), list(self._parameters.values()), create_graph=True)
+            loss = self._loss(logits, part)
+            found = torch.autograd.grad(loss, list(self._parameters.values()), create_graph=create_graph)
             gradients = dict(zip(self._parameters, found, strict=True))
         return Evaluation(images, group, inputs[0], gradients, means, variances)
 
-    def _loss(self, logits: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, part: slice) -> Tensor:
         if self._errors is None:
-            return F.cross_entropy(logits, self._labels)
+            return F.cross_entropy(logits, self._labels[part], reduction="sum") / len(self._labels)
         # The gradient of this with respect to the logits is exactly the recovered p − y of the client's batch.
-        return (logits * self._errors).sum() / len(logits)
+        return (logits * self._errors[part]).sum() / len(self._labels)
 
     def __call__(self, images: Tensor, group: Tensor) -> Judgement:
         """Judge normalised images (B, 3, S, S) against the observation and the group's consensus, of the same shape."""
-        evaluation = self.evaluate(images, group)
+        if 0 < self._config.micro_batch < len(images):
+            return self._in_parts(images, group)
+        return self._judge(self.evaluate(images, group))
+
+    def _judge(self, evaluation: Evaluation) -> Judgement:
         raw = {name: term(evaluation) for name, term in self._terms.items()}
         total = torch.stack([self.weights[name] * value for name, value in raw.items()]).sum()
         return Judgement(total, {name: value.detach() for name, value in raw.items()}, self._distance(evaluation, raw))
+
+    def _in_parts(self, images: Tensor, group: Tensor) -> Judgement:
+        """The same judgement with `micro_batch` images in the network at a time; its total can be derived once.
+
+        The terms are a function L of the images x and of what the whole batch gives: its features f, gradient g and BN
+        moments μ, σ². A first pass over the parts adds these up, and L gives its derivative v with respect to each.
+        With v held fixed the chain rule takes one part at a time: ∇ₓ L = ∂L/∂x + ∇ₓ ⟨v, (f, g, μ, σ²)(x)⟩, in which
+        ∇ₓ ⟨v_g, g(x)⟩ is the derivative of ∇ₓ loss along v_g in weight space. Exact, since in eval mode the images of
+        a batch meet in sums only.
+        """
+        step = self._config.micro_batch
+        parts = [slice(first, first + step) for first in range(0, len(images), step)]
+        whole = self._gathered(images.detach(), group, parts)
+        judgement = self._judge(whole)
+        pull = _derivatives(judgement.total, whole)
+        gradient = torch.zeros_like(whole.images) if pull.images is None else pull.images
+        if pull.features is not None or pull.gradients or pull.means:
+            gradient = gradient + torch.cat([self._pulled(whole, pull, part) for part in parts])
+        return replace(judgement, total=_Derived.apply(judgement.total.detach(), gradient, images))
+
+    def _gathered(self, images: Tensor, group: Tensor, parts: Sequence[slice]) -> Evaluation:
+        """What `evaluate` finds, added up over the parts; every quantity is a leaf that can be derived by."""
+        features, shares, moments = [], [], []
+        gradients: dict[str, Tensor] = {}
+        for part in parts:
+            own = self._evaluate(images[part], group, part, create_graph=False)
+            features.append(own.features.detach())
+            gradients = {name: gradients[name] + g if gradients else g for name, g in own.gradients.items()}
+            shares.append(len(own.images) / len(images))
+            moments.append({name: (mean.detach(), own.variances[name].detach()) for name, mean in own.means.items()})
+        means, variances = {}, {}
+        for name in moments[0]:
+            mean, variance = (torch.stack(values) for values in zip(*(found[name] for found in moments), strict=True))
+            share = mean.new_tensor(shares)[:, None]
+            means[name] = (share * mean).sum(0)
+            variances[name] = (share * (variance + (mean - means[name]) ** 2)).sum(0)
+        return Evaluation(
+            images.detach().requires_grad_(),
+            group,
+            torch.cat(features).requires_grad_(),
+            *(
+                {name: value.requires_grad_() for name, value in found.items()}
+                for found in (gradients, means, variances)
+            ),
+        )
+
+    def _pulled(self, whole: Evaluation, pull: _Pull, part: slice) -> Tensor:
+        """∇ₓ ⟨v, (f, g, μ, σ²)(x)⟩ for the images of a part, v the derivatives `pull`."""
+        # A copy, or a recording would take this forward pass for the first one's and keep all that it computed.
+        inputs = whole.images.detach()[part].clone().requires_grad_()
+        own = self._evaluate(inputs, whole.group, part, create_graph=True)
+        share = len(inputs) / len(whole.images)
+        pairs = [(own.gradients[name], v) for name, v in pull.gradients.items()]
+        if pull.features is not None:
+            pairs.append((own.features, pull.features[part]))
+        for name, v in pull.variances.items():  # of σ² = Σ share (σ²_part + (μ_part − μ)²)
+            off = own.means[name].detach() - whole.means[name].detach()
+            pairs.append((own.variances[name], share * v))
+            pairs.append((own.means[name], share * (pull.means[name] + 2 * v * off)))
+        # With the errors recovered the gradient of the final bias is the same for all images.
+        outputs, cotangents = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        return torch.autograd.grad(outputs, inputs, cotangents)[0]
 
     def _distance(self, evaluation: Evaluation, raw: Mapping[str, Tensor]) -> Tensor:
         if not evaluation.gradients:
@@ -275,6 +350,39 @@ def matched_parameters(model: Model, layers: str) -> list[str]:
     if not last:
         raise GradinvError(f"{model.name} has no stage {layers}; set layers to all.")
     return names[: last[-1] + 1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pull:
+    """The derivatives of a total with respect to what an `Evaluation` holds; None or empty where it has none."""
+
+    images: Tensor | None
+    features: Tensor | None
+    gradients: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    variances: Mapping[str, Tensor]
+
+
+def _derivatives(total: Tensor, whole: Evaluation) -> _Pull:
+    named = (whole.gradients, whole.means, whole.variances)
+    leaves = [whole.images, whole.features, *(value for found in named for value in found.values())]
+    images, features, *rest = torch.autograd.grad(total, leaves, allow_unused=True)
+    found = iter(rest)
+    by_name = [{name: next(found) for name in names} for names in named]
+    return _Pull(images, features, *({n: v for n, v in one.items() if v is not None} for one in by_name))
+
+
+class _Derived(torch.autograd.Function):
+    """A value whose derivative with respect to the images is known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, upstream * ctx.saved_tensors[0]
 
 
 class _Cosine(torch.autograd.Function):

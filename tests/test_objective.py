@@ -282,6 +282,79 @@ def test_statistics_cover_every_bn_layer_and_leave_no_hook(small_model):
     assert not small_model.network.bn1._forward_pre_hooks
 
 
+# Each of the three ways in which the network's results enter the terms, alone and together.
+PARTED = [
+    {"match": "l2"},
+    {"match": "cosine", "gradient": 1.0},
+    {"match": "layer-cosine", "gradient": 1.0, "layers": "layer4"},
+    {"errors": "recovered", "match": "cosine", "gradient": 1.0},
+    {"gradient": 0.0, "bn": "exact", "bn_weight": 1.0},
+    {"gradient": 0.0, "bn": "approx", "bn_weight": 1.0, "bn_form": "relative"},
+    {"gradient": 0.0, "features": 1.0},
+    {"gradient": 1.0, "bn": "exact", "features": 0.5, "tv": 0.2, "l2": 0.1, "group": 0.1, "seeds": 2},
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("changes", PARTED, ids=str)
+def test_micro_batches_give_what_the_whole_batch_gives(small_model, small_batch, changes, size):
+    pixels, labels = small_batch
+    observation = observe(small_model, pixels, labels, share_bn=True)
+    alone = {"bn": "none", "tv": 0.0, "l2": 0.0, "group": 0.0, "seeds": 1}
+    config = AttackConfig(**{**alone, **changes})
+    images, group = torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    images.requires_grad_()
+    judged, gradients = [], []
+    for part in (0, size):
+        objective = Objective(small_model, observation, labels, dataclasses.replace(config, micro_batch=part))
+        judged.append(objective(images, group))
+        gradients.append(torch.autograd.grad(judged[-1].total, images)[0])
+    whole, parts = judged
+    assert gradients[0].norm() > 0 and list(parts.raw) == list(whole.raw)
+    assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 1e-5
+    for found, expected in ((parts.raw, whole.raw), (parts.distance, whole.distance), (parts.total, whole.total)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_terms_of_the_pixels_alone_need_no_second_pass(small_model, small_batch):
+    config = AttackConfig(gradient=0.0, bn="none", tv=1.0, l2=0.5, seeds=1)
+    observation = observe(small_model, *small_batch)
+    sizes: list[int] = []
+    handle = small_model.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    images = torch.randn(3, 3, 8, 8, requires_grad=True)
+    gradients = []
+    for size in (0, 2):
+        objective = Objective(small_model, observation, small_batch[1], dataclasses.replace(config, micro_batch=size))
+        gradients.append(torch.autograd.grad(objective(images, images.detach()).total, images)[0])
+    handle.remove()
+    torch.testing.assert_close(*gradients)
+    assert sizes == [3, 2, 1]
+
+
+def test_only_a_micro_batch_is_in_the_network_at_a_time(small_model, small_batch):
+    sizes: list[int] = []
+    handle = small_model.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    observation = observe(small_model, *small_batch)
+    images = torch.randn(3, 3, 8, 8, requires_grad=True)
+    sizes.clear()
+    Objective(small_model, observation, small_batch[1], AttackConfig(micro_batch=2))(images, images.detach())
+    assert sizes == [2, 1, 2, 1]
+    sizes.clear()
+    for whole in (0, 3, 4):
+        Objective(small_model, observation, small_batch[1], AttackConfig(micro_batch=whole))(images, images.detach())
+    handle.remove()
+    assert sizes == [3, 3, 3]
+
+
+def test_micro_batches_are_refused_in_train_mode(small_model, small_batch):
+    observation = observe(small_model, *small_batch, mode="train")
+    with pytest.raises(
+        GradinvError, match=r"^In train mode BN normalises by the whole batch, .*; set micro_batch to 0\.$"
+    ):
+        Objective(small_model, observation, small_batch[1], AttackConfig(micro_batch=2))
+    Objective(small_model, observation, small_batch[1], AttackConfig(micro_batch=3))  # the whole batch at once
+
+
 def test_matching_can_stop_at_a_stage(small_model):
     assert matched_parameters(small_model, "all")[-1] == "fc.bias"
     assert matched_parameters(small_model, "layer4") == ["conv1.weight", "bn1.weight", "bn1.bias", "layer4.weight"]

@@ -135,6 +135,31 @@ class Watch(TorchDispatchMode):
         self.alive -= size
 
 
+@pytest.mark.parametrize("changes", [{}, {"match": "l2", "bn": "none", "features": 0.0}], ids=str)
+def test_micro_batches_are_traced_as_well(small_model, small_batch, changes):
+    objective = objective_of(small_model, small_batch, micro_batch=2, **changes)
+    stepper = Stepper(objective, "traced")
+    for seed in range(4):
+        assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
+    assert stepper.mode == "traced"
+
+
+@pytest.mark.parametrize("mode", ["eager", "traced"])
+def test_micro_batches_hold_less_at_a_time(small_model, mode):
+    """Also where the recording could save a forward pass by keeping what all of them computed."""
+    batch = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 6
+    peaks = {}
+    for size in (0, 4, 1):
+        objective = objective_of(small_model, batch, features=0.0, micro_batch=size)
+        stepper = Stepper(objective, mode)
+        for seed in range(2):
+            stepper(*pictures(seed, 16))
+        with Watch() as watch:
+            stepper(*pictures(2, 16))
+        peaks[size] = watch.peak
+    assert peaks[4] < 0.5 * peaks[0] and peaks[1] < peaks[4]
+
+
 def test_weights_and_targets_are_not_copied(small_model, small_batch, monkeypatch):
     monkeypatch.setattr(stepping, "_LARGEST_CONSTANT", 0)
     objective = objective_of(small_model, small_batch)

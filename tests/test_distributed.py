@@ -220,7 +220,7 @@ def check_one_that_diverges_ends_all(ranks: Ranks, small_model: Model, observati
 
 
 SMALL = ["--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "--labels", "column-minimum"]
-RUN = ["goldfish", *SMALL, "--seeds", "3", "--iterations", "24", "--every", "1", "--group", "0.1", "--noise", "0.2"]
+RUN = ["goldfish", *SMALL, "--seeds", "3", "--iterations", "16", "--every", "1", "--group", "0.1", "--noise", "0.2"]
 RUN += [
     "--registration",
     "shift",
@@ -280,34 +280,35 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
     (sentence,) = complaints(errors)
     assert sentence == (
         "gradinv: A rank was lost, or did not answer within 10 minutes; see what torchrun says of it, and resume the "
-        f"run. What had been recorded after {done} of 24 iterations is kept in run."
+        f"run. What had been recorded after {done} of 16 iterations is kept in run."
     )
-    assert 3 <= done < 24 and recording.run["status"] == "failed"
+    assert 3 <= done < 16 and recording.run["status"] == "failed"
     assert recording.steps[: done + 1] == list(range(done + 1))
     assert len(list(recording.snapshots())) == len(recording.steps)
 
     with start(tmp_path, "--resume", "run") as started:
-        os.kill(after_records(started, tmp_path / "run", 13)[1], signal.SIGTERM)
+        os.kill(after_records(started, tmp_path / "run", 9)[1], signal.SIGTERM)
         output, errors = started.communicate(timeout=240)
     assert started.returncode != 0
     recording = Recording.open("run")
     done = recording.run["iterations"]["done"]
-    assert 13 <= done < 24 and recording.run["status"] == "stopped"
+    assert 9 <= done < 16 and recording.run["status"] == "stopped"
     assert complaints(errors) == [
-        f"gradinv: Stopped after {done} of 24 iterations; go on with: gradinv invert --resume run"
+        f"gradinv: Stopped after {done} of 16 iterations; go on with: gradinv invert --resume run"
     ]
 
     capsys.readouterr()
     assert cli.main(["invert", "--resume", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "done"
     whole, run = Recording.open("whole"), Recording.open("run")
-    assert run.steps == whole.steps == list(range(25))
+    assert run.steps == whole.steps == list(range(17))
     for prefix in ("seed0", "seed1", "seed2", "consensus"):
         expected, found = whole.images(prefix), run.images(prefix)
         assert expected is not None and found is not None
-        assert (found - expected).abs().max() <= 2 / 255  # rounding, of which 24 noisy steps of Adam make a little more
+        assert (found - expected).abs().max() <= 1 / 255  # stored in 8 bits
     for expected, found in zip(whole.curves, run.curves, strict=True):
-        for name in expected.keys() - {"seconds"}:
+        assert found.keys() == expected.keys()
+        for name in expected.keys() - {"seconds", *(name for name in expected if expected[name] is None)}:
             assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), (name, expected["step"])
 
 

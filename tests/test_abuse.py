@@ -1,0 +1,110 @@
+"""What a hostile visitor sends: damaged files, strange addresses, and many at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from gradinv.images import FORMATS
+from gradinv.sources import from_upload
+from gradinv.types import GradinvError
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = 500
+PATIENCE = 900.0  # seconds after which something hangs; nothing depends on how fast it is
+
+
+def files() -> dict[str, bytes]:
+    """A picture of the gallery, small, in every format that can be uploaded."""
+    with Image.open(ROOT / "assets" / "samples" / "goldfish.jpg") as image:
+        small = image.resize((48, 40))
+    packed = {}
+    for kind in FORMATS:
+        buffer = io.BytesIO()
+        small.save(buffer, kind)
+        packed[kind] = buffer.getvalue()
+    return packed
+
+
+def cut(data: bytes, chance: random.Random, _: dict[str, bytes]) -> bytes:
+    return data[: chance.randrange(len(data))]
+
+
+def flip(data: bytes, chance: random.Random, _: dict[str, bytes]) -> bytes:
+    """One to sixteen bits, half of the time in the header."""
+    changed = bytearray(data)
+    reach = min(64, len(data)) if chance.random() < 0.5 else len(data)
+    for _ in range(chance.randint(1, 16)):
+        changed[chance.randrange(reach)] ^= 1 << chance.randrange(8)
+    return bytes(changed)
+
+
+def wrong_header(data: bytes, chance: random.Random, others: dict[str, bytes]) -> bytes:
+    size = chance.randint(2, 40)
+    return chance.choice(list(others.values()))[:size] + data[size:]
+
+
+def overwrite(data: bytes, chance: random.Random, _: dict[str, bytes]) -> bytes:
+    """A stretch of zeros, of ones or of noise: sizes and offsets that cannot be."""
+    start, length = chance.randrange(len(data)), chance.randint(1, 64)
+    filling = chance.choice([bytes(length), b"\xff" * length, chance.randbytes(length)])
+    return data[:start] + filling + data[start + length :]
+
+
+def splice(data: bytes, chance: random.Random, others: dict[str, bytes]) -> bytes:
+    other = chance.choice(list(others.values()))
+    return data[: chance.randrange(len(data))] + other[chance.randrange(len(other)) :]
+
+
+MUTATIONS: tuple[Callable[[bytes, random.Random, dict[str, bytes]], bytes], ...] = (
+    cut,
+    flip,
+    wrong_header,
+    overwrite,
+    splice,
+)
+
+
+def test_of_hundreds_of_damaged_uploads_each_is_a_picture_or_one_sentence() -> None:
+    chance, originals = random.Random(0), files()
+    refused = set()
+    kinds = list(originals)
+    for case in range(CASES):
+        change = MUTATIONS[case % len(MUTATIONS)]
+        data = change(originals[kinds[case // len(MUTATIONS) % len(kinds)]], chance, originals)
+        try:
+            image, notes = from_upload(data, f"case-{case}.png").load()
+        except GradinvError as error:
+            said = str(error)
+            refused.add(case)
+            assert f"case-{case}.png" in said and said.endswith(".") and "\n" not in said and "Error" not in said
+        else:
+            assert image.mode == "RGB" and min(image.size) > 0 and not image.info
+            assert all(note.endswith(".") for note in notes)
+    # If all passed, or none, nothing would have been tested.
+    assert CASES / 4 < len(refused) < CASES
+
+
+def soak() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("soak", ROOT / "docs" / "soak.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_visitors_who_come_go_and_bring_hostile_addresses_all_at_once_leave_the_server_well() -> None:
+    report = soak().soak(3, 0, PATIENCE, turns=3, iterations=1)
+    assert report.troubles == []
+    assert report.finished >= 6 and report.hostile == 1 and report.refused == 0
+    assert report.waits and report.memory

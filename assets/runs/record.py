@@ -114,7 +114,7 @@ def about(run: Run) -> dict[str, Any]:
     """What the page tells of a run, with a credit for each of its pictures."""
     pictures = [find(gallery(), name) for name in run.pictures]
     return {
-        "place": RUNS.index(run),
+        "place": [item.name for item in RUNS].index(run.name),
         "title": run.title,
         "story": run.story,
         "command": " ".join(["gradinv", *run.arguments]),

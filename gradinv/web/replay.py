@@ -231,15 +231,21 @@ def moving() -> str:
         return ""
     run = library()[FIRST]
     animation, still, originals = _animation()
-    names = ", ".join(run.classes[0])
+    true, restored = run.classes
+    names, right = escape(", ".join(true)), sum(a == b for a, b in zip(true, restored, strict=True))
+    leaks = (
+        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and enough of "
+        "each picture to paint it again."
+    )
+    credits = "; ".join(f"{escape(title)}: {markup.credit_line(credit)}" for title, credit in run.pictures)
     return (
         '<div class="gi-moving"><figure>'
-        f'<img class="gi-plays" src="{animation}" alt="Four pictures emerge from noise: {escape(names)}" '
-        'width="512" height="128">'
-        f'<img class="gi-still" src="{still}" alt="The rebuilt pictures: {escape(names)}" width="512" height="128">'
-        "<figcaption>What the server rebuilds from the gradient alone</figcaption></figure><figure>"
-        f'<img src="{originals}" alt="The originals: {escape(names)}" width="512" height="128">'
-        "<figcaption>What the client kept to itself</figcaption></figure></div>"
+        f'<img class="gi-plays" src="{animation}" alt="Pictures emerge from noise: {names}" width="512" height="128">'
+        f'<img class="gi-still" src="{still}" alt="The rebuilt pictures: {names}" width="512" height="128">'
+        "<figcaption>What the server rebuilds from the gradient</figcaption></figure><figure>"
+        f'<img src="{originals}" alt="The originals: {names}" width="512" height="128">'
+        "<figcaption>What the client kept to itself</figcaption></figure>"
+        f"<p>{leaks}<small>{credits}.</small></p></div>"
     )
 
 
@@ -248,20 +254,21 @@ def _animation() -> tuple[str, str, str]:
     """The first page's run as data URIs: animated, its last frame, and the originals."""
     run = library()[FIRST]
     steps, order = run.recording.steps, list(run.order)
-    chosen = [steps[round(index * (len(steps) - 1) / (_MOVING - 1))] for index in range(_MOVING)]
+    count = min(_MOVING, len(steps))
+    chosen = [steps[round(index * (len(steps) - 1) / max(1, count - 1))] for index in range(count)]
     size = (_MOVING_SIDE * len(order), _MOVING_SIDE)
     frames = [
         to_grid(run.recording.snapshot(step).consensus[order][None]).resize(size, Image.Resampling.BICUBIC)
         for step in chosen
     ]
     packed = io.BytesIO()
-    pause = round(1000 * _MOVING_SECONDS / _MOVING)
+    pause = round(1000 * _MOVING_SECONDS / count)
     frames[0].save(
         packed,
         "WEBP",
         save_all=True,
         append_images=frames[1:],
-        duration=[pause] * (_MOVING - 1) + [2500],
+        duration=[pause] * (count - 1) + [2500],
         loop=0,
         quality=70,
     )

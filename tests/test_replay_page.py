@@ -1,0 +1,532 @@
+"""The page Replay: the bundled runs, what the player is given, the player itself in Chromium, and hostile addresses."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import importlib.util
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+from torch import Tensor
+
+from gradinv.config import AttackConfig
+from gradinv.images import from_grid
+from gradinv.inversion import invert
+from gradinv.models import Model, tiny_classes
+from gradinv.paths import ASSETS
+from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording
+from gradinv.sources import find, gallery
+from gradinv.types import GradinvError
+from gradinv.victim import observe
+from gradinv.web import replay
+
+BUNDLED = sorted((ASSETS / "runs").glob("*.zip"))
+CONFIG = AttackConfig(seeds=2, iterations=4, group=0.0, registration="lazy")
+PICTURES = ("goldfish", "tabby", "lion")
+RECORDED: dict[str, Recording] = {}  # by name, once for all tests
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    """assets/runs/record.py."""
+    spec = importlib.util.spec_from_file_location("record", ASSETS / "runs" / "record.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["record"] = module  # a dataclass looks its module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(folder: Path, model: Model, batch: tuple[Tensor, Tensor], config: AttackConfig = CONFIG) -> Recording:
+    """A run of the small network, in a folder."""
+    pixels, labels = batch
+    observation = observe(model, pixels, labels)
+    recorder = Recorder(
+        DirectoryStore(folder),
+        config=config,
+        model=model,
+        observation=observation,
+        originals=pixels,
+        labels=labels.tolist(),
+    )
+    for _ in recorder.follow(invert(model, observation, config, every=1)):
+        pass
+    return Recording.open(folder)
+
+
+@pytest.fixture
+def installed(
+    recipe: ModuleType,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    small_model: Model,
+    small_batch: tuple[Tensor, Tensor],
+) -> Iterator[dict[str, Recording]]:
+    """Two runs of the small network in place of the bundled ones: `four`, and `other` of one seed, twice as long."""
+    configs = {"four": CONFIG, "other": AttackConfig(seeds=1, iterations=8, group=0.0)}
+    target = tmp_path / "assets" / "runs"
+    target.mkdir(parents=True)
+    found = {}
+    for name, config in configs.items():
+        if name not in RECORDED:
+            RECORDED[name] = record(tmp_path_factory.mktemp("recorded") / name, small_model, small_batch, config)
+        shutil.copytree(RECORDED[name].store.path, tmp_path / name)
+        found[name] = RECORDED[name]
+        told = recipe.about(recipe.Run("four", f"The run <{name}>", "A story & more.", PICTURES))
+        files = {file: found[name].store.read(file) for file in found[name].store.names()}
+        told = {**told, "place": list(configs).index(name)}
+        packed = MemoryStore({**files, "about.json": json.dumps(told).encode()}).zip()
+        (target / f"{name}.zip").write_bytes(packed)
+    caches = (replay.library, replay.packed, replay._card, replay._animation)
+    monkeypatch.setattr(replay, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(recipe, "HERE", target)
+    for cached in caches:
+        cached.cache_clear()
+    yield found
+    for cached in caches:
+        cached.cache_clear()
+
+
+def unpacked(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """What the player reads: the header, and all pictures."""
+    length = int.from_bytes(data[:4], "little")
+    header, rest = json.loads(data[4 : 4 + length]), data[4 + length :]
+    pictures = []
+    for run in header["runs"]:
+        for size in [*(size for size, _ in run["frames"]), *run["originals"]]:
+            pictures.append(rest[:size])
+            rest = rest[size:]
+    assert rest == b""
+    return header, pictures
+
+
+# --- the bundled runs
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_bundled_run_is_whole_and_credited(path: Path, recipe: ModuleType) -> None:
+    assert path.stat().st_size < recipe.LIMIT
+    recording = Recording.open(path)
+    run = recording.run
+    assert run["status"] == "done" and run["iterations"]["done"] == run["iterations"]["total"]
+    assert not [name for name in recording.store.names() if name.endswith(".safetensors")]
+    assert len(recording.steps) >= 50 and recording.steps[-1] == run["iterations"]["total"]
+    for step in recording.steps:
+        assert recording.snapshot(step).seeds.shape[0] == run["config"]["seeds"]
+    measured = run["metrics"]
+    assert len(measured["consensus"]["psnr"]) == len(run["labels"]["true"])
+    assert all(value is not None for value in measured["baseline"]["psnr"] + measured["consensus"]["ssim"])
+
+    own = next(item for item in recipe.RUNS if item.name == path.stem)
+    bundled = replay.library()[path.stem]
+    assert json.loads(recording.store.read("about.json")) == recipe.about(own)
+    assert bundled.command == "gradinv " + " ".join(own.arguments) and run["model"]["name"] == own.model
+    assert len(bundled.pictures) == len(run["labels"]["true"]) == len(own.pictures)
+    with (ASSETS / "samples" / "samples.csv").open(newline="", encoding="utf-8") as file:
+        tiny = {row["file"]: row["tiny_wnid"] for row in csv.DictReader(file)}
+    for (title, credit), name, label in zip(bundled.pictures, own.pictures, run["labels"]["true"], strict=True):
+        picture = find(gallery(), name)
+        assert (title, credit) == (picture.title, picture.credit) and credit.author and credit.licence
+        assert tiny_classes()[label].wnid == tiny[f"{name}.jpg"]
+
+
+def test_first_page_has_its_run_and_the_pairs_can_be_recorded(recipe: ModuleType) -> None:
+    names = [run.name for run in recipe.RUNS]
+    assert {name for pair in replay.PAIRS.values() for name in pair} <= set(names)
+    assert list(replay.library()) == [name for name in names if name in replay.library()]
+    with Image.open(io.BytesIO(base64.b64decode(replay._animation()[0].partition(",")[2]))) as moving:
+        assert moving.n_frames == replay._MOVING
+
+
+# --- recording them
+
+
+def test_recipe_records_packs_and_goes_on(
+    recipe: ModuleType,
+    installed: dict[str, Recording],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_model: Model,
+    small_batch: tuple[Tensor, Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    called: list[list[str]] = []
+    ends = [1, 0]
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        called.append(command)
+        folder = Path(command[-1])
+        if code := ends.pop(0):  # interrupted: what was recorded stays
+            folder.mkdir(parents=True)
+            state = {**installed["four"].run, "status": "stopped"}
+            (folder / "run.json").write_text(json.dumps(state))
+        else:
+            record(folder, small_model, small_batch)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    own = recipe.RUNS[1]
+    work, target = tmp_path / "work", recipe.HERE / f"{own.name}.zip"
+    with pytest.raises(SystemExit, match="one is not done; call this again"):
+        recipe.record(own, work)
+    recipe.record(own, work)
+    folder = str(work / own.name)
+    begun, resumed = (command[1:] for command in called)
+    assert begun == ["-m", "gradinv", *own.arguments, "--out", folder]
+    assert resumed == ["-m", "gradinv", "invert", "--resume", folder]
+    assert json.loads(MemoryStore.unpack(target).read("about.json"))["title"] == own.title
+    listed = capsys.readouterr().out
+
+    packed = target.read_bytes()
+    recipe.record(own, work)  # done: nothing is called, nothing changes
+    assert len(called) == 2 and target.read_bytes() == packed and capsys.readouterr().out == listed
+
+    told = recipe.Run(own.name, "A better title", own.story, own.pictures, own.options)
+    monkeypatch.setattr(recipe, "RUNS", (told,))
+    recipe.record(told, work)
+    assert json.loads(MemoryStore.unpack(target).read("about.json"))["title"] == "A better title"
+    with pytest.raises(SystemExit, match="made by another command"):
+        other = recipe.Run(own.name, own.title, own.story, own.pictures, ("--seeds", "3"))
+        monkeypatch.setattr(recipe, "RUNS", (other,))
+        recipe.record(other, work)
+
+
+def test_recipe_refuses_what_is_too_large(
+    recipe: ModuleType, installed: dict[str, Recording], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = recipe.RUNS[1]
+    shutil.copytree(tmp_path / "four", tmp_path / "work" / own.name)
+    monkeypatch.setattr(recipe, "LIMIT", 1000)
+    with pytest.raises(SystemExit, match="more than 1,000"):
+        recipe.record(own, tmp_path / "work")
+    assert not (recipe.HERE / f"{own.name}.zip").exists()
+
+
+# --- reading a zip
+
+
+def test_zip_opens_as_the_folder_does(installed: dict[str, Recording], tmp_path: Path) -> None:
+    zipped = Recording.open(tmp_path / "assets" / "runs" / "four.zip")
+    folder = installed["four"]
+    assert zipped.run == folder.run and zipped.curves == folder.curves and zipped.steps == folder.steps
+    assert torch.equal(zipped.snapshot(4).consensus, folder.snapshot(4).consensus)
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "cut", "flipped", "bomb"])
+def test_damaged_zip_is_one_sentence(
+    damage: str, installed: dict[str, Recording], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "assets" / "runs" / "four.zip"
+    data = path.read_bytes()
+    changed = {"text": b"no zip", "cut": data[: len(data) // 2], "flipped": data.replace(b"WEBP", b"WEBQ")}
+    if damage == "missing":
+        path.unlink()
+    elif damage == "bomb":
+        monkeypatch.setattr("gradinv.recording.ZIP_LIMIT", 1000)
+    else:
+        path.write_bytes(changed[damage])
+    with pytest.raises(GradinvError, match=r"\.$") as refused:
+        Recording.open(path)
+    assert "four.zip" in str(refused.value)
+
+
+# --- what the player is given
+
+
+def test_player_is_given_the_recorded_pictures(
+    installed: dict[str, Recording], small_batch: tuple[Tensor, Tensor]
+) -> None:
+    header, pictures = unpacked(replay.packed("four", "other"))
+    four, other = header["runs"]
+    own = installed["four"]
+    assert pictures[: len(four["frames"])] == [own.frame(step) for step in own.steps]
+    assert four["steps"] == own.steps and four["total"] == 4 and other["total"] == 8
+    assert {kind for _, kind in four["frames"]} == {"image/webp"} and four["side"] == 8
+    originals = pictures[len(four["frames"]) :][: len(four["originals"])]
+    for data, pixels in zip(originals, small_batch[0], strict=True):
+        with Image.open(io.BytesIO(data)) as image:
+            assert torch.allclose(from_grid(image, 1)[0, 0], pixels, atol=1 / 255)
+    assert four["classes"] == ["class 4", "class 1", "class 2"]
+    assert four["restored"] == [own.class_name(own.run["labels"]["restored"][place]) for place in four["order"]]
+    assert four["titles"] == list(PICTURES)
+
+
+def test_player_is_given_the_curves(installed: dict[str, Recording]) -> None:
+    four, other = unpacked(replay.packed("four", "other"))[0]["runs"]
+    rows = installed["four"].curves
+    assert len(four["psnr"]) == 3 and len(other["psnr"]) == 1  # each seed where there are several, then the consensus
+    assert four["psnr"][1] == [row["psnr"] for row in rows if row["seed"] == 1]
+    assert four["psnr"][-1] == [row["consensus_psnr"] for row in rows if row["seed"] == 0]
+    assert four["distance"][0] is None  # no gradient is compared before the first step
+    last = [row["distance"] for row in rows if row["step"] == 4]
+    assert four["distance"][-1] == pytest.approx(sum(last) / 2)
+    baseline = installed["four"].run["metrics"]["baseline"]["psnr"]
+    assert four["baseline"] == pytest.approx(sum(baseline) / 3)
+
+
+def test_damaged_description_is_one_sentence(installed: dict[str, Recording], tmp_path: Path) -> None:
+    path = tmp_path / "assets" / "runs" / "other.zip"
+    files = {name: MemoryStore.unpack(path).read(name) for name in MemoryStore.unpack(path).names()}
+    path.write_bytes(MemoryStore({**files, "about.json": b'{"title": 1}'}).zip())
+    with pytest.raises(GradinvError, match="What is told about the run other is damaged; record it again"):
+        replay.library()
+
+
+# --- the first page's
+
+
+def test_first_page_moves(installed: dict[str, Recording]) -> None:
+    html = replay.moving()
+    sources = [part.split('"')[0] for part in html.split('src="')[1:]]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    moving, still, originals = pictures
+    assert moving.n_frames > 1 and still.n_frames == originals.n_frames == 1
+    assert {picture.size for picture in pictures} == {(3 * 128, 128)}
+    assert 'class="gi-plays"' in html and 'class="gi-still"' in html and html.count("alt=") == 3
+    moving.seek(moving.n_frames - 1)
+    assert (from_grid(moving, 3) - from_grid(still, 3)).abs().mean() < 0.03
+
+
+def test_first_page_credits_what_it_shows(installed: dict[str, Recording]) -> None:
+    html = replay.moving()
+    for name in PICTURES:
+        credit = find(gallery(), name).credit
+        assert credit is not None and credit.author in html and credit.licence in html
+    restored = installed["four"].run["labels"]["restored"]
+    right = sum((Counter(restored) & Counter(installed["four"].run["labels"]["true"])).values())
+    assert f"gave away {right} of their 3 classes" in html
+
+
+def test_first_page_does_without_a_recorded_run(installed: dict[str, Recording], tmp_path: Path) -> None:
+    (tmp_path / "assets" / "runs" / "four.zip").unlink()
+    assert replay.moving() == ""
+
+
+# --- the page
+
+
+def open_page(**address: str) -> AppTest:
+    app = AppTest.from_string("from gradinv.web import replay\n\nreplay.page()", default_timeout=60)
+    for name, value in address.items():
+        app.query_params[name] = value
+    app.run()
+    assert not app.exception
+    return app
+
+
+def address(app: AppTest) -> dict[str, str]:
+    """The parameters of the page's address."""
+    return {name: value if isinstance(value, str) else value[-1] for name, value in app.query_params.items()}
+
+
+def shown(app: AppTest) -> str:
+    """The runs that the player shows."""
+    (player,) = app.get("bidi_component")
+    return str(unpacked(player.proto.bytes)[0]["name"])
+
+
+def test_page_opens_with_the_first_run(installed: dict[str, Recording]) -> None:
+    app = open_page()
+    assert shown(app) == "four" and not app.warning and not app.error
+    html = " ".join(item.proto.body for item in app.get("html"))
+    assert "Pictures:" in html and all(name in html for name in PICTURES)
+    assert "The run &lt;four&gt;" in html and "<four>" not in html
+
+
+def test_address_names_the_runs(installed: dict[str, Recording]) -> None:
+    assert shown(open_page(run="other")) == "other"
+    assert shown(open_page(run="four", beside="other", step="4")) == "four other"
+    assert shown(open_page(run="four", beside="four")) == "four"
+
+
+@pytest.mark.parametrize("name", ["../../x", "", "FOUR", "<script>alert(1)</script>", "four\x00", "x" * 5000])
+@pytest.mark.parametrize("parameter", ["run", "beside"])
+def test_hostile_run_is_one_sentence(parameter: str, name: str, installed: dict[str, Recording]) -> None:
+    app = open_page(**{parameter: name})
+    assert shown(app) == "four"
+    (warning,) = app.warning
+    assert warning.value == "The address names a recorded run that is not there; it can name four, other."
+
+
+@pytest.mark.parametrize("step", ["-1", "1e9", "abc", "../..", "²"])
+def test_hostile_step_is_one_sentence(step: str, installed: dict[str, Recording]) -> None:
+    (warning,) = open_page(step=step).warning
+    assert warning.value == "The step in the address is not a whole number; the run plays from its start."
+
+
+def test_choice_is_kept_in_the_address(installed: dict[str, Recording]) -> None:
+    app = open_page(run="four", beside="other", step="4")
+    app.selectbox(key="replay-beside").set_value(None).run()
+    assert shown(app) == "four" and address(app) == {"run": "four"}  # the step was another picture's
+    app.selectbox(key="replay-beside").set_value("other").run()
+    assert shown(app) == "four other" and address(app) == {"run": "four", "beside": "other"}
+    app.button_group(key="replay-run").set_value("other").run()
+    assert shown(app) == "other" and address(app) == {"run": "other"}
+
+
+def test_page_without_runs_says_so(installed: dict[str, Recording], tmp_path: Path) -> None:
+    for path in (tmp_path / "assets" / "runs").glob("*.zip"):
+        path.unlink()
+    (error,) = open_page().error
+    assert error.value.startswith("No recorded run is installed")
+
+
+# --- the player in a browser, without the page around it
+
+HOST = """async ([html, css, js, data]) => {
+  const host = document.querySelector('#host'), tree = host.shadowRoot ?? host.attachShadow({mode: 'open'});
+  if (!tree.childElementCount) tree.innerHTML = `<style>${css}</style>${html}`;
+  window.play ??= (await import(URL.createObjectURL(new Blob([js], {type: 'text/javascript'})))).default;
+  const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+  window.leave = play({data: bytes, parentElement: tree});
+}"""
+FIND = "document.querySelector('#host').shadowRoot.querySelector"
+# The visible canvases' pixels, and whether they are those of the frame's last row (the consensus).
+PIXELS = """() => [...document.querySelector('#host').shadowRoot.querySelectorAll('canvas')]
+  .filter(canvas => canvas.checkVisibility())
+  .map(canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data])"""
+
+
+class Player:
+    """The player in a tab of its own at an address, in which it shows runs."""
+
+    def __init__(self, tab: Any) -> None:
+        self.tab = tab
+        self.requests: list[str] = []
+        tab.route(
+            "http://player.test/**", lambda route: route.fulfill(body='<div id="host"></div>', content_type="text/html")
+        )
+        tab.on("request", lambda request: self.requests.append(request.url))
+
+    def open(self, *names: str, query: str = "") -> None:
+        self.tab.goto(f"http://player.test/replay{query}")
+        self.show(*names)
+
+    def show(self, *names: str) -> None:
+        parts = [replay._part(kind) for kind in ("html", "css", "js")]
+        self.tab.evaluate(HOST, [*parts, base64.b64encode(replay.packed(*names)).decode()])
+
+    def ask(self, element: str, what: str) -> Any:
+        return self.tab.evaluate(f"{FIND}('{element}').{what}")
+
+    def step(self) -> str:
+        return str(self.ask(".step", "textContent"))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        except playwright.Error:
+            pytest.skip("no Chromium is installed")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def player(chromium: Any, installed: dict[str, Recording]) -> Iterator[Player]:
+    """One for whom nothing moves by itself."""
+    context = chromium.new_context(reduced_motion="reduce")
+    tab, problems = context.new_page(), []
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    yield Player(tab)
+    context.close()
+    assert problems == []
+
+
+@pytest.mark.browser
+def test_player_draws_the_recorded_frames(player: Player, installed: dict[str, Recording]) -> None:
+    player.open("four", query="?step=4")
+    player.tab.wait_for_function(f"({PIXELS})()[0].some(value => value)")
+    recording = installed["four"]
+    snapshot, order = recording.snapshot(4), recording.order()
+
+    def drawn() -> Tensor:
+        """The visible tiles (N, 3, S, S) in [0, 1]."""
+        return torch.tensor(player.tab.evaluate(PIXELS)).float().reshape(-1, 8, 8, 4)[..., :3].permute(0, 3, 1, 2) / 255
+
+    assert torch.allclose(drawn(), snapshot.consensus[order], atol=3 / 255)
+    player.tab.get_by_text("Show the seeds").click()
+    assert torch.allclose(drawn(), snapshot.seeds[:, order].flatten(0, 1), atol=3 / 255)
+    player.tab.get_by_text("Show the consensus").click()
+    assert len(drawn()) == 3
+
+
+@pytest.mark.browser
+def test_player_hides_the_originals_until_they_are_revealed(player: Player) -> None:
+    player.open("four")
+    words = f"{FIND}('.panels').innerText"
+    assert not player.tab.get_by_alt_text("Original: goldfish").is_visible()
+    assert "class 4" not in player.tab.evaluate(words) and "picture 1" in player.tab.evaluate(words)
+    player.tab.get_by_text("Reveal the originals").click()
+    assert player.tab.get_by_alt_text("Original: goldfish").is_visible() and "class 4" in player.tab.evaluate(words)
+    player.show("four", "other")  # another run keeps what was chosen
+    assert player.tab.get_by_alt_text("Original: goldfish").count() == 2
+    player.tab.get_by_text("Hide the originals").click()
+    assert not player.tab.get_by_alt_text("Original: goldfish").first.is_visible()
+
+
+@pytest.mark.browser
+def test_player_obeys_the_keyboard_and_notes_the_step(player: Player) -> None:
+    player.open("four", query="?run=four")
+    assert player.step() == "Step 4 of 4"  # who wants no motion sees the end
+    player.tab.keyboard.press("ArrowLeft")
+    assert player.step() == "Step 3 of 4" and player.tab.url.endswith("?run=four&step=3")
+    assert player.ask(".mark", "style.left") == "75%" and player.ask(".slider", "ariaValueText") == "step 3 of 4"
+    player.tab.keyboard.press("Space")
+    assert player.ask(".play", "textContent") == "❚❚ Pause"
+    player.tab.wait_for_function(f"{FIND}('.step').textContent === 'Step 4 of 4'")
+    player.tab.wait_for_function(f"{FIND}('.play').textContent === '▶ Play'")
+    player.tab.keyboard.press("ArrowRight")
+    assert player.step() == "Step 4 of 4"
+    player.ask(".slider", "focus()")
+    player.tab.keyboard.press("Home")
+    assert player.step() == "Step 0 of 4"
+    assert player.requests == ["http://player.test/replay?run=four"]  # all of it without the server
+
+
+@pytest.mark.browser
+def test_player_shows_two_runs_at_the_same_step(player: Player) -> None:
+    player.open("four", "other", query="?step=6")
+    assert player.step() == "Step 6 of 8"
+    marks = player.tab.evaluate(
+        "[...document.querySelector('#host').shadowRoot.querySelectorAll('.mark')].map(mark => mark.style.left)"
+    )
+    assert set(marks[:2]) == {"50%"} and set(marks[2:]) == {"75%"}  # the shorter one waits at its end
+    assert player.tab.get_by_text("The run <four>").is_visible()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("step", ["-5", "abc", "1e99", "99999999999999999999", "%00"])
+def test_player_takes_any_step_in_the_address(step: str, player: Player) -> None:
+    player.open("four", query=f"?step={step}")
+    assert player.step() in {"Step 0 of 4", "Step 1 of 4", "Step 4 of 4"}
+
+
+@pytest.mark.browser
+def test_player_plays_by_itself(chromium: Any, installed: dict[str, Recording]) -> None:
+    tab = chromium.new_page()
+    player = Player(tab)
+    player.open("four")
+    assert player.ask(".play", "textContent") == "❚❚ Pause"
+    player.show("four")  # a new theme, for one, calls it again
+    tab.wait_for_function(f"{FIND}('.step').textContent !== 'Step 0 of 4'")
+    tab.evaluate("leave()")
+    assert player.ask(".panels", "childElementCount") == 0
+    tab.close()

@@ -263,7 +263,8 @@ def main() -> int:
     print(f"{asked.visitors} visitors and {asked.browsers} browsers for {asked.minutes:g} minutes:")
     print(
         f"{report.finished} runs finished and {report.browsers} in browsers, {report.left} tabs closed half-way, "
-        f"{report.refused} refused by the full queue, {report.hostile} hostile addresses, {len(report.troubles)} troubles."
+        f"{report.refused} refused by the full queue, {report.hostile} hostile addresses, {len(report.troubles)} "
+        "troubles."
     )
     if report.waits:
         print(

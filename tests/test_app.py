@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from streamlit.testing.v1 import AppTest
 
 from gradinv import jobs
 from gradinv.jobs import Handle, JobState, Status, manager
-from gradinv.recording import MemoryStore
+from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
 from gradinv.web import markup, pick, run, shared
@@ -240,7 +241,7 @@ def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
     for alt in ("Original: goldfish", "Original: tabby", "Reconstruction of goldfish", "Seed 1: tabby"):
         assert f'alt="{alt}"' in boards[0]
     assert "2 of 2 right" in said and "constant colour" in said
-    assert len(app.get("download_button")) == 3
+    assert len(app.get("download_button")) == 4
     assert len(app.get("plotly_chart")) == 2
 
     # Another tab with the link sees the same, and a new run starts from the same settings and pictures.
@@ -262,6 +263,40 @@ def test_the_originals_can_be_hidden_and_so_are_the_true_classes(visit: Open) ->
     board = next(item.value for item in app.markdown if "gi-board" in item.value)
     assert "Hidden original" in board and "gi-right" not in board
     assert "goldfish" not in text(app)
+
+
+def test_a_presentation_shows_the_pictures_only_and_the_originals_after_the_reveal(visit: Open) -> None:
+    app = visit(pictures="goldfish")
+    app.button(key="start").click().run()
+    app = wait(app)
+    app.button(key="present").click().run()
+    sound(app)
+    assert address(app, "present") == "1"
+    assert "goldfish" not in text(app) and "gi-presenting" in text(app)
+    assert not app.get("download_button") and not app.get("plotly_chart") and not app.toggle
+    app.button(key="reveal").click().run()
+    assert 'alt="Original: goldfish"' in text(app)
+    # The link leads a class to the same, with everything hidden again.
+    other = visit(job=address(app, "job"), present="1")
+    sound(other)
+    assert "goldfish" not in text(other)
+    app.button(key="present").click().run()
+    sound(app)
+    assert "present" not in app.query_params and len(app.get("download_button")) == 4
+
+
+def test_the_summary_is_one_page_with_pictures_numbers_settings_and_credits(visit: Open) -> None:
+    app = visit(pictures="goldfish.tabby")
+    app.button(key="start").click().run()
+    app = wait(app)
+    state = manager().state(address(app, "job"))
+    assert state is not None
+    recorded = Recording.open(state.update.store)
+    page = run._summary(state, state.update, recorded, [("in all", "<1 s>")]).decode()
+    assert page.count("<img ") == 2 * 3 and page.count('src="data:image/webp;base64,') == 6
+    assert "finished: 1 of 1 iterations" in page and "&lt;1 s&gt;" in page and "<1 s>" not in page
+    assert "<dt>learning_rate</dt><dd>0.2</dd>" in page and "2 of 2 right" in page
+    assert "creativecommons.org" in page and not re.search(r'(src|href)="(?!data:image|https://)', page)
 
 
 def test_the_replay_shows_an_earlier_step(visit: Open) -> None:
@@ -350,7 +385,7 @@ def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) 
     app = wait(app)
     sound(app)
     assert "**Stopped** after" in text(app)
-    assert len(app.get("download_button")) == 3
+    assert len(app.get("download_button")) == 4
 
 
 def test_a_failed_run_says_why_and_the_next_one_works(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,27 @@ from gradinv.jobs import Inversion, JobState, Pictures, Progress, manager
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, settings
+from gradinv.web import markup, pick, settings, summary
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
 BESIDE = 5  # pictures beside which the charts still fit
+
+# Keys that press what the page shows at that moment: its own, since Streamlit keeps R for itself.
+KEYS = """<script>
+if (!window.gradinvKeys) {
+  window.gradinvKeys = true;
+  document.addEventListener('keydown', event => {
+    const what = {r: '.st-key-reveal button, .st-key-hide input', p: '.st-key-present button'}[event.key];
+    if (!what || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.closest('input:not([type=checkbox]), textarea, select, [contenteditable]')) return;
+    const found = document.querySelector(what);
+    if (found) { event.preventDefault(); event.stopImmediatePropagation(); found.click(); }
+  }, true);
+}
+</script>"""
 
 CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
 ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
@@ -82,9 +96,23 @@ def _open(job: str) -> None:
     st.query_params["job"] = job
 
 
+def presenting() -> bool:
+    """Whether the address asks for the presenter's view: large, without controls, originals hidden until the reveal."""
+    return st.query_params.get("present") == "1"
+
+
+def _present(begin: bool) -> None:
+    st.session_state.pop("revealed", None)
+    if begin:
+        st.query_params["present"] = "1"
+    else:
+        st.query_params.pop("present", None)
+
+
 def _leave(state: JobState | None) -> None:
     """Back to the choice, with this run's pictures and settings."""
     st.query_params.pop("job", None)
+    _present(False)
     st.session_state.pop("recording", None)
     if state is not None:
         work, facts = _work(state)
@@ -103,6 +131,11 @@ def _work(state: JobState) -> tuple[Inversion, Facts]:
 def _head(state: JobState) -> None:
     work, facts = _work(state)
     config = work.config
+    st.html(KEYS, unsafe_allow_javascript=True)
+    if presenting():
+        st.html('<div class="gi-presenting"></div>')
+        st.button("Leave the presentation (P)", type="tertiary", key="present", on_click=_present, args=(False,))
+        return
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
         what = f"{markup.count(config.seeds, 'seed')}, {markup.count(config.iterations, 'iteration')}"
         if config.start == "decoder":
@@ -112,7 +145,9 @@ def _head(state: JobState) -> None:
             f"<p>{escape(facts.model)}, batch of {len(facts.originals)}, {what}. This page’s address is the link to "
             "this run.</p></header>"
         )
-        st.button("New run", icon=":material/arrow_back:", on_click=_leave, args=(state,))
+        with st.container(horizontal=True, width="content"):
+            st.button("Present (P)", icon=":material/present_to_all:", key="present", on_click=_present, args=(True,))
+            st.button("New run", icon=":material/arrow_back:", on_click=_leave, args=(state,))
 
 
 @st.fragment(run_every=TICK)
@@ -126,6 +161,11 @@ def _tick(job: str) -> None:
     if state is None or state.finished:
         st.rerun()
     progress: Progress | None = state.update
+    if presenting():
+        hidden = _hide()
+        _timeline(state, progress)
+        _board(state, progress.pictures if progress is not None else None, hidden)
+        return
     board, side = _places(len(_work(state)[1].originals))
     with side:
         _status(state, progress)
@@ -204,7 +244,16 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
 
 
 def _hide() -> bool:
+    """The control that hides the originals or, in a presentation, reveals them; → whether they are hidden."""
+    if presenting():
+        revealed = st.session_state.get("revealed", False)
+        st.button("Hide (R)" if revealed else "Reveal (R)", key="reveal", type="primary", on_click=_reveal)
+        return not revealed
     return st.toggle("Hide the originals (let the class guess)", key="hide", bind="query-params")
+
+
+def _reveal() -> None:
+    st.session_state.revealed = not st.session_state.get("revealed", False)
 
 
 def _board(state: JobState, pictures: Pictures | None, hidden: bool) -> None:
@@ -255,6 +304,9 @@ def _finished(state: JobState) -> None:
             st.info("This run was cancelled before it began.")
         return
     recorded = _recording(state.id, progress)
+    if presenting():
+        _replay(state, _hide())
+        return
     board, side = _places(len(facts.originals))
     with side:
         _outcome(state, progress, recorded)
@@ -292,17 +344,13 @@ def _recording(job: str, progress: Progress) -> Recording:
 def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
     speed = recorded.run["seconds_per_iteration"]
     st.markdown(f"**{ENDINGS[state.status]}** after {progress.step:,} of {progress.steps:,} iterations")
-    st.markdown(
-        markup.facts(
-            [
-                ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
-                ("in all", markup.duration(progress.seconds)),
-                ("PSNR of the consensus", markup.decibel(metrics.mean(progress.pictures.psnr))),
-                ("of a constant colour", markup.decibel(_work(state)[1].mean_baseline)),
-            ]
-        ),
-        unsafe_allow_html=True,
-    )
+    numbers = [
+        ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
+        ("in all", markup.duration(progress.seconds)),
+        ("PSNR of the consensus", markup.decibel(metrics.mean(progress.pictures.psnr))),
+        ("of a constant colour", markup.decibel(_work(state)[1].mean_baseline)),
+    ]
+    st.markdown(markup.facts(numbers), unsafe_allow_html=True)
     store, name = progress.store, f"gradinv-{progress.step}"
     with st.container(horizontal=len(progress.pictures.psnr) > BESIDE):
         st.download_button(
@@ -325,6 +373,15 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
             on_click="ignore",
         )
         st.download_button(
+            "Summary to print (HTML)",
+            lambda: _summary(state, progress, recorded, numbers),
+            f"{name}.html",
+            "text/html",
+            icon=":material/print:",
+            width="stretch",
+            on_click="ignore",
+        )
+        st.download_button(
             "Animation (GIF)",
             lambda: recording.gif(recorded),
             f"{name}.gif",
@@ -333,6 +390,21 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
             width="stretch",
             on_click="ignore",
         )
+
+
+def _summary(state: JobState, progress: Progress, recorded: Recording, numbers: Sequence[tuple[str, str]]) -> bytes:
+    work, facts = _work(state)
+    measured, restored = recorded.run["metrics"], progress.pictures.restored
+    title = f"gradinv: {markup.count(len(facts.originals), 'picture')} rebuilt from one gradient"
+    done = (ENDINGS[state.status].lower(), f"{progress.step:,} of {progress.steps:,} iterations")
+    return summary.document(
+        title,
+        [done, *numbers],
+        _rows(work, facts, progress.pictures, False),
+        _numbers(work, facts, measured, restored, False) if measured is not None else "",
+        recorded.run,
+        [(name, credit) for name, credit in zip(facts.titles, facts.credits, strict=True) if credit],
+    )
 
 
 def _archive(store: MemoryStore, facts: Facts) -> bytes:
@@ -366,9 +438,17 @@ def _scrub(state: JobState, hidden: bool) -> None:
 
 def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequence[int], hidden: bool) -> None:
     numbers = recorded.run["metrics"]
-    if numbers is None:
-        return
-    columns = metrics.columns(numbers)
+    if numbers is not None:
+        st.markdown(_numbers(work, facts, numbers, restored, hidden), unsafe_allow_html=True)
+        st.caption(
+            "PSNR rewards blur, so the best constant colour stands beside it: a reconstruction below it can still be "
+            "recognised, and SSIM or the eye judges better."
+        )
+
+
+def _numbers(work: Inversion, facts: Facts, measured: Any, restored: Sequence[int], hidden: bool) -> str:
+    """The final table as HTML; `measured` is what run.json has under metrics."""
+    columns = metrics.columns(measured)
     digits = [1, 1, 1, 3, 3, 3]
     names = [
         (f"picture {place + 1}", "hidden") if hidden else (facts.classes[true], facts.classes[found])
@@ -381,11 +461,7 @@ def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequenc
     right = sum(a == b for a, b in zip(work.labels, restored, strict=True))
     mean = ["Mean", f"{right} of {len(rows)} right"]
     mean += [_number(metrics.mean(c), d) for c, d in zip(columns, digits, strict=True)]
-    st.markdown(markup.results(rows, mean), unsafe_allow_html=True)
-    st.caption(
-        "PSNR rewards blur, so the best constant colour stands beside it: a reconstruction below it can still be "
-        "recognised, and SSIM or the eye judges better."
-    )
+    return markup.results(rows, mean)
 
 
 def _number(value: float | None, digits: int) -> str:

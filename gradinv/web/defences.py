@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv import figures
-from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse_all
+from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.types import Gradients
 from gradinv.web import lessons, markup
 from gradinv.web.guard import guarded
@@ -55,7 +55,7 @@ def page() -> None:
 
 def _notes(texts: Sequence[str]) -> None:
     if texts:
-        notes = [f"{number}. {defence.note}" for number, defence in enumerate(parse_all(texts), 1)]
+        notes = [f"{number}. {parse(text).note}" for number, text in enumerate(texts, 1)]
     else:
         notes = ["No defence is on: the gradient is shared as it is."]
     st.markdown("\n".join([*notes, "", privacy(texts)]))
@@ -73,7 +73,10 @@ def privacy(texts: Sequence[str]) -> str:
     if sigma is None:
         return f"**Privacy guarantee:** none, since clipping leaves nothing to chance; {needed}"
     epsilon = gaussian_epsilon(2 * norm, sigma, DELTA)
-    return f"**Privacy guarantee:** (ε, δ) = ({epsilon:.3g}, {DELTA:g}) for the whole batch, one round; {needed}"
+    return (
+        f"**Privacy guarantee:** (ε, δ) = ({epsilon:.3g}, {DELTA:g}) for the whole batch and one round, none for a "
+        f"single picture of it; {needed}"
+    )
 
 
 # --- the attacker
@@ -100,7 +103,7 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
             ]
         )
         uris = lessons.painted(choice.network, pool.name, places, own, choice.seed, found.features)
-        tiles.append(_guesses(text, uris, found, features, [first[k] in places for k in range(len(first))]))
+        tiles.append(_guesses(text, uris, found, features, first, places))
     st.markdown(table(("", "Labels right", "Pictures found", "Residual of the features"), rows), unsafe_allow_html=True)
     st.markdown(markup.board(tiles), unsafe_allow_html=True)
     st.caption(
@@ -123,12 +126,14 @@ def _originals(pool: Pool, places: Sequence[int], shown: bool) -> Row:
     return Row("Originals", tiles, "what the client kept")
 
 
-def _guesses(name: str, uris: Sequence[str], found: Attack, features: Tensor, right: Sequence[bool]) -> Row:
+def _guesses(
+    name: str, uris: Sequence[str], found: Attack, features: Tensor, first: Sequence[int], places: Sequence[int]
+) -> Row:
     """What the learned prior paints of the recovered features, in the originals' order, which is known to us only."""
     order, similarity = aligned(found.features, features)
     tiles = [
-        Tile(uris[one], f"{name}: guess of a learned prior, picture {place}", f"{value:.3f}", mark=right[one])
-        for place, (one, value) in enumerate(zip(order, similarity, strict=True), 1)
+        Tile(uris[one], f"{name}: guess of a learned prior", f"{value:.3f}", mark=first[one] == place)
+        for one, value, place in zip(order, similarity, places, strict=True)
     ]
     return Row(name, tiles, "learned prior")
 

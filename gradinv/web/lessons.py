@@ -36,7 +36,7 @@ from gradinv.web import markup, shared
 NETWORKS = ("resnet18-tiny", "resnet50-tiny")
 MOST = 20  # pictures in a batch: to solve the features of more takes too long for a lesson
 REPEATS = 4  # pictures of one class that are drawn together at most
-DRAWS = 9999
+DRAWS = 99
 VIEWS = ("", "mirrored", "cropped", "cropped and mirrored")
 _CROP = (0.15, 0.1, 0.85, 0.8)  # left, top, right, bottom, as shares of the picture's sides
 _STARTS, _CHEAP = 3, 16  # where labels repeat a right reading may fail at the first start; more are for small batches
@@ -195,7 +195,8 @@ def controls() -> Choice:
             help="How many pictures of a class are drawn together. A class's further pictures are mirrored or cropped.",
         )
         with last.container(horizontal=True, vertical_alignment="bottom"):
-            seed = st.number_input("Draw", 0, DRAWS, 0, key="draw", bind="query-params", width=150)
+            # A slider: number_input fails at an address that says infinity.
+            seed = st.slider("Draw", 0, DRAWS, 0, key="draw", bind="query-params", width=150)
             st.button("Shuffle", icon=":material/shuffle:", key="shuffle", on_click=_shuffle)
     return Choice(str(network), size, repeats, int(seed))
 

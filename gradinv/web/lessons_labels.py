@@ -86,7 +86,7 @@ def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
         if shown:
             st.markdown(
                 f"Here **{right} of {len(places)}** of these rows are classes of the batch"
-                + ("." if right == len(true) else f", which holds {_classes(len(true))}.")
+                + ("." if len(true) == len(places) else f", which holds {_classes(len(true))}.")
             )
     st.header("2. All classes in that order, and the bias, which counts", anchor=False)
     st.plotly_chart(

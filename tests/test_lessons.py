@@ -1,0 +1,332 @@
+"""The lessons Labels, Who was in the batch? and Defences: their arithmetic on a small network, their pages headless."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+from torch import Tensor
+
+from gradinv.defenses import clip, gaussian_epsilon, gaussian_sigma
+from gradinv.features import EXPLAINED
+from gradinv.gallery import Gallery, pooled
+from gradinv.models import Model
+from gradinv.sources import Picture
+from gradinv.types import GradinvError
+from gradinv.victim import observe
+from gradinv.web import batch, defences, lessons, lessons_labels, shared
+from gradinv.web.lessons import Candidate, Pool
+
+PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
+Open = Callable[..., AppTest]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
+    shared.folder.clear()
+    yield
+    shared.folder.clear()
+
+
+def picture(key: str, title: str = "") -> Picture:
+    return Picture(key, None, "", title or key, None, lambda: (Image.new("RGB", (8, 8), "teal"), []))
+
+
+def pool_of(labels: list[int | None], views: list[int] | None = None, features: Tensor | None = None) -> Pool:
+    candidates = tuple(
+        Candidate(picture(f"p{place}"), label, views[place] if views else 0) for place, label in enumerate(labels)
+    )
+    features = torch.eye(len(labels)) if features is None else features
+    return Pool("test", candidates, Gallery(Path("."), tuple(Path(item.picture.key) for item in candidates), features))
+
+
+# --- the batch
+
+
+def test_a_draw_is_repeated_by_its_numbers_and_a_larger_one_holds_a_smaller() -> None:
+    pool = pool_of([label for label in range(10) for _ in range(3)])
+    drawn = pool.draw(12, 2, 5)
+    assert drawn == pool.draw(12, 2, 5) and drawn != pool.draw(12, 2, 6)
+    assert pool.draw(7, 2, 5) == drawn[:7]
+    assert set(Counter(pool.labels(drawn).tolist()).values()) == {2}
+    assert len(set(pool.labels(pool.draw(10, 1, 0)).tolist())) == 10
+
+
+def test_a_class_gives_its_picture_as_it_is_first_and_repeats_only_where_classes_run_out() -> None:
+    pool = pool_of([0, 0, 1, 1, None], views=[3, 0, 0, 1, 0])
+    assert set(pool.draw(2, 1, 0)) == {1, 2}
+    assert set(pool.draw(99, 1, 0)) == {0, 1, 2, 3}  # what the network does not know is no one's batch
+
+
+def test_views_are_mirrored_and_cropped() -> None:
+    image = Image.new("RGB", (100, 100), "white")
+    image.putpixel((20, 15), (0, 0, 0))
+    assert lessons.seen(image, 0) is image
+    assert lessons.seen(image, 1).getpixel((79, 15)) == (0, 0, 0)
+    assert lessons.seen(image, 2).size == (70, 70) and lessons.seen(image, 2).getpixel((5, 5)) == (0, 0, 0)
+    assert lessons.seen(image, 3).getpixel((64, 5)) == (0, 0, 0)
+
+
+# --- the attack
+
+
+def test_the_attack_reads_labels_and_features_and_clipping_hides_neither(
+    small_model: Model, small_batch: tuple[Tensor, Tensor]
+) -> None:
+    pixels, labels = small_batch
+    own = pooled(small_model, pixels)
+    observation = observe(small_model, pixels, labels)
+    for shared_one in (observation, clip(observation, 1e-3)):
+        found = lessons.attack(small_model, shared_one)
+        order, similarity = defences.aligned(found.features, own)
+        assert found.labels[order].tolist() == labels.tolist()
+        assert min(similarity) > 0.9999 and found.residual < EXPLAINED
+
+
+def test_repeated_labels_are_read_behind_clipping_although_the_scale_is_lost() -> None:
+    network, pool = shared.model("resnet18-tiny"), lessons.samples("resnet18-tiny")
+    places = pool.draw(8, 2, 0)
+    labels, observation = pool.labels(places), clip(lessons.observed_final(network, pool, places), 0.1)
+    plain = lessons.readings(network, observation)
+    assert max(lessons.right(read, labels) for read in plain.values()) < 8
+    found = lessons.attack(network, observation)
+    assert found.method == "ilrg, rescaled" and found.residual < EXPLAINED
+    assert lessons.right(found.labels, labels) == 8
+
+
+def test_counting_what_is_right() -> None:
+    assert lessons.right(torch.tensor([1, 1, 2, 3]), torch.tensor([1, 2, 2, 4])) == 2
+    assert lessons.found([7, 7, 3], [3, 7, 9]) == 2
+
+
+def test_recovered_features_are_put_in_the_pictures_order() -> None:
+    features = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
+    order, similarity = defences.aligned(features[[2, 0, 1]] * 5, features)
+    assert order == [1, 2, 0] and similarity == pytest.approx([1, 1, 1])
+
+
+# --- the gradient's picture, and what the methods read
+
+
+def test_the_picture_shows_the_rows_with_the_most_negative_minima_and_where_these_lie() -> None:
+    gradient = torch.zeros(30, 60)
+    gradient[7, 50], gradient[3, 9], gradient[12] = -2.0, -1.0, 0.5
+    drawn = lessons_labels.picture(gradient, [f"class {place}" for place in range(30)], 2, {7: 1, 12: 3})
+    labels = drawn.layout.yaxis.ticktext
+    assert labels[:2] == ("<b>class 7 ●</b>", "class 3") and "<b>class 12 ×3 ●</b>" in labels
+    heat, first, others = drawn.data
+    assert [heat.customdata[place][first.x[place]][1] for place in (0, 1)] == [50, 9]
+    assert heat.z[0][first.x[0]] == -2 and len(others.x) == len(labels) - 2
+    hidden = lessons_labels.picture(gradient, ["<i>x</i>"] * 30, 2, None)
+    assert set(hidden.layout.yaxis.ticktext) == {"&lt;i&gt;x&lt;/i&gt;"}
+
+
+def test_the_bars_are_the_minima_and_the_biases_times_the_batch_size() -> None:
+    gradient, bias = torch.tensor([[0.5, 1.0], [-1.0, 0.0], [-3.0, 2.0]]), torch.tensor([0.1, -0.25, -0.5])
+    drawn = lessons_labels.bars(gradient, bias, ["a", "b", "c"], 2, {2: 2})
+    assert [bar.y for bar in drawn.data] == [(-3,), (-1, 0.5), (-1,), pytest.approx((-0.5, 0.2))]
+    assert [bar.customdata for bar in drawn.data[:2]] == [("c",), ("b", "a")]
+
+
+def test_the_table_marks_wrong_counts_and_none_while_the_truth_is_hidden() -> None:
+    found = {
+        "ilrg": lessons_labels.Reading({0: 2, 1: 1}, 1.0),
+        "llg": lessons_labels.Reading({}, 0.0, "It <cannot>."),
+    }
+    table = lessons_labels.table(found, ["<a>", "b"], {0: 2, 1: 1}, 3)
+    assert table.count('aria-label="wrong"') == 2  # llg's cells of both classes
+    assert "<td>3 of 3</td><td>0 of 3</td>" in table
+    assert "&lt;a&gt;" in table and "It &lt;cannot&gt;." in table
+    hidden = lessons_labels.table(found, ["a", "b"], None, 3)
+    assert "wrong" not in hidden and "Truth" not in hidden and "of 3" not in hidden
+
+
+# --- what a defence costs
+
+
+def test_distortion_by_layer_and_in_all_is_the_one_by_hand() -> None:
+    own = {"a.weight": torch.tensor([3.0, 0.0]), "a.bias": torch.tensor([4.0]), "b.weight": torch.tensor([1.0])}
+    sent = {"a.weight": torch.tensor([0.0, 0.0]), "a.bias": torch.tensor([4.0]), "b.weight": torch.tensor([0.0])}
+    layers, whole = defences.distortion(own, sent)
+    assert list(layers) == ["a", "b"]
+    assert (layers["a"].error, layers["a"].cosine) == pytest.approx((3 / 5, 16 / (5 * 4)))
+    assert layers["b"] == defences.Distortion(1.0, 0.0)
+    assert (whole.error, whole.cosine) == pytest.approx((math.sqrt(10 / 26), 16 / math.sqrt(26 * 16)))
+    scaled, _ = defences.distortion(own, {name: value / 10 for name, value in own.items()})
+    assert (scaled["b"].error, scaled["b"].cosine) == pytest.approx((0.9, 1))
+
+
+def test_the_privacy_statement_needs_clipping_and_noise() -> None:
+    assert "nothing is left to chance" in defences.privacy(["prune:0.9"])
+    assert "without clipping" in defences.privacy(["noise:1"])
+    alone = defences.privacy(["clip:0.3"])
+    assert "none" in alone and f"σ = {gaussian_sigma(0.6, 8, 1e-5):.3g}" in alone
+    both = defences.privacy(["clip:0.3", "noise:1", "quantise:4"])
+    assert f"(ε, δ) = ({gaussian_epsilon(0.6, 1, 1e-5):.3g}, 1e-05)" in both
+
+
+@pytest.mark.parametrize("norm", lessons.STRENGTHS["clip"][1])
+@pytest.mark.parametrize("noise", lessons.STRENGTHS["noise"][1])
+def test_every_place_of_the_sliders_has_a_statement(norm: str, noise: str) -> None:
+    assert "nan" not in defences.privacy([f"clip:{norm}", f"noise:{noise}"])
+
+
+# --- who was in the batch
+
+
+def test_the_residual_in_words() -> None:
+    assert "the client’s own" in batch.trust(EXPLAINED / 2)
+    assert "**13 % of the last layer’s gradient unexplained**" in batch.trust(0.13)
+
+
+def test_matches_are_marked_only_when_the_batch_may_be_seen() -> None:
+    pool = pool_of([0, 1])
+    pool = replace(pool, candidates=(Candidate(picture("p0", "<b>one</b>"), 0), *pool.candidates[1:]))
+    hidden = batch.lineup(pool, ["lion"], [[0, 1]], [[0.9996, 0.5]], None, None)
+    assert "✓" not in hidden and "✗" not in hidden and "&lt;b&gt;one" in hidden and "1.000" in hidden
+    shown = batch.lineup(pool, ["lion"], [[0, 1]], [[0.9996, 0.5]], (0,), ["data:x"])
+    assert shown.index("✓") < shown.index("✗") and "learned prior" in shown
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes that the small network knows, and one that it does not."""
+    root = tmp_path / "imagenet"
+    for wnid, colours in (("n00000001", ("red", "blue")), ("n00000004", ("lime",)), ("n99999999", ("black",))):
+        (root / wnid).mkdir(parents=True)
+        for colour in colours:
+            Image.new("RGB", (8, 8), colour).save(root / wnid / f"{colour}.png")
+    monkeypatch.setenv("GRADINV_IMAGENET", str(root))
+    return root
+
+
+def test_the_servers_folder_is_searched_whole_and_drawn_from_where_classes_are_known(
+    folder: Path, small_model: Model
+) -> None:
+    pool = batch.folder_pool(small_model)
+    assert [item.label for item in pool.candidates] == [1, 1, 4, None]
+    assert sorted(pool.draw(9, 2, 0)) == [0, 1, 2]
+    places = pool.draw(2, 1, 0)
+    found = lessons.attack(small_model, lessons.observed_final(small_model, pool, places))
+    assert sorted(found.labels.tolist()) == [1, 4]
+    assert lessons.found(pool.gallery.match(found.features, 1)[1].flatten().tolist(), places) == 2
+
+
+def test_the_folder_is_looked_at_once_and_a_failure_is_a_sentence_until_it_is_forgotten(
+    folder: Path, small_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "_indices", {})
+
+    def refuse(name: str) -> Model:
+        raise GradinvError(f"No {name} today.")
+
+    monkeypatch.setattr(batch, "load_model", refuse)
+    index = batch.Index.of("small")
+    index.thread.join(PATIENCE)
+    assert batch.Index.of("small") is index and index.problem == "No small today." and index.pool is None
+    batch.Index.forget("small")
+    monkeypatch.setattr(batch, "load_model", lambda name: small_model)
+    index = batch.Index.of("small")
+    index.thread.join(PATIENCE)
+    assert index.pool is not None and (index.done, index.total) == (4, 4)
+
+
+# --- the pages
+
+
+@pytest.fixture
+def visit() -> Open:
+    """Open a page at an address, as a new visitor."""
+
+    def visit(name: str, **address: str) -> AppTest:
+        app = AppTest.from_function(_page, default_timeout=PATIENCE, args=(name,))
+        for key, value in address.items():
+            app.query_params[key] = value
+        app.run()
+        assert not app.exception and not app.error
+        return app
+
+    return visit
+
+
+def _page(name: str) -> None:
+    import importlib
+
+    importlib.import_module(f"gradinv.web.{name}").page()
+
+
+def text(app: AppTest) -> str:
+    """Everything that the page says in words, without its pictures."""
+    kinds = (app.markdown, app.header, app.caption, app.info, app.warning, app.get("html"))
+    return "\n".join(getattr(item, "value", None) or item.proto.body for kind in kinds for item in kind)
+
+
+HOSTILE = {
+    "network": "../../etc/passwd",
+    "size": "-5",
+    "repeats": "nan",
+    "draw": "9" * 400,
+    "clip": "<script>",
+    "noise": "nan",
+    "among": "folder",
+    "truth": "\x00",
+    "reveal": "perhaps",
+}
+
+
+@pytest.mark.parametrize("name", ["lessons_labels", "batch", "defences"])
+def test_a_page_opens_and_ignores_a_hostile_address(visit: Open, name: str) -> None:
+    app = visit(name, **HOSTILE)
+    assert (app.slider(key="size").value, app.slider(key="repeats").value) == (8, 1)
+    assert app.slider(key="draw").value == 0
+    assert "passwd" not in text(app) and "<script>" not in text(app)
+
+
+def test_labels_that_repeat_are_beyond_column_minimum(visit: Open) -> None:
+    said = text(visit("lessons_labels", size="8", repeats="2", draw="3"))
+    assert "**8 pictures of 4 classes**" in said
+    assert "Here **4 of 8** of these rows are classes of the batch, which holds 4 classes." in said
+    columns = said.split("<tfoot>")[1].split("</tfoot>")[0]
+    assert columns.startswith("<tr><td>Right</td><td>8</td><td>8 of 8</td><td>4 of 8</td>")  # truth, auto, minimum
+    assert "100 % sure" in said
+
+
+def test_labels_hide_the_truth_on_request(visit: Open) -> None:
+    said = text(visit("lessons_labels", truth="false"))
+    assert "of these rows" not in said and "Truth" not in said and "In the batch:" not in said
+    assert "Hidden picture of the batch" in said
+
+
+def test_the_batch_is_found_and_marked_after_it_was_revealed(visit: Open) -> None:
+    app = visit("batch", draw="1")
+    assert "pictures found" not in text(app) and "✓" not in text(app)
+    app.toggle(key="reveal").set_value(True).run()
+    assert "<dt>pictures found</dt><dd>8 of 8</dd>" in text(app)
+    assert text(app).count("✓") == 8 and "the client’s own" in text(app)
+
+
+def test_shuffling_draws_another_batch(visit: Open) -> None:
+    app = visit("batch", reveal="true")
+    before = [item.value for item in app.markdown if "gi-strip" in item.value]
+    app.button(key="shuffle").click().run()
+    assert app.slider(key="draw").value != 0
+    assert [item.value for item in app.markdown if "gi-strip" in item.value] != before
+
+
+def test_clipping_costs_length_only_and_strong_noise_leaves_nothing(visit: Open) -> None:
+    said = text(visit("defences", size="4", clip="0.1"))
+    assert "<tr><td>Defended</td><td>4 of 4</td><td>4 of 4</td>" in said
+    assert "<dt>cosine</dt><dd>1.0000</dd>" in said and "clipped to a norm of 0.1" in said
+    said = text(visit("defences", size="4", clip="0.1", noise="1"))
+    assert "<tr><td>No defence</td><td>4 of 4</td><td>4 of 4</td>" in said
+    assert "<tr><td>Defended</td><td>4 of 4</td>" not in said
+    assert "<dt>cosine</dt><dd>0.00" in said

@@ -202,7 +202,8 @@ def controls() -> Choice:
 
 
 def _shuffle() -> None:
-    st.session_state.draw = secrets.randbelow(DRAWS + 1)
+    """Another draw than this one."""
+    st.session_state.draw = (st.session_state.draw + 1 + secrets.randbelow(DRAWS)) % (DRAWS + 1)
 
 
 def defences() -> tuple[str, ...]:

@@ -202,7 +202,7 @@ def picture(gradient: Tensor, names: Sequence[str], count: int, true: Mapping[in
 
 def _named(name: str, count: int | None) -> str:
     """A class on the axis: in bold, and how often, where it is in the batch."""
-    short = escape(name if len(name) <= 22 else f"{name[:21]}…")
+    short = escape(name if len(name) <= 18 else f"{name[:17]}…")
     return f"<b>{short}{f' ×{count}' if count > 1 else ''} ●</b>" if count else short
 
 

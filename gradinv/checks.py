@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.objective import check_train_mode, running_statistics
+from gradinv.objective import check_train_mode, matched_parameters, running_statistics
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 
 
@@ -116,29 +119,67 @@ def _others(names: Sequence[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
+# The most that an evaluation holds at a time, in float32 values for each one that a convolution makes of the images,
+# for each weight, and for each weight whose gradient is matched. Measured (docs/performance.md) and rounded up.
+_PER_OUTPUT = 7
+_PER_WEIGHT = 1.5
+_PER_MATCHED = 2
+
+_outputs: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
+
+
 def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
     """About how many bytes a run adds to the loaded model, from above.
 
     Per seed its images, Adam's two moments, the gradient and a snapshot; once, since seeds take turns, the gradients
-    with their double backward and the activations of one evaluation.
+    with their double backward and what one evaluation holds of the images that are in the network at a time. Raises
+    GradinvError where the network has no stage of the name that the config matches up to.
     """
     size = model.preprocessing.size
     image_bytes = 4 * batch_size * 3 * size * size
-    parameter_bytes = 4 * sum(parameter.numel() for parameter in model.network.parameters())
-    # A ResNet keeps about 180 (ResNet-18: 50) float32 values a pixel; the double backward holds about four times that.
-    activations = 4 * 180 * image_bytes // 3
-    return config.seeds * 8 * image_bytes + 8 * parameter_bytes + activations
+    weights = {name: parameter.numel() for name, parameter in model.network.named_parameters()}
+    matched = matched_parameters(model, config.layers) if config.gradient > 0 else []
+    held = _PER_WEIGHT * sum(weights.values()) + _PER_MATCHED * sum(weights[name] for name in matched)
+    together = min(config.micro_batch or batch_size, batch_size)
+    held += _PER_OUTPUT * outputs_per_image(model) * together
+    return config.seeds * 8 * image_bytes + round(4 * held)
+
+
+def outputs_per_image(model: Model) -> int:
+    """How many numbers all convolutions of a network make of one image, from a dry pass of its shapes alone."""
+    if model not in _outputs:
+        found: list[int] = []
+        network = copy.deepcopy(model.network).to("meta").eval()
+        for module in network.modules():
+            # Those of another thread that is using the network came along.
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda _, __, output: found.append(output.numel()))
+        size, dtype = model.preprocessing.size, next(network.parameters()).dtype
+        with torch.no_grad():
+            network(torch.empty(1, 3, size, size, device="meta", dtype=dtype))
+        _outputs[model] = sum(found)
+    return _outputs[model]
 
 
 def check_memory(model: Model, batch_size: int, config: AttackConfig) -> None:
-    """Raises GradinvError where `estimate_memory` exceeds what is free on the model's device."""
+    """Raises GradinvError where `estimate_memory` exceeds what is free on the model's device; where taking the images
+    in parts would do, it names the largest such micro-batch."""
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
         free = psutil.virtual_memory().available
-    needed = estimate_memory(model, batch_size, config)
-    if needed > free:
+
+    def needed(size: int) -> int:
+        return estimate_memory(model, batch_size, replace(config, micro_batch=size))
+
+    if needed(config.micro_batch) > free:
+        # A client in train mode, of which inferred statistics are, allows none.
+        together = min(config.micro_batch or batch_size, batch_size) if config.bn != "inferred" else 1
+        fitting = next((size for size in range(together - 1, 0, -1) if needed(size) <= free), None)
+        hint = "" if fitting is None else f"set micro_batch to {fitting}, or "
         raise GradinvError(
-            f"{config.seeds} seeds of {batch_size} images need about {needed / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free; take fewer seeds or a smaller batch."
+            f"{config.seeds} seeds of {batch_size} images need about {needed(config.micro_batch) / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; {hint}take fewer seeds or a smaller batch."
         )

@@ -1,0 +1,97 @@
+"""What is said before a run. The checks of observations are tested with the attack, in test_inversion."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gradinv import checks
+from gradinv.checks import check_memory, estimate_memory, outputs_per_image
+from gradinv.config import AttackConfig
+from gradinv.models import Model
+from gradinv.objective import batch_statistics
+from gradinv.types import GradinvError
+
+CONFIG = AttackConfig(seeds=1)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets how many bytes the machine has free."""
+
+    def set_free(count: int) -> None:
+        monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=count))
+
+    return set_free
+
+
+def test_outputs_by_hand(small_model: Model) -> None:
+    # 8 maps of 8 × 8 and 16 of 4 × 4.
+    assert outputs_per_image(small_model) == 8 * 64 + 16 * 16
+    assert outputs_per_image(small_model) == 8 * 64 + 16 * 16, "also the second time"
+
+
+def test_counting_neither_runs_nor_changes_the_network(small_model: Model) -> None:
+    state = {name: value.clone() for name, value in small_model.network.state_dict().items()}
+    small_model.network.train()
+    with batch_statistics(small_model.network) as (means, _):
+        outputs_per_image(small_model)
+        assert means == {}
+    assert small_model.network.training and small_model.device.type == "cpu"
+    assert all(torch.equal(value, state[name]) for name, value in small_model.network.state_dict().items())
+    convolutions = [module for module in small_model.network.modules() if isinstance(module, nn.Conv2d)]
+    assert not any(module._forward_hooks for module in convolutions)
+
+
+def test_what_was_counted_keeps_no_model_alive(small_model: Model) -> None:
+    model = Model("copy", small_model.network, "0" * 64, small_model.preprocessing, small_model.classes, None)
+    outputs_per_image(model)
+    known = weakref.ref(model)
+    del model
+    gc.collect()
+    assert known() is None
+
+
+def test_the_estimate_grows_with_what_is_held(small_model: Model) -> None:
+    def estimate(batch_size: int = 4, **changes: Any) -> int:
+        return estimate_memory(small_model, batch_size, AttackConfig(**{"seeds": 1, **changes}))
+
+    image = 8 * 4 * 3 * 64
+    one = 4 * checks._PER_OUTPUT * outputs_per_image(small_model)
+    assert estimate(seeds=3) - estimate() == 2 * 4 * image
+    assert estimate(5) - estimate() == image + one
+    # The images themselves stay, what the network makes of them goes.
+    assert estimate(4, micro_batch=1) == estimate() - 3 * one
+    assert estimate(4, micro_batch=9) == estimate()
+    # Unmatched weights are not held once more.
+    rest = small_model.network.fc.weight.numel() + small_model.network.fc.bias.numel() + 2 * 16
+    assert estimate() - estimate(layers="layer4") == 4 * checks._PER_MATCHED * rest
+    assert estimate(gradient=0.0, layers="layer3") < estimate(layers="layer4")
+
+
+def test_a_micro_batch_that_would_fit_is_named(small_model: Model, free: Any) -> None:
+    free(estimate_memory(small_model, 8, AttackConfig(seeds=1, micro_batch=3)) + 1)
+    check_memory(small_model, 8, AttackConfig(seeds=1, micro_batch=3))
+    for config in (CONFIG, AttackConfig(seeds=1, micro_batch=5)):
+        with pytest.raises(GradinvError, match=r"set micro_batch to 3, or take fewer seeds or a smaller batch\.$"):
+            check_memory(small_model, 8, config)
+
+
+@pytest.mark.parametrize("config", [CONFIG, AttackConfig(seeds=1, micro_batch=1)], ids=["whole", "single"])
+def test_where_none_fits_none_is_named(small_model: Model, free: Any, config: AttackConfig) -> None:
+    free(1000)
+    with pytest.raises(GradinvError, match=r"GiB are free; take fewer seeds or a smaller batch\.$"):
+        check_memory(small_model, 8, config)
+
+
+def test_no_micro_batch_is_named_for_a_client_in_train_mode(small_model: Model, free: Any) -> None:
+    config = AttackConfig(seeds=1, bn="inferred")
+    free(estimate_memory(small_model, 8, config) - 1)
+    with pytest.raises(GradinvError, match=r"GiB are free; take fewer seeds"):
+        check_memory(small_model, 8, config)

@@ -190,12 +190,13 @@ def _choice(run: str, beside: str | None) -> None:
             width="stretch",
         )
     left, right = st.columns([3, 1], vertical_alignment="bottom")
-    left.pills(
-        "Side by side",
-        [title for title, pair in PAIRS.items() if set(pair) <= set(runs)],
-        key="replay-pair",
-        on_change=lambda: show(*PAIRS.get(st.session_state["replay-pair"], (run, None))),
-    )
+    if pairs := [title for title, pair in PAIRS.items() if set(pair) <= set(runs)]:
+        left.pills(
+            "Side by side",
+            pairs,
+            key="replay-pair",
+            on_change=lambda: show(*PAIRS.get(st.session_state["replay-pair"], (run, None))),
+        )
     right.selectbox(
         "Beside it",
         [name for name in runs if name != run],
@@ -234,14 +235,14 @@ def moving() -> str:
     true, restored = run.classes
     names, right = escape(", ".join(true)), sum(a == b for a, b in zip(true, restored, strict=True))
     leaks = (
-        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and enough of "
-        "each picture to paint it again."
+        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the rough "
+        "look of each picture."
     )
     credits = "; ".join(f"{escape(title)}: {markup.credit_line(credit)}" for title, credit in run.pictures)
     return (
         '<div class="gi-moving"><figure>'
         f'<img class="gi-plays" src="{animation}" alt="Pictures emerge from noise: {names}" width="512" height="128">'
-        f'<img class="gi-still" src="{still}" alt="The rebuilt pictures: {names}" width="512" height="128">'
+        f'<img class="gi-still" src="{still}" alt="The rebuilt pictures: {names}" width="512" height="128" hidden>'
         "<figcaption>What the server rebuilds from the gradient</figcaption></figure><figure>"
         f'<img src="{originals}" alt="The originals: {names}" width="512" height="128">'
         "<figcaption>What the client kept to itself</figcaption></figure>"

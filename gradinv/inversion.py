@@ -41,8 +41,8 @@ def invert(
     it goes on from there, first yielding that step once more: on the CPU it then gives the very images that it would
     have given uninterrupted.
 
-    Several `ranks` share the seeds: each calls this with the same arguments, goes through all snapshots, which are the
-    same on each and of all seeds, and stops where any of them is told to.
+    Several `ranks` share the seeds: each calls this with the same arguments, goes through all snapshots, which hold
+    every seed on each rank, and stops where any of them is told to.
 
     Raises GradinvError, at once, for an observation that does not belong to the model or is not finite, for a config
     that it cannot serve, and where memory would not suffice; and during the run where the objective stops being

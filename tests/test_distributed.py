@@ -33,6 +33,7 @@ from gradinv.victim import observe
 
 ROOT = Path(gradinv.__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+PATIENCE = 600  # seconds for a run of a few steps, should the machine be busy with others
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 CONFIG = AttackConfig(
@@ -240,7 +241,7 @@ def start(cwd: Path, *args: str) -> subprocess.Popen[str]:
 
 def after_records(started: subprocess.Popen[str], run: Path, count: int) -> list[int]:
     """Wait until so many steps are recorded. → the processes of the ranks, by rank."""
-    until = time.monotonic() + 240
+    until = time.monotonic() + PATIENCE
     while not (run / f"frames/{count:06d}.webp").is_file():
         assert started.poll() is None and time.monotonic() < until, "the run did not begin"
         time.sleep(0.02)
@@ -272,7 +273,7 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
         ranks = after_records(started, tmp_path / "run", 3)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
-        output, errors = started.communicate(timeout=240)
+        output, errors = started.communicate(timeout=PATIENCE)
     assert started.returncode != 0
     assert output.count("2 ranks share the 3 seeds.") == 1
     recording = Recording.open("run")
@@ -288,7 +289,7 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
 
     with start(tmp_path, "--resume", "run") as started:
         os.kill(after_records(started, tmp_path / "run", 9)[1], signal.SIGTERM)
-        output, errors = started.communicate(timeout=240)
+        output, errors = started.communicate(timeout=PATIENCE)
     assert started.returncode != 0
     recording = Recording.open("run")
     done = recording.run["iterations"]["done"]
@@ -315,7 +316,7 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
 @pytest.mark.slow
 def test_what_cannot_be_run_is_said_once(tmp_path: Path) -> None:
     with start(tmp_path, "goldfish", *SMALL, "--seeds", "1") as started:
-        _, errors = started.communicate(timeout=240)
+        _, errors = started.communicate(timeout=PATIENCE)
     assert started.returncode != 0
     assert complaints(errors) == [
         "gradinv: 2 ranks cannot share 1 seed; take more seeds, or start torchrun with --nproc-per-node=1."

@@ -107,8 +107,6 @@ class Visitor:
             state = message.rerun_script.widget_states.widgets.add()
             state.id, state.trigger_value = self.buttons[pressed], True
         self.words, self.errors = [], []
-        if not fragment:
-            self.fragment = None
         self.connection.send(message.SerializeToString())
         while not self._take(ForwardMsg.FromString(self.connection.recv(timeout=PATIENCE))):
             pass
@@ -116,7 +114,9 @@ class Visitor:
     def _take(self, message: ForwardMsg) -> bool:
         """Note what a message says; → whether the script has ended."""
         kind = message.WhichOneof("type")
-        if kind == "page_info_changed":
+        if kind == "new_session" and not message.new_session.fragment_ids_this_run:
+            self.fragment = None  # the whole page is drawn anew, with other fragments or none
+        elif kind == "page_info_changed":
             self.query = message.page_info_changed.query_string
         elif kind == "auto_rerun":
             self.fragment = message.auto_rerun.fragment_id, message.auto_rerun.interval
@@ -154,6 +154,9 @@ def visit(host: str, number: int, turn: int, iterations: int, until: float, repo
             report.troubles += [f"{query[:60]}: {error}" for error in visitor.errors]
             return
         begun = time.monotonic()
+        if "Rebuild the pictures" not in visitor.buttons:
+            report.troubles.append(f"The page came without its button: {visitor.words[-3:]}, {visitor.errors}")
+            return
         visitor.rerun("Rebuild the pictures")
         if any("runs are waiting already" in error for error in visitor.errors):
             report.refused += 1
@@ -182,7 +185,7 @@ def come_again(host: str, number: int, turns: int | None, iterations: int, until
     while time.monotonic() < until and turn != turns:
         try:
             visit(host, number, turn, iterations, until, report)
-        except (OSError, TimeoutError, ConnectionClosed, KeyError) as error:
+        except (OSError, TimeoutError, ConnectionClosed) as error:
             report.troubles.append(f"visitor {number}: {error!r}")
             time.sleep(1)
         turn += 1

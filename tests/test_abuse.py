@@ -104,7 +104,9 @@ def soak() -> ModuleType:
 
 @pytest.mark.slow
 def test_visitors_who_come_go_and_bring_hostile_addresses_all_at_once_leave_the_server_well() -> None:
-    report = soak().soak(3, 0, PATIENCE, turns=3, iterations=1)
+    module = soak()
+    module.PATIENCE = PATIENCE
+    report = module.soak(3, 0, PATIENCE, turns=3, iterations=1)
     assert report.troubles == []
     assert report.finished >= 6 and report.hostile == 1 and report.refused == 0
     assert report.waits and report.memory

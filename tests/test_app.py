@@ -172,6 +172,18 @@ def test_settings_are_read_from_the_address(visit: Open) -> None:
     assert app.selectbox(key="set_match").value == "l2"
 
 
+def test_every_setting_is_read_from_the_address(visit: Open) -> None:
+    app = visit(set_match="l2", set_tv="0.3", set_stages="0.5, 0.5", set_box="false", set_seed="5")
+    sound(app)
+    shown = (
+        app.selectbox(key="set_match").value,
+        app.number_input(key="set_tv").value,
+        app.toggle(key="set_box").value,
+    )
+    assert shown == ("l2", 0.3, False)
+    assert app.text_input(key="set_stages").value == "0.5, 0.5" and app.number_input(key="set_seed").value == 5
+
+
 def test_a_preset_brings_its_own_settings(visit: Open) -> None:
     app = visit(seeds="3")
     next(item for item in app.button_group if item.key == "preset").set_value("paper").run()

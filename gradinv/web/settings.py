@@ -125,7 +125,7 @@ def _widget(item: dataclasses.Field[Any], default: Any) -> Any:
     """One field's widget; → a value of the field's type."""
     name, told = item.name.replace("_", " ").capitalize(), item.metadata
     text = told["help"][0].upper() + told["help"][1:]
-    common: dict[str, Any] = {"key": f"set_{item.name}", "help": text, "persist_state": "session"}
+    common: dict[str, Any] = {"key": f"set_{item.name}", "help": text, "bind": "query-params"}
     if told["choices"]:
         return st.selectbox(name, told["choices"], told["choices"].index(default), **common)
     if isinstance(default, bool):

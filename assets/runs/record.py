@@ -55,18 +55,23 @@ RUNS = (
         options=("--seeds", "2"),
     ),
     Run("one", "One picture", "What the server makes of the gradient of a single picture.", FOUR[:1]),
-    Run("eight", "Eight pictures", "Eight pictures share one gradient, and each still comes back.", EIGHT),
+    Run(
+        "eight",
+        "Eight pictures",
+        "Eight pictures share one gradient: shapes and colours come back, details do not.",
+        EIGHT,
+    ),
     Run(
         "sixteen",
         "Sixteen pictures",
-        "With sixteen pictures behind one gradient the server reads each class, but details blur.",
+        "Sixteen pictures share one gradient.",
         SIXTEEN,
         ("--seeds", "1", "--iterations", "400", "--every", "4"),
     ),
     Run(
         "bn-exact",
         "BN statistics leaked",
-        "The client also leaks the exact batch-normalisation statistics of its batch, and the pictures sharpen.",
+        "The client also leaks the exact batch-normalisation statistics of its batch, and the server matches them.",
         options=("--seeds", "1", "--bn", "exact"),
     ),
     Run(
@@ -78,8 +83,7 @@ RUNS = (
     Run(
         "gradient-off",
         "Without the gradient",
-        "A control: only the labels are taken from the gradient. The network then dreams of the classes, not of these "
-        "pictures.",
+        "A control: only the labels are taken from the gradient; the rest comes from the network alone.",
         options=("--seeds", "1", "--gradient", "0", "--features", "0", "--errors", "predicted"),
     ),
     Run(

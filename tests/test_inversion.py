@@ -130,9 +130,10 @@ def test_stop_between_snapshots_still_yields_what_was_reached(small_model, obser
             stop.set()
         return forward(x)
 
+    # A recorded step would not call the network; the estimate of the memory would.
+    stream = invert(small_model, observation, dataclasses.replace(CONFIG, stepping="eager"), stop=stop)
     small_model.network.forward = counted
-    # A recorded step would not call the network.
-    *_, last = invert(small_model, observation, dataclasses.replace(CONFIG, stepping="eager"), stop=stop)
+    *_, last = stream
     # Two seeds take turns: the tenth evaluation is the second of step 5, which is completed.
     assert last.step == 5
 

@@ -114,14 +114,14 @@ class Visitor:
     def _take(self, message: ForwardMsg) -> bool:
         """Note what a message says; → whether the script has ended."""
         kind = message.WhichOneof("type")
-        if kind == "new_session" and not message.new_session.fragment_ids_this_run:
-            self.fragment = None  # the whole page is drawn anew, with other fragments or none
-        elif kind == "page_info_changed":
+        if kind == "page_info_changed":
             self.query = message.page_info_changed.query_string
         elif kind == "auto_rerun":
             self.fragment = message.auto_rerun.fragment_id, message.auto_rerun.interval
         elif kind == "script_finished":
-            return message.script_finished != ForwardMsg.FINISHED_EARLY_FOR_RERUN
+            if message.script_finished != ForwardMsg.FINISHED_EARLY_FOR_RERUN:
+                return True
+            self.fragment = None  # the whole page follows, with other fragments or none
         elif kind == "delta" and message.delta.WhichOneof("type") == "new_element":
             element = message.delta.new_element
             name = element.WhichOneof("type")

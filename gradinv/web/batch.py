@@ -19,7 +19,7 @@ from gradinv.web.guard import guarded
 from gradinv.web.lessons import Candidate, Pool
 
 TOP = 3  # pictures that are shown for each of the batch
-AMONG = {"samples": "Sample pictures", "folder": "The server’s ImageNet folder"}
+AMONG = ("samples", "ImageNet folder")  # as the address says it too
 TICK = 1.0  # seconds between two looks at how far the folder is
 
 
@@ -146,15 +146,9 @@ def _pool(name: str) -> Pool | None:
     if not _has_folder():
         return lessons.samples(name)
     among = st.segmented_control(
-        "Search among",
-        list(AMONG),
-        default="samples",
-        required=True,
-        key="among",
-        bind="query-params",
-        format_func=AMONG.__getitem__,
+        "Search among", AMONG, default=AMONG[0], required=True, key="among", bind="query-params"
     )
-    if among == "samples":
+    if among == AMONG[0]:
         return lessons.samples(name)
     index = Index.of(name)
     if index.problem:

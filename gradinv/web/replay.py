@@ -242,7 +242,7 @@ def moving() -> str:
     return (
         '<div class="gi-moving"><figure>'
         f'<img class="gi-plays" src="{animation}" alt="Pictures emerge from noise: {names}" width="512" height="128">'
-        f'<img class="gi-still" src="{still}" alt="The rebuilt pictures: {names}" width="512" height="128" hidden>'
+        f'<img class="gi-still" src="{still}" alt="The rebuilt pictures: {names}" width="512" height="128">'
         "<figcaption>What the server rebuilds from the gradient</figcaption></figure><figure>"
         f'<img src="{originals}" alt="The originals: {names}" width="512" height="128">'
         "<figcaption>What the client kept to itself</figcaption></figure>"

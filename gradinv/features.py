@@ -154,7 +154,7 @@ class FinalLayer:
         generator = torch.Generator().manual_seed(0)
         for _ in range(starts):
             state = self._alternate(self._shaken(self._ratio(labels), given, generator), given, rounds=5)
-            state, _ = absent._descend(state, torch.zeros_like(given), 150)
+            state, _ = absent._descend(state, torch.zeros_like(given), 60)
             yield self._labels_of(state, absent._scale_at(state, torch.zeros_like(given))).argmax(1)
 
     def _without(self, classes: Tensor) -> FinalLayer:

@@ -49,7 +49,7 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
     `auto` takes, of all methods' readings, the one whose recovered features explain that gradient. Where none does,
     labels are solved from the equations of the classes that no image has (`FinalLayer.readings`), then single ones are
     moved to where the features lack one, and the method is that reading's, "corrected". Where nothing comes near, as
-    behind noise, the choice is by whether the classes look distinct.
+    behind noise, it is column minimum if the classes look distinct, else iLRG.
 
     Raises GradinvError for an unknown method, where it needs a bias that the layer lacks or distinct labels that the
     classes do not suffice for, for a batch size below 1, and where the gradient is not finite.
@@ -74,7 +74,8 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
         evidence *= count / evidence.clamp(min=0).sum().clamp(min=torch.finfo(evidence.dtype).tiny)
         _, order = observation.gradients[f"{model.final}.weight"].min(dim=1).values.cpu().sort(stable=True)
         name, labels, residual = _search(layer, tried, evidence, order)
-        if residual < _CHANGED:
+        # A search that found no explanation is trusted only where labels repeat and not much is missing.
+        if residual < EXPLAINED or (residual < _CHANGED and _likeliest(model, observation, tried) != "column-minimum"):
             return RestoredLabels(labels.to(next(iter(tried.values())).device), name, _trust(residual))
     name = _likeliest(model, observation, tried)
     agreement = _agreement(tried[name], [tried[key] for key in tried if key != name])
@@ -248,6 +249,8 @@ def _search(
             for labels in layer.readings(first, present):
                 if test(EQUATIONS, labels, starts):
                     return
+        if min(known[0] for known in tested.values()) > _CHANGED:
+            return
         while len(tested) < most:
             open_moves = (
                 (name, moved)

@@ -21,12 +21,13 @@ TORCH_INDEX_STAMP := $(STAMPS)/index
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: app test lint clean help always
+.PHONY: app test lint soak clean help always
 
 help:
 	@echo "make app    set up what is missing and serve the page (PORT=$(PORT), ADDRESS=$(ADDRESS))"
 	@echo "make test   set up what is missing, then linters, type checker and all tests"
 	@echo "make lint   linters and type checker only"
+	@echo "make soak   many visitors at once on a server of its own, with its memory's slope"
 	@echo "make clean  remove .venv and what the tools cached"
 	@echo "TORCH_INDEX=<url> takes torch from that package index, PYTHON=<path> chooses the interpreter of a new .venv."
 
@@ -40,6 +41,9 @@ lint: $(STAMPS)/test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy gradinv
+
+soak: $(STAMPS)/test
+	$(PY) docs/soak.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -6,6 +6,7 @@ import streamlit as st
 
 from gradinv.paths import ASSETS
 from gradinv.web import batch, defences, how, lessons_labels, live, replay
+from gradinv.web.guard import keep_finite
 
 st.set_page_config(
     page_title="gradinv: what a shared gradient gives away",
@@ -29,4 +30,5 @@ page = st.navigation(
     ],
     position="top",
 )
+keep_finite()
 page.run()

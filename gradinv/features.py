@@ -256,7 +256,7 @@ class FinalLayer:
         misfit = scale * predicted - self._target
         slopes = self._to_logits[1:].T[None] - (probabilities @ self._to_logits[1:].T)[:, None]
         change = (probabilities * self._kept)[:, :, None] * slopes  # (B, N, z)
-        flat = change.transpose(0, 1).reshape(-1, count * width)  # (N, B · z)
+        flat = change.transpose(0, 1).reshape(probabilities.shape[1], count * width)  # (N, B · z)
         hessian = (flat.T @ flat).view(count, width, count, width) * (mixture @ mixture.T)[:, None, :, None]
         cross = torch.einsum("wz,kwy->kzwy", state, (errors @ flat).view(count, count, width))
         hessian = hessian + cross + cross.permute(2, 3, 0, 1)
@@ -276,7 +276,7 @@ class FinalLayer:
 
         gradient = pulled(misfit) + (self._penalty * features.clamp(max=0) @ inner.T).reshape(-1)
         joint = torch.empty(len(gradient) + 1, len(gradient) + 1, dtype=hessian.dtype)
-        joint[:-1, :-1] = hessian.view(len(gradient), -1)
+        joint[:-1, :-1] = hessian.view(len(gradient), len(gradient))
         joint[-1, :-1] = joint[:-1, -1] = pulled(predicted)
         joint[-1, -1] = predicted.square().sum()
         return joint, torch.cat([gradient, gradient.new_zeros(1)])  # s is the best already

@@ -135,6 +135,17 @@ def test_one_image_is_solved_exactly(small_model, small_batch):
     torch.testing.assert_close(recovered.features, true_features(small_model, pixels), rtol=1e-4, atol=1e-5)
 
 
+def test_the_label_of_one_image_follows_from_the_absent_classes(small_model, small_batch):
+    """Nothing is unknown then: R is the bias column alone."""
+    pixels, labels = small_batch
+    layer = FinalLayer(small_model, observe(small_model, pixels[:1], labels[:1]))
+    present = torch.zeros(6, dtype=torch.bool)
+    present[labels[:1]] = True
+    assert [reading.tolist() for reading in layer.readings(torch.tensor([0]), present, starts=1)] == [
+        labels[:1].tolist()
+    ]
+
+
 def test_residual_tells_wrong_labels(small_model, small_batch):
     pixels, labels = small_batch
     observation = observe(small_model, pixels, labels)

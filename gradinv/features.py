@@ -151,11 +151,13 @@ class FinalLayer:
             return
         absent = self._without(present)
         given = F.one_hot(labels, len(self._bias)).double()
+        nothing = torch.zeros_like(given)  # no label is in the absent classes' equations
+        ratio = self._ratio(labels)
         generator = torch.Generator().manual_seed(0)
         for _ in range(starts):
-            state = self._alternate(self._shaken(self._ratio(labels), given, generator), given, rounds=5)
-            state, _ = absent._descend(state, torch.zeros_like(given), 60)
-            yield self._labels_of(state, absent._scale_at(state, torch.zeros_like(given))).argmax(1)
+            state = self._alternate(self._shaken(ratio, given, generator), given, rounds=5)
+            state, _ = absent._descend(state, nothing, 60)
+            yield self._labels_of(state, absent._scale_at(state, nothing)).argmax(1)
 
     def _without(self, classes: Tensor) -> FinalLayer:
         """The equations of all other classes; classes: (N,) bool."""

@@ -72,7 +72,7 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
         evidence = -observation.gradients[f"{model.final}.bias"].cpu().double()
         # Whole images, whatever the gradient's scale: true labels sum to K, and little of them is lost to p.
         evidence *= count / evidence.clamp(min=0).sum().clamp(min=torch.finfo(evidence.dtype).tiny)
-        _, order = observation.gradients[f"{model.final}.weight"].min(dim=1).values.cpu().sort(stable=True)
+        order = observation.gradients[f"{model.final}.weight"].min(dim=1).values.cpu().argsort(stable=True)
         name, labels, residual = _search(layer, tried, evidence, order)
         # A search that found no explanation is trusted only where labels repeat and not much is missing.
         if residual < EXPLAINED or (residual < _CHANGED and _likeliest(model, observation, tried) != "column-minimum"):

@@ -16,6 +16,8 @@ from gradinv.models import Model
 from gradinv.objective import check_train_mode, matched_parameters, running_statistics
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def check_observation(model: Model, observation: Observation) -> None:
     """Raises GradinvError, in one sentence, for an observation that is not one of this model or is not finite."""
@@ -109,7 +111,7 @@ def _check_tensor(value: Tensor, shape: torch.Size, what: str) -> None:
         raise GradinvError(f"The {what} is {value!r}; a tensor is expected.")
     if value.shape != shape:
         raise GradinvError(f"The {what} has the shape {tuple(value.shape)} instead of {tuple(shape)}.")
-    if not value.is_floating_point():
+    if value.dtype not in _FLOATS:  # torch cannot even compare smaller ones
         raise GradinvError(f"The {what} holds {value.dtype}; floating-point numbers are expected.")
     if not torch.isfinite(value).all():
         raise GradinvError(f"The {what} holds values that are not finite, so there is nothing to match.")

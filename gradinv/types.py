@@ -9,6 +9,7 @@ Images are float32 of shape (B, 3, H, W). *Pixels* are in [0, 1]; *normalised* i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ class GradinvError(ValueError):
 
 Gradients: TypeAlias = Mapping[str, Tensor]
 """From parameter name to the gradient of the batch's mean cross-entropy, in the parameter's shape."""
+
+_NAME = re.compile(r"[\w.]{1,200}")
 
 MODES = ("eval", "train")
 """The forward modes of a client: BN by the running statistics, or by those of the batch."""
@@ -129,17 +132,29 @@ class Observation:
     def load(cls, path: str | Path) -> Observation:
         """Read what `save` wrote. Raises GradinvError where the file is not an observation."""
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, safetensors.SafetensorError) as error:
+            data = Path(path).read_bytes()
+        except OSError as error:
             raise GradinvError(f"Cannot read an observation from {path}: {error}.") from error
+        return cls.unpack(data, str(path))
+
+    @classmethod
+    def unpack(cls, data: bytes, path: str) -> Observation:
+        """The inverse of `pack`; `path` is what errors call the file. Raises GradinvError for what is none."""
+        try:
+            tensors = safetensors.torch.load(data)
+            # Only now is it sure that there is a header. The reader of bytes leaves its metadata out.
+            size = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+        except Exception as error:  # the reader raises half a dozen types for what is damaged
+            raise GradinvError(
+                f"Cannot read an observation from {path}: it is no complete safetensors file ({error!s:.80})."
+            ) from error
         try:
             facts = json.loads(metadata["observation"])
             if facts["format"] != 1:
                 raise GradinvError(
-                    f"The observation {path} is of format {facts['format']}, and this version reads format 1; use the "
-                    "version of gradinv that wrote it."
+                    f"The observation {path} is of format {facts['format']!s:.20}, and this version reads format 1; "
+                    "use the version of gradinv that wrote it."
                 )
             shape = facts["preprocessing"]
             preprocessing = Preprocessing(
@@ -149,7 +164,12 @@ class Observation:
             parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
             for key, value in tensors.items():
                 kind, name = key.split("/", 1)
+                if not _NAME.fullmatch(name):
+                    raise ValueError("a tensor is not named as a module's parameters are")
                 parts[kind][name] = value
+            for told in ("model_name", "model_sha256"):
+                if not isinstance(facts[told], str):
+                    raise TypeError(f"its {told} is no text")
 
             def statistics(kind: str) -> BatchNormStatistics | None:
                 mean, var = parts[f"{kind}.mean"], parts[f"{kind}.var"]
@@ -167,8 +187,8 @@ class Observation:
             )
         except GradinvError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise GradinvError(f"{path} is a safetensors file, but not an observation: {error!r}.") from error
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise GradinvError(f"{path} is a safetensors file, but not an observation: {error!r:.80}.") from error
 
 
 @dataclass(frozen=True)

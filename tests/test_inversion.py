@@ -194,6 +194,7 @@ def test_observations_that_do_not_fit_are_refused_in_one_sentence(small_model, s
         (broken(observation, "conv1.weight", nan), "gradient of conv1.weight holds values that are not finite"),
         (broken(observation, "bn1.weight", torch.zeros(3)), r"bn1.weight has the shape \(3,\) instead of \(8,\)"),
         (broken(observation, "bn1.weight", torch.ones(8, dtype=torch.int64)), "bn1.weight holds torch.int64; float"),
+        (broken(observation, "bn1.weight", torch.ones(8).to(torch.float8_e5m2)), "bn1.weight holds torch.float8_e5m2"),
         (broken(observation, "fc.bias", None), "gradient of fc.bias is None; a tensor is expected"),
         (changed(gradients=missing), "lacks the gradient of bn1.weight and 1 more; small has 8 parameters"),
         (changed(gradients=wrapped), "a gradient of module.fc.weight, which small does not have"),

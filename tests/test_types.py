@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,39 @@ def test_what_is_not_an_observation(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.zeros(2)}, other, metadata={"observation": "{}"})
     with pytest.raises(GradinvError, match="not an observation"):
         Observation.load(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"preprocessing": {"size": math.inf, "resize": 9, "mean": [0.5] * 3, "std": [0.5] * 3}}, "infinity"),
+        ({"model_sha256": ["a"]}, "its model_sha256 is no text"),
+        ({"model_name": 7}, "its model_name is no text"),
+        ({"format": "x" * 1000}, "is of format x{20}, and"),
+    ],
+)
+def test_what_its_metadata_cannot_be(change: dict[str, object], said: str) -> None:
+    facts = {
+        "format": 1,
+        "batch_size": 2,
+        "preprocessing": dataclasses.asdict(PREPROCESSING),
+        "model_name": "small",
+        "model_sha256": "0" * 64,
+        "mode": "eval",
+    }
+    tensors = {"gradient/fc.bias": torch.ones(4)}
+
+    def packed(facts: str, tensors: dict[str, torch.Tensor] = tensors) -> bytes:
+        return safetensors.torch.save(tensors, metadata={"observation": facts})
+
+    assert Observation.unpack(packed(json.dumps(facts)), "mine").batch_size == 2
+    with pytest.raises(GradinvError, match=said):
+        Observation.unpack(packed(json.dumps({**facts, **change})), "mine")
+    with pytest.raises(GradinvError, match="mine is a safetensors file, but not an observation: RecursionError"):
+        Observation.unpack(packed("[" * 100_000), "mine")
+    for name in ("fc bias", "a" * 201, "![](x)"):
+        with pytest.raises(GradinvError, match="a tensor is not named as a module's parameters are"):
+            Observation.unpack(packed(json.dumps(facts), {f"gradient/{name}": torch.ones(4)}), "mine")
 
 
 def test_observation_that_cannot_be_written(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class AttackConfig:
         "auto",
         "how a step is executed, with the same result: by autograd, by a recording of its operations, by that as a "
         "CUDA graph, or by whichever is fastest here",
-        choices=("auto", "eager", "traced", "graph"),
+        choices=("auto", "eager", "traced", "packed", "graph"),
     )
     micro_batch: int = _option(
         0,

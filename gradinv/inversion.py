@@ -58,7 +58,8 @@ def invert(
     run = Run(model, observation.batch_size, config, start, ranks)
     if resume is not None:
         run.restore(resume)
-    stepper = Stepper(objective, config.stepping, steps=own.iterations * own.seeds)
+    # By the whole run's steps, so that each number of ranks executes them alike.
+    stepper = Stepper(objective, config.stepping, steps=config.iterations * config.seeds)
     known = _Known(objective.weights, restored, None if objective.recovered is None else objective.recovered.residual)
     stream = _iterate(run, stepper, known, every, interval, stop or threading.Event(), resume)
     return Snapshots(run, stream)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradinv import benchmark, cli, stepping
+from gradinv import benchmark, cli, tape
 from gradinv.benchmark import Plan, Variant, as_csv, line, measure, operations, pictures, random_weights, spread
 from gradinv.cli.benchmark import remarks, rows_table
 from gradinv.config import AttackConfig
@@ -145,7 +145,7 @@ def test_a_fall_back_is_told(small_model: Model, monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(stepping, "_simplified", fail)
+    monkeypatch.setattr(tape, "_simplified", fail)
     with caplog.at_level(logging.ERROR):
         result = measure(plan(small_model, batch_sizes=(2,)))
     assert [row["fell_back"] for row in result["rows"]] == [False, True]
@@ -190,7 +190,7 @@ def test_peers_run_on_the_same_gradient(small_model: Model, monkeypatch: pytest.
         ({"batch_sizes": (0,)}, r"^batch sizes takes numbers of at least 1\.$"),
         ({"micro_batches": (-1,)}, r"^micro batches takes numbers of at least 0\.$"),
         ({"rounds": 0}, r"^At least one round of one iteration has to be timed\.$"),
-        ({"stepping": ("fast",)}, r"^stepping takes auto, eager, traced, graph, not 'fast'\.$"),
+        ({"stepping": ("fast",)}, r"^stepping takes auto, eager, traced, packed, graph, not 'fast'\.$"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(small_model: Model, changes: Any, sentence: str) -> None:
@@ -294,7 +294,7 @@ def test_json_is_one_object(quick: list[str], capsys: Any) -> None:
     ("given", "sentence"),
     [
         (["--threads", "0"], "--threads takes a number of at least 1, not 0."),
-        (["--stepping", "fast"], "stepping takes auto, eager, traced, graph, not 'fast'."),
+        (["--stepping", "fast"], "stepping takes auto, eager, traced, packed, graph, not 'fast'."),
         (["--stepping", "graph"], "stepping=graph needs a CUDA device"),
         (["--random-weights", "--model", "mine.pth"], "Random weights are made for a named network only"),
     ],

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         f"gradinv.{name}"
         for name in (
             *("checks", "consensus", "defenses", "distributed", "features", "gallery", "labels", "metrics"),
-            *("objective", "prior", "registration", "sources", "state", "stepping", "victim"),
+            *("objective", "prior", "registration", "sources", "state", "stepping", "tape", "victim"),
         )
     ),
     frozenset({"gradinv.inversion"}),

@@ -14,14 +14,14 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
-from gradinv.defenses import clip, gaussian_epsilon, gaussian_sigma
+from gradinv.defenses import clip, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.features import EXPLAINED
 from gradinv.gallery import Gallery, pooled
 from gradinv.models import Model
 from gradinv.sources import Picture
 from gradinv.types import GradinvError
 from gradinv.victim import observe
-from gradinv.web import batch, defences, lessons, lessons_labels, shared
+from gradinv.web import batch, defences, lessons, lessons_labels, markup, replay, shared
 from gradinv.web.lessons import Candidate, Pool
 
 PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
@@ -171,7 +171,7 @@ def test_the_privacy_statement_needs_clipping_and_noise() -> None:
     alone = defences.privacy(["clip:0.3"])
     assert "none" in alone and f"σ = {gaussian_sigma(0.6, 8, 1e-5):.3g}" in alone
     both = defences.privacy(["clip:0.3", "noise:1", "quantise:4"])
-    assert f"(ε, δ) = ({gaussian_epsilon(0.6, 1, 1e-5):.3g}, 1e-05)" in both
+    assert f"(ε, δ) = ({gaussian_epsilon(0.6, 1, 1e-5):.3g}, 1e-5)" in both
 
 
 @pytest.mark.parametrize("norm", lessons.STRENGTHS["clip"][1])
@@ -330,3 +330,20 @@ def test_clipping_costs_length_only_and_strong_noise_leaves_nothing(visit: Open)
     assert "<tr><td>No defence</td><td>4 of 4</td><td>4 of 4</td>" in said
     assert "<tr><td>Defended</td><td>4 of 4</td>" not in said
     assert "<dt>cosine</dt><dd>0.00" in said
+
+
+def test_defences_link_to_the_recorded_run_behind_one_beside_its_undefended_twin(visit: Open) -> None:
+    links = [item.proto for item in visit("defences", size="2").get("page_link")]
+    pairs = replay.defended()
+    assert [link.query_string for link in links] == [f"run={one.name}&beside={other.name}" for one, other in pairs]
+    for link, (one, other) in zip(links, pairs, strict=True):
+        assert one.pictures == other.pictures and not one.defences
+        assert all(parse(text).note in link.label for text in other.defences)
+    assert ("four", "noise") in [(one.name, other.name) for one, other in pairs]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.8571, "0.86"), (9.13e-7, "9.1e-7"), (2.011e6, "2e6"), (1e-10, "1e-10"), (math.inf, "inf")]
+)
+def test_numbers_are_short(value: float, said: str) -> None:
+    assert markup.number(value) == said

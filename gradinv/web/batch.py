@@ -55,7 +55,7 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
             [
                 ("searched", markup.count(len(pool.candidates), "picture")),
                 ("time to read the gradient", f"{found.seconds:.1f} s"),
-                ("residual of the features", f"{found.residual:.1e}"),
+                ("residual of the features", markup.number(found.residual)),
                 *(
                     [
                         ("labels right", f"{lessons.right(found.labels, pool.labels(places))} of {len(places)}"),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gradinv import figures
 from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.types import Gradients
-from gradinv.web import lessons, markup
+from gradinv.web import lessons, markup, replay
 from gradinv.web.guard import guarded
 from gradinv.web.lessons import Attack, Pool
 from gradinv.web.markup import Row, Tile
@@ -69,13 +69,14 @@ def privacy(texts: Sequence[str]) -> str:
         if sigma is None:
             return "**Privacy guarantee:** none, since nothing is left to chance."
         return "**Privacy guarantee:** none, since without clipping nothing bounds what one batch adds to the gradient."
-    needed = f"ε = {EPSILON:g} would take σ = {gaussian_sigma(2 * norm, EPSILON, DELTA):.3g} on every number."
+    least = markup.number(gaussian_sigma(2 * norm, EPSILON, DELTA), 3)
+    needed = f"ε = {EPSILON:g} would take σ = {least} on every number."
     if sigma is None:
         return f"**Privacy guarantee:** none, since clipping leaves nothing to chance; {needed}"
-    epsilon = gaussian_epsilon(2 * norm, sigma, DELTA)
+    reached = f"{markup.number(gaussian_epsilon(2 * norm, sigma, DELTA), 3)}, {markup.number(DELTA)}"
     return (
-        f"**Privacy guarantee:** (ε, δ) = ({epsilon:.3g}, {DELTA:g}) for the whole batch and one round, none for a "
-        f"single picture of it; {needed}"
+        f"**Privacy guarantee:** (ε, δ) = ({reached}) for the whole batch and one round, none for a single picture of "
+        f"it; {needed}"
     )
 
 
@@ -99,7 +100,7 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
                 text,
                 f"{lessons.right(found.labels, true)} of {len(places)}",
                 f"{lessons.found(first, places)} of {len(places)}",
-                f"{found.residual:.1e}",
+                markup.number(found.residual),
             ]
         )
         uris = lessons.painted(choice.network, pool.name, places, own, choice.seed, found.features)
@@ -112,6 +113,9 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
         "the features comes from a **learned prior**, a network trained on 100,000 public pictures. The page Live "
         "rebuilds in earnest."
     )
+    for one, other in replay.defended():
+        notes = " ".join(parse(text).note for text in other.defences)
+        replay.link(f"A whole attack, recorded without a defence and with one: {notes}", one.name, other.name)
 
 
 def _originals(pool: Pool, places: Sequence[int], shown: bool) -> Row:

@@ -203,15 +203,16 @@ def page() -> None:
             "</header>"
         )
         shown = example()
-        for number, step in enumerate(STEPS, 1):
-            st.header(f"{number}. {step.title}", anchor=f"step-{number}")
-            picture, words = st.columns([3, 2], gap="large")
-            with picture:
-                step.draw(shown)
-            with words:
-                for equation in step.equations:
-                    st.latex(equation)
-                st.markdown(step.words)
+        with st.container(key="how-steps"):
+            for number, step in enumerate(STEPS, 1):
+                st.header(f"{number}. {step.title}", anchor=f"step-{number}")
+                picture, words = st.columns([3, 2], gap="large")
+                with picture:
+                    step.draw(shown)
+                with words:
+                    for equation in step.equations:
+                        st.latex(equation)
+                    st.markdown(step.words)
         _closing(shown)
 
 
@@ -281,7 +282,7 @@ def _draw_features(shown: Example) -> None:
     )
     st.caption(
         "Cosine: between the features that were recovered and the picture’s own. Solved for in closed form, they leave "
-        f"a share of {shown.residual:.1e} of the last layer’s gradient unexplained."
+        f"a share of {markup.number(shown.residual)} of the last layer’s gradient unexplained."
     )
 
 
@@ -379,7 +380,7 @@ STEPS = (
         "Many pictures have nearly the same gradient, and most of them look like noise. Three priors say which are "
         "natural: the **total variation** is small where neighbouring pixels agree, the **ℓ2 norm** keeps values in "
         "bounds, and the **BN statistics** of every layer should be those that the network saw in training. All three "
-        "are public knowledge. The numbers show how two of them judge a whole batch: R_TV and R_BN, small is natural.",
+        "are public knowledge. The numbers show how two of them judge a whole batch: TV and BN, small is natural.",
     ),
     Step(
         "Several seeds, one consensus",
@@ -400,7 +401,8 @@ STEPS = (
         _draw_features,
         (
             r"\nabla W^{(FC)} = \frac{1}{K} A^\top F",
-            r"A_{k,c} = p_k[c] - \mathbb{1}[c = y_k], \quad p = \operatorname{softmax}(F W^\top + b)",
+            r"\begin{aligned} A_{k,c} & = p_k[c] - \mathbb{1}[c = y_k] \\ p & = \operatorname{softmax}(F W^\top + b)"
+            r" \end{aligned}",
         ),
         "**Ours, not the paper’s.** The last layer’s gradient is a product of two unknown matrices: the pictures’ "
         "features F and their output errors A. But A follows from F, so with the labels known the equation can be "

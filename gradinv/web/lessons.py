@@ -143,7 +143,7 @@ def samples(name: str) -> Pool:
 
 def _features(network: Model, candidates: Sequence[Candidate]) -> Tensor:
     pixels = pixels_of(network, candidates)
-    with shared._using:
+    with shared.using:
         return pooled(network, pixels)
 
 
@@ -234,7 +234,7 @@ def observed(name: str, among: str, places: tuple[int, ...], _pool: Pool) -> Obs
     large as the network."""
     network = shared.model(name)
     pixels = pixels_of(network, [_pool.candidates[place] for place in places])
-    with shared._using:
+    with shared.using:
         return observe(network, pixels, _pool.labels(places))
 
 

@@ -192,11 +192,13 @@ def picture(gradient: Tensor, names: Sequence[str], count: int, true: Mapping[in
             mode="markers",
             marker={"symbol": symbol, "size": 11, "color": NEUTRAL, "line": {"width": 2, "color": NEUTRAL}},
             hoverinfo="skip",
+            cliponaxis=False,
         )
     figure.add_hline(y=count - 0.5, line={"color": NEUTRAL, "dash": "dash", "width": 1.5})
-    figure.update_xaxes(title_text=f"{len(columns)} of {gradient.shape[1]} features", showticklabels=False)
-    figure.update_yaxes(tickvals=places, ticktext=labels, autorange="reversed", showgrid=False)
-    figure.update_xaxes(showgrid=False, zeroline=False)
+    plain = {"ticks": "", "showgrid": False, "zeroline": False}
+    title = f"{len(columns)} of {gradient.shape[1]} features"
+    figure.update_xaxes(**plain, title_text=title, showticklabels=False, range=[-0.5, len(columns) - 0.5])
+    figure.update_yaxes(**plain, tickvals=places, ticktext=labels, range=[len(rows) - 0.5, -0.5])
     return figure.update_layout(**lessons.LAYOUT, height=90 + 21 * len(rows))
 
 

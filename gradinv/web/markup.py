@@ -7,6 +7,7 @@ st.markdown patches its elements in place: a picture whose address changes is sw
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -149,6 +150,11 @@ def results(rows: Sequence[Sequence[str]], mean: Sequence[str]) -> str:
         f'<div class="gi-scroll" tabindex="0" role="region" aria-label="Final numbers">'
         f'<table class="gi-table gi-numbers">{head}<tbody>{body}</tbody>{foot}</table></div>'
     )
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number of any size in so many significant digits: 0.86, 9.1e-7."""
+    return re.sub(r"e([+-])0*", lambda found: f"e{found[1].strip('+')}", f"{value:.{digits}g}")
 
 
 def facts(items: Sequence[tuple[str, str]]) -> str:

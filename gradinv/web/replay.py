@@ -57,6 +57,11 @@ class Bundled:
     order: tuple[int, ...]  # for each original its place in the frames
 
     @property
+    def defences(self) -> list[str]:
+        """What the client did to its gradient, in the notation of `defenses.parse`."""
+        return list(self.recording.run["client"]["defences"])
+
+    @property
     def classes(self) -> tuple[list[str], list[str]]:
         """The true classes and the restored ones, both in the originals' order."""
         labels = self.recording.run["labels"]
@@ -151,6 +156,23 @@ def _page() -> None:
         st.html(f"<p>Pictures:</p>{markup.credits(pictures.items())}")
 
 
+def defended() -> list[tuple[Bundled, Bundled]]:
+    """The pairs of an undefended run and one behind a defence, which Replay shows side by side."""
+    runs = library()
+    pairs = [(runs[one], runs[other]) for one, other in PAIRS.values() if {one, other} <= set(runs)]
+    return [(one, other) for one, other in pairs if not one.defences and other.defences]
+
+
+def link(label: str, run: str, beside: str | None = None) -> None:
+    """A link to a run on this page, beside another or alone."""
+    st.page_link(
+        st.Page(page, title="Replay", url_path="replay"),
+        label=label,
+        icon=":material/movie:",
+        query_params={"run": run} if beside is None else {"run": run, "beside": beside},
+    )
+
+
 def _asked(parameter: str) -> str | None:
     """The run that the address names; says so where there is none of that name."""
     name = st.query_params.get(parameter)
@@ -195,6 +217,7 @@ def _choice(run: str, beside: str | None) -> None:
             "Side by side",
             pairs,
             key="replay-pair",
+            wrap=True,
             on_change=lambda: show(*PAIRS.get(st.session_state["replay-pair"], (run, None))),
         )
     right.selectbox(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import streamlit as st
@@ -53,16 +54,7 @@ def _origin(name: str) -> str:
 
 def panel(model: str) -> AttackConfig:
     """Seeds, iterations, preset and BN assumption, the rest in an expander. Raises GradinvError for what cannot be."""
-    preset = st.segmented_control(
-        "Preset",
-        list(PRESETS),
-        default="demo",
-        required=True,
-        key="preset",
-        bind="query-params",
-        on_change=_restore_defaults,
-    )
-    st.caption(PRESETS[preset])
+    preset = _told("Preset", PRESETS, "demo", "preset", on_change=_restore_defaults)
     base = AttackConfig.preset(preset, model)
     left, middle, right = st.columns([1, 1, 2])
     seeds = left.number_input(
@@ -84,30 +76,26 @@ def panel(model: str) -> AttackConfig:
         bind="query-params",
         help="Optimisation steps of each seed.",
     )
-    bn = right.segmented_control(
-        "BN statistics that the attacker uses",
-        list(BN),
-        default=base.bn,
-        required=True,
-        key="bn",
-        bind="query-params",
-    )
-    right.caption(BN[bn])
+    with right:
+        bn = _told("BN statistics that the attacker uses", BN, base.bn, "bn")
     start = "random"
     if model in DECODERS:
-        start = st.segmented_control(
-            "What the attack starts from",
-            list(START),
-            default=base.start,
-            required=True,
-            key="start_from",
-            bind="query-params",
-        )
-        st.caption(START[start])
+        start = _told("What the attack starts from", START, base.start, "start_from")
     with st.expander("Advanced settings"):
         advanced = _advanced(base)
     plain = {"seeds": int(seeds), "iterations": int(iterations), "bn": bn, "start": start}
     return AttackConfig.from_dict({**advanced, **plain})
+
+
+def _told(
+    label: str, options: Mapping[str, str], default: str, key: str, on_change: Callable[[], None] | None = None
+) -> str:
+    """A choice between options, with what the chosen one means below it."""
+    chosen = st.segmented_control(
+        label, list(options), default=default, required=True, key=key, bind="query-params", on_change=on_change
+    )
+    st.caption(options[chosen])
+    return str(chosen)
 
 
 def _advanced(base: AttackConfig) -> dict[str, Any]:

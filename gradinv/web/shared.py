@@ -28,7 +28,8 @@ _KEPT = 2  # models for each user
 _models: OrderedDict[tuple[User, str], Model] = OrderedDict()
 _loading: defaultdict[tuple[User, str], threading.Lock] = defaultdict(threading.Lock)
 _guard = threading.Lock()
-_using = threading.Lock()
+using = threading.Lock()
+"""Held while a page runs a network: hooks on it hear every thread that does."""
 
 
 def model(name: str, user: User = "page") -> Model:
@@ -82,7 +83,7 @@ def preview(name: str, batch: tuple[tuple[str, int], ...], method: str, _pixels:
     """Share the gradient of pixels (B, 3, S, S) in [0, 1] and look at it. `batch`: what tells it from others, and its
     labels; `method`: how they are restored. Raises GradinvError where the labels cannot be restored."""
     network = model(name)
-    with _using:
+    with using:
         observation = observe(network, _pixels, torch.tensor([label for _, label in batch]))
     found = restore_labels(network, observation, method)
     return Preview(figures.layer_norms(observation), tuple(found.labels.tolist()), found.method, found.confidence)
@@ -91,7 +92,7 @@ def preview(name: str, batch: tuple[tuple[str, int], ...], method: str, _pixels:
 @st.cache_data(max_entries=256, show_spinner=False)
 def prediction(name: str, upload: str, _pixels: Tensor) -> int:
     """The label that a model gives a picture of pixels (3, S, S) in [0, 1]."""
-    with _using:
+    with using:
         return int(model(name).predict(_pixels[None])[0])
 
 

@@ -1,105 +1,143 @@
-"""Take the pictures of the page that the documentation shows: `python docs/screenshots.py` writes docs/images/*.webp.
+"""Take the pictures of the pages that the documentation shows: `python docs/screenshots.py` writes docs/images/*.webp.
 
-Starts the app on a free port, runs one reconstruction and photographs it in Chromium, which playwright finds itself
-(`playwright install chromium`) or which `--chromium` names. On two cores it takes some minutes.
+Starts the app on a free port, runs one reconstruction and photographs every page in Chromium, light and dark, on a
+wide screen and on a phone. The names say page, width and scheme. `--chromium` names a browser where none is found. On
+two cores it takes some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-ROOT = Path(__file__).resolve().parent.parent
-IMAGES = ROOT / "docs" / "images"
-READY = '[data-testid="stApp"][data-test-script-state="notRunning"]'
-WIDE, PHONE = (1280, 860), (390, 844)
+from serving import ROOT, chromium, served, settled
+
+SIZES = {1280: (860, 1.5), 390: (844, 1.5)}
+"""By width the height of the screen and the pixels of a CSS pixel."""
+SCHEMES = ("light", "dark")
+LOOKS = tuple(product(SIZES, SCHEMES))
+STILL = {
+    "replay": "replay?run=four&beside=noise",
+    "labels": "labels?repeats=2",
+    "batch": "batch?reveal=true",
+    "defences": "defences?clip=1&noise=1e-3",
+    "how": "how",
+}
+"""By name the pages where nothing goes on, with the settings that they are shown with."""
+LIVE = ("live-start", "live-running", "live-finished")
+REBUILT = "4 of 4 labels read from the gradient alone"
+MAIN = '[data-testid="stMain"]'
 HOUR = 3_600_000  # milliseconds
+QUALITY = 78
 
 
-@contextlib.contextmanager
-def served() -> Iterator[str]:
-    """The app's address for as long as the context lasts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "streamlit", "run", "app.py", f"--server.port={port}"]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "STREAMLIT_SERVER_ADDRESS": "127.0.0.1"})
-    try:
-        address = f"http://127.0.0.1:{port}"
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/_stcore/health", timeout=5):
-                break
-            if process.poll() is not None:
-                raise SystemExit("The app did not start; its messages are above.")
-            time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+class Camera:
+    """Photographs pages, no higher than `most` CSS pixels and at least as high as the screen, into `folder`."""
+
+    def __init__(self, browser: Browser, folder: Path, most: int) -> None:
+        self.browser, self.folder, self.most = browser, folder, most
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def open(self, url: str, width: int = 1280, scheme: str = "light") -> Page:
+        """A page that has been drawn completely. Nothing moves by itself in it."""
+        height, scale = SIZES[width]
+        page = self.browser.new_page(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if scheme == "dark" else "light",
+            device_scale_factor=scale,
+            has_touch=width < 640,
+            reduced_motion="reduce",
+        )
+        page.set_default_timeout(HOUR)
+        page.goto(url)
+        settled(page)
+        return page
+
+    def take(self, page: Page, name: str, width: int, scheme: str) -> None:
+        """Write what is in sight, and what one has to scroll for up to `most`."""
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(1500)
+        whole = page.evaluate(f"() => document.querySelector('{MAIN}').scrollHeight")
+        least = SIZES[width][0]
+        page.set_viewport_size({"width": width, "height": max(least, min(whole, self.most))})
+        page.wait_for_timeout(1000)
+        with Image.open(io.BytesIO(page.screenshot())) as image:
+            path = self.folder / f"{name}-{width}-{scheme}.webp"
+            image.convert("RGB").save(path, quality=QUALITY, method=6)
 
 
-def opened(browser: Browser, url: str, size: tuple[int, int] = WIDE, scheme: str = "light") -> Page:
-    """A page that has been drawn completely."""
-    page = browser.new_page(
-        viewport={"width": size[0], "height": size[1]},
-        color_scheme="dark" if scheme == "dark" else "light",
-        device_scale_factor=2 if size == PHONE else 1.5,
-    )
-    page.set_default_timeout(HOUR)
-    page.goto(url)
-    page.wait_for_selector(READY)
-    page.wait_for_selector('[data-testid="stSkeleton"]', state="detached")
-    return page
+def still(camera: Camera, address: str, names: set[str]) -> Iterator[str]:
+    """Photograph the pages where nothing goes on; → their names, as they are done."""
+    for name, (width, scheme) in product(STILL, LOOKS):
+        if name in names:
+            page = camera.open(f"{address}/{STILL[name]}", width, scheme)
+            camera.take(page, name, width, scheme)
+            page.close()
+            yield f"{name}-{width}-{scheme}"
 
 
-def photograph(page: Page, name: str) -> None:
-    """Write what is in sight to docs/images."""
-    page.mouse.move(0, 0)
-    page.wait_for_timeout(1500)
-    IMAGES.mkdir(exist_ok=True)
-    with Image.open(io.BytesIO(page.screenshot())) as image:
-        image.convert("RGB").save(IMAGES / f"{name}.webp", quality=84, method=6)
+def live(camera: Camera, address: str, settings: str, names: set[str]) -> Iterator[str]:
+    """Photograph the choice, the run when it is almost through, and its end; → their names, as they are done."""
+    for width, scheme in LOOKS:
+        page = camera.open(f"{address}/?{settings}", width, scheme)
+        page.get_by_text(REBUILT).wait_for()
+        if "live-start" in names:
+            camera.take(page, "live-start", width, scheme)
+            yield f"live-start-{width}-{scheme}"
+        page.close()
+    if names.isdisjoint(LIVE[1:]):
+        return
+    first = camera.open(f"{address}/?{settings}")
+    first.get_by_text(REBUILT).wait_for()
+    first.get_by_role("button", name="Rebuild the pictures").click()
+    first.wait_for_url("**job=**")
+    pages = {look: camera.open(first.url, *look) for look in LOOKS}
+    first.close()
+    for name in LIVE[1:]:
+        for look, page in pages.items():
+            if name == "live-running":
+                page.wait_for_function(
+                    "() => Number(document.querySelector('.gi-progress')?.getAttribute('aria-valuenow')) >= 60"
+                )
+            else:
+                page.get_by_text("Finished after").wait_for()
+                settled(page)
+            if name in names:
+                camera.take(page, name, *look)
+                yield f"{name}-{look[0]}-{look[1]}"
 
 
 def main() -> None:
-    """Photograph the choice, the run when it is almost through, and its end."""
+    """Photograph the pages that are asked for, else all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet50-tiny")
+    parser.add_argument("pages", nargs="*", help=f"of {', '.join((*LIVE, *STILL))}; default: all")
+    parser.add_argument("--model", default="resnet18-tiny", help="of the run")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--iterations", type=int, help="default: the demo preset's")
-    parser.add_argument("--chromium", default=shutil.which("chromium"), help="path of the browser")
+    parser.add_argument("--most", type=int, default=1500, help="height of a picture at most, in CSS pixels")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--chromium", default=chromium(), help="path of the browser")
     asked = parser.parse_args()
+    names = set(asked.pages) or {*LIVE, *STILL}
+    if unknown := sorted(names - {*LIVE, *STILL}):
+        parser.error(f"no such page: {', '.join(unknown)}")
     settings = f"model={asked.model}&seeds={asked.seeds}"
     if asked.iterations is not None:
         settings += f"&iterations={asked.iterations}"
-    with served() as address, sync_playwright() as driver:
+    with served() as server, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=asked.chromium, args=["--no-sandbox"])
-        page = opened(browser, f"{address}/?{settings}")
-        page.get_by_text("labels read from the gradient alone").wait_for()
-        photograph(page, "start")
-        photograph(opened(browser, f"{address}/?{settings}", PHONE, "dark"), "start-phone-dark")
-        page.get_by_role("button", name="Rebuild the pictures").click()
-        page.wait_for_function(
-            "() => Number(document.querySelector('.gi-progress')?.getAttribute('aria-valuenow')) >= 85"
-        )
-        photograph(page, "live")
-        photograph(opened(browser, page.url, scheme="dark"), "live-dark")
-        page.get_by_text("Finished after").wait_for()
-        photograph(page, "finished")
-        photograph(opened(browser, page.url, PHONE), "finished-phone")
+        camera = Camera(browser, asked.out, asked.most)
+        for name in still(camera, server.address, names):
+            print(name, flush=True)
+        if not names.isdisjoint(LIVE):
+            for name in live(camera, server.address, settings, names):
+                print(name, flush=True)
         browser.close()
 
 

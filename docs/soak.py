@@ -3,26 +3,18 @@
 Each visitor without a browser speaks the page's own protocol over a websocket: opens the page, starts a run, follows it
 to its end and comes again; every fourth closes its tab half-way, every fifth brings a hostile address. Browsers do the
 same in Chromium. Ends with 1 where anything but a plain refusal went wrong or the server's memory grows faster than
-`--slope`.
+`--slope`, by more than twice the standard error of that.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import random
-import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -31,7 +23,8 @@ from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-ROOT = Path(__file__).resolve().parent.parent
+from serving import chromium, served, settled
+
 SETTINGS = "model=resnet18-tiny&seeds=1&pictures=goldfish"
 HOSTILE = (
     "job=../../etc/passwd",
@@ -39,52 +32,38 @@ HOSTILE = (
     "model=%00&seeds=1e999&iterations=-9223372036854775809&pictures=" + "." * 5_000,
     "pictures=%3Cscript%3Ealert(1)%3C/script%3E&bn='%20OR%201=1&preset=%F0%9F%92%A3&hide=%22%3E",
 )
+FULL = "runs are waiting already"  # what a visitor reads whom the queue has no place for
+GONE = ("This run is not kept here any more", "its page had been closed while others waited")
 PATIENCE = 120.0  # seconds without a word from the server after which it counts as hung
+BLOCKS = 10  # into which the memory's course is divided: samples that follow each other are not independent
 
 
 @dataclass
 class Report:
-    """What came of it. `memory` holds (seconds, MB) of the server, `troubles` whatever should not have happened."""
+    """What came of it. `waits` and `browsed` are the seconds from the button to the result, without and in a browser,
+    `opened` those until a browser had drawn the page, `memory` holds (seconds, MB) of the server, `troubles` whatever
+    should not have happened."""
 
     finished: int = 0
     left: int = 0
     refused: int = 0
     hostile: int = 0
-    browsers: int = 0
     waits: list[float] = field(default_factory=list)
+    opened: list[float] = field(default_factory=list)
+    browsed: list[float] = field(default_factory=list)
     memory: list[tuple[float, float]] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
 
-    def slope(self) -> float:
-        """MB a minute, by least squares over the last six tenths: before, models and caches are still filled."""
+    def slope(self) -> tuple[float, float]:
+        """MB a minute and its standard error, by least squares over the last six tenths: before, models and caches are
+        still filled. The line goes through the means of `BLOCKS` stretches. The error is infinite where there are fewer
+        samples."""
         late = np.array(self.memory[int(0.4 * len(self.memory)) :])
-        return float(60 * np.polyfit(late[:, 0], late[:, 1], 1)[0]) if len(late) > 2 else 0.0
-
-
-@contextlib.contextmanager
-def served(**variables: str) -> Iterator[tuple[str, psutil.Process]]:
-    """The app on a free port for as long as the context lasts: host and port, and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "streamlit", "run", "app.py", f"--server.port={host.partition(':')[2]}"]
-    with tempfile.TemporaryFile("w+") as log:
-        environment = {**os.environ, "STREAMLIT_SERVER_ADDRESS": "127.0.0.1", **variables}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while True:
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{host}/_stcore/health", timeout=5):
-                    break
-                if process.poll() is not None:
-                    raise SystemExit("The app did not start.")
-                time.sleep(0.2)
-            yield host, psutil.Process(process.pid)
-        finally:
-            process.terminate()
-            process.wait()
-            log.seek(0)
-            if "Traceback" in (said := log.read()):
-                print(said, file=sys.stderr)
+        if len(late) < BLOCKS:
+            return 0.0, float("inf")
+        seconds, size = np.array([block.mean(axis=0) for block in np.array_split(late, BLOCKS)]).T
+        line, covariance = np.polyfit(seconds / 60, size, 1, cov=True)
+        return float(line[0]), float(np.sqrt(covariance[0, 0]))
 
 
 class Visitor:
@@ -158,7 +137,7 @@ def visit(host: str, number: int, turn: int, iterations: int, until: float, repo
             report.troubles.append(f"The page came without its button: {visitor.words[-3:]}, {visitor.errors}")
             return
         visitor.rerun("Rebuild the pictures")
-        if any("runs are waiting already" in error for error in visitor.errors):
+        if any(FULL in error for error in visitor.errors):
             report.refused += 1
             time.sleep(2)
             return
@@ -191,24 +170,40 @@ def come_again(host: str, number: int, turns: int | None, iterations: int, until
         turn += 1
 
 
-def browse(host: str, chromium: str | None, iterations: int, until: float, report: Report) -> None:
+def browse(host: str, path: str | None, iterations: int, until: float, report: Report) -> None:
     """The same in a browser, in its own thread."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         while time.monotonic() < until:
             page = browser.new_page()
+            page.set_default_timeout(PATIENCE * 1000)
             page.on("pageerror", lambda error: report.troubles.append(f"browser: {error}"))
+            step = "opening the page"
             try:
-                page.goto(f"http://{host}/?{SETTINGS}&iterations={iterations}", timeout=PATIENCE * 1000)
-                page.get_by_role("button", name="Rebuild the pictures").click(timeout=PATIENCE * 1000)
-                left = max(1.0, until - time.monotonic())
-                page.get_by_text("Finished after").wait_for(timeout=left * 1000)
-                report.browsers += 1
+                begun = time.monotonic()
+                page.goto(f"http://{host}/?{SETTINGS}&iterations={iterations}")
+                button = page.get_by_role("button", name="Rebuild the pictures")
+                button.wait_for()
+                settled(page)
+                report.opened.append(time.monotonic() - begun)
+                step = "waiting for the result"
+                begun = time.monotonic()
+                button.click()
+                ends = [page.get_by_text(text) for text in ("Finished after", FULL, *GONE)]
+                any_end = ends[0].or_(ends[1]).or_(ends[2]).or_(ends[3]).first
+                any_end.wait_for(timeout=max(1.0, until - begun) * 1000)
+                if ends[0].count():
+                    report.browsed.append(time.monotonic() - begun)
+                elif ends[1].count():
+                    report.refused += 1
+                    time.sleep(2)
+                else:
+                    report.troubles.append(f"browser: {any_end.inner_text()}")
             except Exception as error:  # playwright's own kinds; what matters is whether there was time left
                 if time.monotonic() < until:
-                    report.troubles.append(f"browser: {str(error).splitlines()[0]}")
+                    report.troubles.append(f"browser, {step}: {str(error).splitlines()[0]}")
             page.close()
         browser.close()
 
@@ -220,19 +215,20 @@ def soak(
     *,
     turns: int | None = None,
     iterations: int = 3,
-    chromium: str | None = None,
+    browser: str | None = None,
 ) -> Report:
     """Serve the app to so many for so long, or until each visitor without a browser has come `turns` times."""
     report = Report()
     limits = {"GRADINV_MAX_WAITING": "10", "GRADINV_MAX_RETAINED": "8", "GRADINV_MAX_LEASE": "10"}
-    with served(OMP_NUM_THREADS="1", **limits) as (host, process):
+    with served(OMP_NUM_THREADS="1", **limits) as server:
+        host, process = server.host, psutil.Process(server.process.pid)
         begun = time.monotonic()
         until = begun + seconds
         shared = (iterations, until, report)
         threads = [
             threading.Thread(target=come_again, args=(host, number, turns, *shared)) for number in range(visitors)
         ]
-        threads += [threading.Thread(target=browse, args=(host, chromium, *shared)) for _ in range(browsers)]
+        threads += [threading.Thread(target=browse, args=(host, browser, *shared)) for _ in range(browsers)]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
@@ -243,9 +239,12 @@ def soak(
             time.sleep(min(1.0, seconds / 20))
         for thread in threads:
             thread.join(PATIENCE)
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{host}/_stcore/health", timeout=30):
-            return report
-        report.troubles.append("The server does not answer any more.")
+        try:
+            urllib.request.urlopen(f"http://{host}/_stcore/health", timeout=PATIENCE).close()
+        except OSError as error:
+            report.troubles.append(f"The server does not answer any more: {error}")
+        if "Traceback" in (said := server.said()):
+            report.troubles.append(f"The server's log holds a traceback:\n{said[said.index('Traceback') :]}")
     return report
 
 
@@ -257,26 +256,35 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--iterations", type=int, default=3, help="of each run")
     parser.add_argument("--slope", type=float, default=10, help="MB a minute that the server may grow at most")
-    parser.add_argument("--chromium", default=shutil.which("chromium"), help="path of the browser")
+    parser.add_argument("--chromium", default=chromium(), help="path of the browser")
     asked = parser.parse_args()
     report = soak(
-        asked.visitors, asked.browsers, 60 * asked.minutes, iterations=asked.iterations, chromium=asked.chromium
+        asked.visitors, asked.browsers, 60 * asked.minutes, iterations=asked.iterations, browser=asked.chromium
     )
-    sizes = [size for _, size in report.memory]
     print(f"{asked.visitors} visitors and {asked.browsers} browsers for {asked.minutes:g} minutes:")
     print(
-        f"{report.finished} runs finished and {report.browsers} in browsers, {report.left} tabs closed half-way, "
+        f"{report.finished} runs finished and {len(report.browsed)} in browsers, {report.left} tabs closed half-way, "
         f"{report.refused} refused by the full queue, {report.hostile} hostile addresses, {len(report.troubles)} "
         "troubles."
     )
-    if report.waits:
-        print(
-            f"From the button to the result: median {np.median(report.waits):.1f} s, at most {max(report.waits):.1f} s."
-        )
-    print(f"Memory: {sizes[0]:.0f} MB at first, {max(sizes):.0f} at most, {report.slope():+.2f} MB a minute later on.")
+    for what, seconds in (
+        ("From the button to the result", report.waits),
+        ("In browsers, until the page was drawn", report.opened),
+        ("In browsers, from the button to the result", report.browsed),
+    ):
+        if seconds:
+            print(f"{what}: median {np.median(seconds):.1f} s, at most {max(seconds):.1f} s.")
+    sizes, (slope, error) = [size for _, size in report.memory], report.slope()
+    print(
+        f"Memory: {sizes[0]:.0f} MB at first, {max(sizes):.0f} at most, {slope:+.2f} ± {error:.2f} MB a minute "
+        f"(standard error over {BLOCKS} stretches) after the first four tenths."
+    )
+    grows = slope - 2 * error > asked.slope
+    if not grows and slope + 2 * error > asked.slope:
+        print(f"Whether it grows by less than {asked.slope:g} MB a minute cannot be told; let it run longer.")
     for trouble in dict.fromkeys(report.troubles):
         print(f"  {trouble}")
-    return int(bool(report.troubles) or report.slope() > asked.slope)
+    return int(bool(report.troubles) or grows)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
 
+import soak
 from gradinv.images import FORMATS
 from gradinv.sources import from_upload
 from gradinv.types import GradinvError
@@ -93,20 +91,12 @@ def test_of_hundreds_of_damaged_uploads_each_is_a_picture_or_one_sentence() -> N
     assert CASES / 4 < len(refused) < CASES
 
 
-def soak() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", ROOT / "docs" / "soak.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
-def test_visitors_who_come_go_and_bring_hostile_addresses_all_at_once_leave_the_server_well() -> None:
-    module = soak()
-    module.PATIENCE = PATIENCE
-    report = module.soak(3, 0, PATIENCE, turns=3, iterations=1)
+def test_visitors_who_come_go_and_bring_hostile_addresses_all_at_once_leave_the_server_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(soak, "PATIENCE", PATIENCE)
+    report = soak.soak(3, 0, PATIENCE, turns=3, iterations=1)
     assert report.troubles == []
     assert report.finished >= 6 and report.hostile == 1 and report.refused == 0
     assert report.waits and report.memory

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serving import chromium, served, settled
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 pytestmark = pytest.mark.browser
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATHS = ("/usr/bin/chromium", "/snap/bin/chromium", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 PATIENCE = 180_000  # milliseconds after which something hangs; nothing depends on how fast it is
-READY = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 RECONSTRUCTION = '.gi-board img[alt^="Reconstruction"]'
 
 # Text whose contrast with what is painted behind it is below 4.5, icons and what is disabled left out.
@@ -66,61 +56,19 @@ FAINT = """() => {
 }"""
 
 
-def executable() -> str | None:
-    """A Chromium that is installed here, else playwright's own, else None."""
-    found = [path for name in NAMES if (path := shutil.which(name))] + [path for path in PATHS if Path(path).exists()]
-    if found:
-        return found[0]
-    with playwright.sync_playwright() as driver:
-        own = driver.chromium.executable_path
-    return own if Path(own).exists() else None
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [
-        sys.executable,
-        "-m",
-        "streamlit",
-        "run",
-        "app.py",
-        "--server.address=127.0.0.1",
-        f"--server.port={port}",
-    ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            for _ in range(600):
-                assert process.poll() is None, log.read_text(encoding="utf-8")
-                try:
-                    with urllib.request.urlopen(f"{address}/_stcore/health", timeout=5):
-                        break
-                except (urllib.error.URLError, ConnectionError, TimeoutError):
-                    time.sleep(0.1)
-            yield address
-        finally:
-            process.terminate()
-            process.wait(30)
-    assert "Traceback" not in log.read_text(encoding="utf-8")
+def server() -> Iterator[str]:
+    with served(OMP_NUM_THREADS="1") as running:
+        yield running.address
+        assert "Traceback" not in running.said(), running.said()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    path = executable()
-    if path is None:
-        pytest.skip("no Chromium here: install one, or run `playwright install chromium`")
     with playwright.sync_playwright() as driver:
+        path = chromium() or driver.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip("no Chromium here: install one, or run `playwright install chromium`")
         opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield opened
         opened.close()
@@ -148,8 +96,7 @@ class Visit:
 
     def settle(self) -> Visit:
         """Wait until the script has run and nothing is a placeholder any more."""
-        self.page.wait_for_selector(READY)
-        self.page.wait_for_selector('[data-testid="stSkeleton"]', state="detached")
+        settled(self.page)
         return self
 
 

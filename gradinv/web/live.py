@@ -14,7 +14,7 @@ from gradinv.jobs import Inversion, manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, replay, run, settings, shared
+from gradinv.web import markup, pick, replay, run, settings, shared, tour
 from gradinv.web.guard import guarded
 
 KNOWN = (
@@ -79,12 +79,15 @@ def _lead() -> None:
     """What leaks, at a glance: a recorded run that moves before anyone has done anything."""
     if moving := replay.moving():
         st.html(moving)
-        st.page_link(
-            st.Page(replay.page, title="Replay", url_path="replay"),
-            label="Play this run yourself, beside others: more pictures, a defence, no gradient",
-            icon=":material/movie:",
-            query_params={"run": replay.FIRST},
-        )
+        with st.container(horizontal=True, vertical_alignment="center", key="lead-ways"):
+            tour.entrance()
+            st.page_link(
+                st.Page(replay.page, title="Replay", url_path="replay"),
+                label="Play this run yourself, beside others: more pictures, a defence, no gradient",
+                icon=":material/movie:",
+                query_params={"run": replay.FIRST},
+                width="content",
+            )
 
 
 def _network(name: str) -> Model | None:

@@ -1,0 +1,188 @@
+"""The guided tour: six steps, one a page, in a banner above the page that the visitor is on.
+
+The page says which step it is. So the tour goes along wherever the navigation or a link leads, no step ever speaks of
+what is not on the screen, and it lasts until End. That it is on stands in the address, which a reload or another person
+can follow; the session remembers it too, since the navigation empties the address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+import streamlit as st
+
+PARAMETER, ON = "tour", "touring"  # in the address, and in the session
+CARRIED = ("job", "present")  # from step to step: the run that the visitor has begun, and the large type
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step on the page of that title: what to know, one thing to do there, and the address that sets the page up."""
+
+    page: str
+    title: str
+    words: str
+    task: str
+    address: Mapping[str, str] = field(default_factory=dict)
+
+
+STEPS = (
+    Step(
+        "Live",
+        "What leaks",
+        "A client shares only the gradient that its pictures cause. The first strip below shows what a server makes of "
+        "nothing but that gradient, starting from noise; the second one shows the pictures, which it never sees.",
+        "Watch one picture appear. Whenever you like, start a run of your own with “Rebuild the pictures”; the tour "
+        "keeps it for you.",
+    ),
+    Step(
+        "Labels",
+        "The last layer names the classes",
+        "Before any picture is rebuilt, the gradient of the network’s last layer tells which classes are in the batch. "
+        "A picture pushes only its own class’s row below zero.",
+        "Draw three pictures of one class with the slider and see in the table below which methods can still count.",
+    ),
+    Step(
+        "Who was in the batch?",
+        "Found without rebuilding anything",
+        "The same layer also gives what the network saw in each picture. Whoever has a pile of pictures looks up which "
+        "of them look like that to the network: no step of optimisation, no pixel.",
+        "Compare the large pictures with one another, then switch on Reveal to see which were in the batch.",
+    ),
+    Step(
+        "Replay",
+        "Pixels, from noise",
+        "Without such a pile, the attack changes pixels until their gradient matches the one that was shared. It does "
+        "so more than once from different noise; the mean of these seeds, the consensus, keeps what they agree on.",
+        "Guess the four pictures before you reveal them, and show the seeds. Then choose “One picture or eight”: one "
+        "gradient now has to serve eight.",
+        {"run": "four"},
+    ),
+    Step(
+        "Defences",
+        "What helps, and what does not",
+        "Clipping alone does not help: it is on, and the attacker still reads the same. Noise helps once it is strong "
+        "enough, and then the server’s gradient is hardly the client’s any more.",
+        "Move Gaussian noise to the right until no picture is found, and see below how large the error of the gradient "
+        "is by then.",
+        {"clip": "1"},
+    ),
+    Step(
+        "How it works",
+        "What to take home",
+        "Keeping pictures and sharing gradients is not privacy by itself. But larger batches, larger pictures and "
+        "several local steps make the attack harder, and what comes back is no evidence: details can be invented.",
+        "Go to [what makes it harder](#harder) and to [limits and ethics](#ethics). The steps above them explain the "
+        "method.",
+    ),
+)
+
+
+OWN = Step(
+    "Live",
+    "A run of your own",
+    "This is the attack on the pictures that you chose. Each seed starts from other noise, and the consensus is the "
+    "mean of what they come to.",
+    "P presents the run with the originals hidden, and R reveals them. You can go on meanwhile: Back leads here again.",
+)
+"""In place of the first step, whose strips are not there, while the page shows a run."""
+
+# A page that follows another keeps its place. It is the number that makes the browser execute this again.
+TOP = '<div class="gi-top"><script>document.querySelector("[data-testid=stMain]").scrollTo(0, 0) // {}</script></div>'
+
+
+def entrance() -> None:
+    """The way in, small; nothing while the tour is on."""
+    if not on():
+        st.button("A tour in six steps", icon=":material/tour:", type="tertiary", key="tour-begin", on_click=_begin)
+
+
+def on() -> bool:
+    """Whether the tour is on."""
+    return ON in st.session_state or PARAMETER in st.query_params
+
+
+def banner(pages: Sequence[st.Page], page: st.Page) -> None:
+    """Above a page, its step, while the tour is on. `pages` are those of the navigation."""
+    number = next((number for number, step in enumerate(STEPS, 1) if step.page == page.title), None)
+    if number is None or not on():
+        return
+    _begin()
+    # Whatever number the address has: the page's own, so that the link leads to what is on the screen.
+    if st.query_params.get(PARAMETER) != str(number):
+        st.query_params[PARAMETER] = str(number)
+    step, last = STEPS[number - 1], number == len(STEPS)
+    if page.title == OWN.page and "job" in st.query_params:
+        step = OWN
+    presenting = st.query_params.get("present") == "1"
+    with st.container(horizontal=True, vertical_alignment="center", key="tour-bar"):
+        st.markdown(_place(number, step.title), unsafe_allow_html=True)
+        if step is not OWN:  # whose page has a button for it
+            st.button(
+                "Leave the presentation" if presenting else "Present",
+                icon=":material/present_to_all:",
+                type="tertiary",
+                shortcut="P",
+                key="present",
+                on_click=_present,
+                args=(not presenting,),
+            )
+        st.button("End", icon=":material/close:", type="tertiary", key="tour-end", on_click=_end, args=(page,))
+        if st.button("Back", icon=":material/arrow_back:", shortcut="B", key="tour-back", disabled=number == 1):
+            _go(pages, number - 1)
+        if st.button(
+            "Try it yourself" if last else "Next",
+            icon=":material/arrow_forward:",
+            type="primary",
+            shortcut="N",
+            key="tour-next",
+        ):
+            _go(pages, number + 1)
+    with st.container(key="tour-words"):
+        st.markdown(f"**{step.title}.** {step.words}\n\n:material/visibility: {step.task}")
+    st.html(TOP.format(number), unsafe_allow_javascript=True)
+    if presenting:
+        st.html('<div class="gi-presenting"></div>')
+
+
+def _place(number: int, title: str) -> str:
+    """HTML: how far the tour is; the title is for those who hear it."""
+    dots = "".join(f'<i class="{"gi-been" if place <= number else ""}"></i>' for place in range(1, len(STEPS) + 1))
+    return (
+        f'<div class="gi-tour" role="status"><b>Tour</b> {number} of {len(STEPS)}<small>: {escape(title)}</small>'
+        f'<span aria-hidden="true">{dots}</span></div>'
+    )
+
+
+def _go(pages: Sequence[st.Page], number: int) -> None:
+    """To a step; beyond the last one to the first page, without the tour."""
+    if number > len(STEPS):
+        st.session_state.pop(ON, None)
+        st.switch_page(_page(pages, STEPS[0]))
+    step = STEPS[number - 1]
+    carried = {name: st.query_params[name] for name in CARRIED if name in st.query_params}
+    st.switch_page(_page(pages, step), query_params={**step.address, **carried, PARAMETER: str(number)})
+
+
+def _page(pages: Sequence[st.Page], step: Step) -> st.Page:
+    return next(page for page in pages if page.title == step.page)
+
+
+def _begin() -> None:
+    st.session_state[ON] = True
+
+
+def _present(begin: bool) -> None:
+    if begin:
+        st.query_params["present"] = "1"
+    else:
+        st.query_params.pop("present", None)
+
+
+def _end(page: st.Page) -> None:
+    """On the page where it ends, what was carried for others has no use."""
+    st.session_state.pop(ON, None)
+    for name in (PARAMETER, *(CARRIED if page.title != OWN.page else ())):
+        st.query_params.pop(name, None)

@@ -128,6 +128,24 @@ def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go
     return _dress(figure, height=320, hovermode="x unified")
 
 
+def distance_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Lines: how far each seed's gradient and their mean still are from the shared one over the steps."""
+    figure = go.Figure()
+    for name, (steps, values) in _distances(rows).items():
+        seed = name.startswith("seed")
+        figure.add_scatter(
+            x=steps,
+            y=values,
+            name=name,
+            mode="lines",
+            line={"color": NEUTRAL if seed else COLOURS[0], "width": 1.2 if seed else 3},
+            hovertemplate="step %{x}: %{y:.3f}",
+        )
+    figure.update_xaxes(title_text="step")
+    figure.update_yaxes(title_text="1 − cosine similarity", rangemode="tozero")
+    return _dress(figure, height=320, hovermode="x unified", showlegend=True)
+
+
 def live_losses(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     """`loss_curves` as ECharts options for a run of so many steps, whose axis does not move while it grows."""
     series = [_line(name, _thin(points), _colour(name), 2) for name, points in _terms(rows).items()]
@@ -145,6 +163,15 @@ def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | N
         line = _line("constant colour", ends, COLOURS[1], 2)
         series.append({**line, "lineStyle": {**line["lineStyle"], "type": "dashed"}})
     return _live(series, steps, {"type": "value", "scale": True})
+
+
+def live_distance(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+    """`distance_curves` as ECharts options for a run of so many steps."""
+    series = [
+        _line(name, _thin(points), *((NEUTRAL, 1) if name.startswith("seed") else (COLOURS[0], 3)))
+        for name, points in _distances(rows).items()
+    ]
+    return _live(series, steps, {"type": "value"})
 
 
 def _colour(term: str) -> str:
@@ -167,12 +194,22 @@ def _terms(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def _psnr(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    seeds = sorted({row["seed"] for row in rows})
-    found = {}
-    for seed in seeds if len(seeds) > 1 else []:
-        found[f"seed {seed + 1}"] = _mean_over_seeds([row for row in rows if row["seed"] == seed], "psnr")
-    found["consensus"] = _mean_over_seeds(rows, "consensus_psnr")
+    found = {**_by_seed(rows, "psnr"), "consensus": _mean_over_seeds(rows, "consensus_psnr")}
     return {name: points for name, points in found.items() if points[0]}
+
+
+def _distances(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    seeds = _by_seed(rows, "distance")
+    found = {**seeds, "mean of the seeds" if seeds else "distance": _mean_over_seeds(rows, "distance")}
+    return {name: points for name, points in found.items() if points[0]}
+
+
+def _by_seed(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[list[int], list[float]]]:
+    """A column's curve of each seed; none where there is one only."""
+    seeds = sorted({row["seed"] for row in rows})
+    if len(seeds) < 2:
+        return {}
+    return {f"seed {seed + 1}": _mean_over_seeds([row for row in rows if row["seed"] == seed], key) for seed in seeds}
 
 
 def _mean_over_seeds(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

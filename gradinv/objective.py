@@ -213,7 +213,7 @@ class Objective:
         matching = MATCHING[config.match]
         self._add("gradient", config.gradient, lambda e: matching(e.gradients, self._target, self._squares))
         if config.bn != "none" and config.bn_weight > 0:
-            targets = _bn_targets(model, observation, config)
+            targets = bn_targets(model, observation, config)
             distance = BN_FORMS[config.bn_form]
             self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))
         variation = TV_FORMS[config.tv_form]
@@ -521,7 +521,8 @@ TV_FORMS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _bn_targets(model: Model, observation: Observation, config: AttackConfig) -> BatchNormStatistics:
+def bn_targets(model: Model, observation: Observation, config: AttackConfig) -> BatchNormStatistics:
+    """What the BN statistics of the images are matched to. Raises GradinvError where the client did not share it."""
     if config.bn == "approx":
         return running_statistics(model.network)
     if config.bn == "inferred":

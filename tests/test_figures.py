@@ -92,6 +92,17 @@ def test_without_a_baseline_there_is_no_line(baseline: float | None) -> None:
     assert names == ["seed 1", "seed 2", "consensus"]
 
 
+def test_distance_curves_show_each_seed_and_their_mean_and_none_before_the_first_step() -> None:
+    gone = [None, None, 0.6, 0.2]
+    rows = [{**row, "distance": distance} for row, distance in zip(ROWS, gone, strict=True)]
+    expected = {"seed 1": [[5, 0.6]], "seed 2": [[5, 0.2]], "mean of the seeds": [[5, pytest.approx(0.4)]]}
+    figure, live = figures.distance_curves(rows), figures.live_distance(rows, 40)
+    assert {trace.name: [[trace.x[0], trace.y[0]]] for trace in figure.data} == expected
+    assert {series["name"]: series["data"] for series in live["series"]} == expected
+    assert live["xAxis"]["max"] == 40
+    assert [trace.name for trace in figures.distance_curves(rows[::2]).data] == ["distance"]
+
+
 def test_values_that_are_not_finite_are_left_out() -> None:
     rows: list[dict[str, Any]] = [{"step": 0, "seed": 0, "psnr": math.inf, "consensus_psnr": None}, *ROWS[2:]]
     assert [list(trace.x) for trace in figures.psnr_curves(rows, None).data] == [[5], [5], [5]]

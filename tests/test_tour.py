@@ -1,0 +1,131 @@
+"""The guided tour, run headless: the way through it, what it carries along, and addresses that make no sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from gradinv.web import batch, defences, how, lessons, lessons_labels, live, replay, tour
+
+APP = str(Path(__file__).resolve().parent.parent / "app.py")
+PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
+PAGES = {
+    "Live": live,
+    "Replay": replay,
+    "Labels": lessons_labels,
+    "Who was in the batch?": batch,
+    "Defences": defences,
+    "How it works": how,
+}
+
+Open = Callable[..., AppTest]
+
+
+def stand_in(title: str, module: ModuleType) -> Callable[[], None]:
+    def page() -> None:
+        st.header(title)
+        if module is live:
+            tour.entrance()
+
+    return page
+
+
+@pytest.fixture
+def visit(monkeypatch: pytest.MonkeyPatch) -> Open:
+    """Open the first page at an address, as a new visitor. The pages say their names and compute nothing."""
+    for title, module in PAGES.items():
+        monkeypatch.setattr(module, "page", stand_in(title, module))
+
+    def visit(**address: str) -> AppTest:
+        app = AppTest.from_file(APP, default_timeout=PATIENCE)
+        for name, value in address.items():
+            app.query_params[name] = value
+        return app.run()
+
+    return visit
+
+
+def press(app: AppTest, key: str) -> AppTest:
+    app.button(key=f"tour-{key}").click().run()
+    assert not app.exception
+    return app
+
+
+def address(app: AppTest) -> dict[str, str]:
+    """The page's address, which the headless run keeps as text or as a list of one."""
+    return {name: value if isinstance(value, str) else value[-1] for name, value in app.query_params.items()}
+
+
+def step(app: AppTest) -> str:
+    """The banner's place; empty without one."""
+    return next((item.value.split("</b> ")[1][:6] for item in app.markdown if "gi-tour" in item.value), "")
+
+
+def test_next_leads_through_all_pages_in_order_and_out_of_the_tour(visit: Open) -> None:
+    app = press(visit(), "begin")
+    for number, one in enumerate(tour.STEPS, 1):
+        assert [item.value for item in app.header] == [one.page]
+        assert step(app) == f"{number} of 6"
+        assert any(one.task in item.value for item in app.markdown)
+        assert address(app) == {**one.address, "tour": str(number)}
+        press(app, "next")
+    assert [item.value for item in app.header] == ["Live"]
+    assert step(app) == "" and address(app) == {}
+
+
+def test_back_leads_back_and_end_ends_it_on_the_page(visit: Open) -> None:
+    app = visit(tour="1")
+    assert app.button(key="tour-back").disabled
+    press(press(press(app, "next"), "next"), "back")
+    assert [item.value for item in app.header] == ["Labels"] and step(app) == "2 of 6"
+    press(app, "end")
+    assert [item.value for item in app.header] == ["Labels"]
+    assert step(app) == "" and "tour" not in app.query_params
+    assert step(app.run()) == ""
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "4", "99", "two", "", "1e3", "nan", "²", "<b>", "9" * 300])
+def test_a_number_that_is_not_the_pages_shows_the_pages_own_step(visit: Open, number: str) -> None:
+    app = visit(tour=number)
+    assert not app.exception and not app.error
+    assert step(app) == "1 of 6" and address(app) == {"tour": "1"}
+
+
+def test_an_infinite_number_is_no_tour(visit: Open) -> None:
+    app = visit(tour="inf")
+    assert not app.exception and step(app) == "" and "tour" not in app.query_params
+
+
+def test_the_tour_goes_along_where_the_navigation_leads(visit: Open) -> None:
+    app = visit(tour="1")
+    app.query_params.clear()  # as the navigation does
+    app.run()
+    assert step(app) == "1 of 6" and address(app) == {"tour": "1"}
+
+
+def test_a_run_and_the_large_type_are_carried_along(visit: Open) -> None:
+    app = visit(tour="1", job="mine", present="1")
+    assert any(tour.OWN.words in item.value for item in app.markdown)
+    assert "present" not in [button.key for button in app.button]  # the run's page has its own
+    press(app, "next")
+    assert address(app) == {"tour": "2", "job": "mine", "present": "1"}
+    assert any("gi-presenting" in item.proto.body for item in app.get("html"))
+    app.button(key="present").click().run()
+    assert address(app) == {"tour": "2", "job": "mine"}
+    assert not any("gi-presenting" in item.proto.body for item in app.get("html"))
+    assert address(press(app, "back")) == {"tour": "1", "job": "mine"}
+    assert address(press(press(app, "next"), "end")) == {}
+
+
+def test_what_the_steps_promise_is_on_their_pages() -> None:
+    assert sorted(one.page for one in tour.STEPS) == sorted(PAGES)
+    addresses = {one.page: one.address for one in tour.STEPS}
+    assert addresses["Replay"]["run"] in replay.library() and "One picture or eight" in replay.PAIRS
+    assert addresses["Defences"]["clip"] in lessons.STRENGTHS["clip"][1]
+    source = Path(how.__file__).read_text(encoding="utf-8")
+    assert 'anchor="harder"' in source and 'anchor="ethics"' in source

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from gradinv import __version__, sources
 from gradinv.checks import estimate_memory
@@ -42,11 +43,12 @@ from gradinv.objective import Objective
 from gradinv.peers import BREACHING, breaching_attack, require_breaching
 from gradinv.state import Run
 from gradinv.stepping import MODES, Stepper, evaluate, resolve_mode
+from gradinv.tape import PACKED_CONVOLUTIONS
 from gradinv.types import GradinvError
 from gradinv.victim import observe
 
 WARM_UP = 3
-"""Iterations before anything is timed: a step is recorded in the first evaluation and compared in the second."""
+"""Iterations before anything is timed: a step is recorded and compared in the first."""
 
 MATMUL = {"cpu": (2048, 1), "cuda": (8192, 10)}
 """By kind of device the side of the two matrices, and how often they are multiplied to be timed."""
@@ -71,12 +73,13 @@ class Plan:
     config: AttackConfig
     batch_sizes: tuple[int, ...] = (1, 4, 8)
     seeds: tuple[int, ...] = (1,)
-    stepping: tuple[str, ...] = ("eager", "traced")
+    stepping: tuple[str, ...] = ("eager", "auto")
     micro_batches: tuple[int, ...] = (0,)
     peers: tuple[str, ...] = ()
     rounds: int = 5
     iterations: int = 4
     memory: bool = True
+    profile: bool = False
 
     def __post_init__(self) -> None:
         """Raises GradinvError for what cannot be measured."""
@@ -163,6 +166,10 @@ def measure(plan: Plan, report: Progress | None = None) -> dict[str, Any]:
                 continue
             seconds[item].append(timed[item](plan.iterations))
             done()
+    for variant in variants if plan.profile else ():
+        if not variant.peer:
+            again = partial(timed[variant], 1)
+            facts[variant]["profile"] = profile(again, models[variant.model].device, statistics.median(rates))
     machine = {**describe_machine(models[0].device), "load": load_before}
     return summarise(plan, [model.name for model in models], seconds, rates, facts, matmul.facts, machine)
 
@@ -321,28 +328,69 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-class _Flops(TorchDispatchMode):
-    """Counts as torch's FlopCounterMode does, whose hooks on modules a second derivative does not survive."""
+class _Counter(TorchDispatchMode):
+    """Counts as torch's FlopCounterMode does, whose hooks on modules a second derivative does not survive, and times
+    each operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.total = 0
+        self._device = device
+        self.tallies: dict[str, Tally] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        started = _now(self._device)
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        seconds = _now(self._device) - started
+        packet, flops = func._overloadpacket, 0
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        elif (name := packet.__name__) in PACKED_CONVOLUTIONS:
+            flops = conv_flop_count(args[0].shape, args[1].shape, result.shape, transposed="transpose" in name)
+        name = str(packet)
+        if packet is torch.ops.aten.convolution_backward:
+            wanted = [of for of, wanted in zip(("input", "weight"), args[-1], strict=False) if wanted]
+            name += f" ({' and '.join(wanted)})"
+        self.tallies.setdefault(name, Tally()).add(seconds, flops)
         return result
+
+
+@dataclass
+class Tally:
+    """What one kind of operation took in all: how many calls, seconds and floating-point operations."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    flops: int = 0
+
+    def add(self, seconds: float, flops: int) -> None:
+        """One more call."""
+        self.calls += 1
+        self.seconds += seconds
+        self.flops += flops
 
 
 def operations(run: Callable[[], Any]) -> int:
     """Floating-point operations in convolutions and matrix products; a multiplication with its addition counts two."""
-    with _Flops() as counter:
+    with _Counter(torch.device("cpu")) as counter:
         run()
-    return counter.total
+    return sum(tally.flops for tally in counter.tallies.values())
+
+
+def profile(run: Callable[[], Any], device: torch.device, rate: float) -> list[dict[str, Any]]:
+    """What an iteration spends its time on, by kind of operation and longest first: `operation`, `calls`, `seconds`,
+    `flops`, and the `share` that these reach of a matrix product's `rate`, None where nothing is counted.
+
+    An operation's time is from its start to its end; what Python does between them is not in it.
+    """
+    with _Counter(device) as counter:
+        run()
+    found = sorted(counter.tallies.items(), key=lambda item: -item[1].seconds)
+    return [
+        {"operation": name, **dataclasses.asdict(tally), "share": tally.flops / tally.seconds / rate or None}
+        for name, tally in found
+    ]
 
 
 # --- memory
@@ -494,7 +542,7 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}_")
-        elif name != "rounds":
+        elif name not in ("rounds", "profile"):
             yield f"{prefix}{name}", value
 
 

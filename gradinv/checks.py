@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.objective import check_train_mode, matched_parameters, running_statistics
+from gradinv.stepping import resolve_mode
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -126,6 +127,8 @@ def _others(names: Sequence[str]) -> str:
 _PER_OUTPUT = 7
 _PER_WEIGHT = 1.5
 _PER_MATCHED = 2
+# What stays of packed weights: once for the convolution and once for the transposed one.
+_PER_PACKED = 2
 
 _outputs: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
 
@@ -134,14 +137,17 @@ def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
     """About how many bytes a run adds to the loaded model, from above.
 
     Per seed its images, Adam's two moments, the gradient and a snapshot; once, since seeds take turns, the gradients
-    with their double backward and what one evaluation holds of the images that are in the network at a time. Raises
-    GradinvError where the network has no stage of the name that the config matches up to.
+    with their double backward, packed weights, and what one evaluation holds of the images that are in the network at
+    a time. Raises GradinvError where the network has no stage of the name that the config matches up to, and for a
+    stepping that cannot be had here.
     """
     size = model.preprocessing.size
     image_bytes = 4 * batch_size * 3 * size * size
     weights = {name: parameter.numel() for name, parameter in model.network.named_parameters()}
     matched = matched_parameters(model, config.layers) if config.gradient > 0 else []
     held = _PER_WEIGHT * sum(weights.values()) + _PER_MATCHED * sum(weights[name] for name in matched)
+    if resolve_mode(config.stepping, model.device, config.iterations * config.seeds) == "packed":
+        held += _PER_PACKED * sum(weights.values())
     together = min(config.micro_batch or batch_size, batch_size)
     held += _PER_OUTPUT * outputs_per_image(model) * together
     return config.seeds * 8 * image_bytes + round(4 * held)

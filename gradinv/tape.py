@@ -52,9 +52,13 @@ _CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 _ZEROS = {aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default}
 
 
+PACKED_CONVOLUTIONS = ("_convolution_pointwise", "_convolution_transpose_pointwise")
+"""The names of torch's convolutions with packed weights, forward and transposed."""
+
+
 def can_pack() -> bool:
     """Whether convolutions on this CPU are oneDNN's, and torch offers its layout of weights."""
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(_library, "_convolution_transpose_pointwise")
+    return bool(torch.backends.mkldnn.is_available()) and all(hasattr(_library, name) for name in PACKED_CONVOLUTIONS)
 
 
 class Unrecordable(Exception):
@@ -390,10 +394,10 @@ class _Packs:
         if weight is None or weight.ndim != 4 or weight.dtype is not torch.float32 or node.argument("groups") != 1:
             return None
         if added is None:
-            pack, run = _library._reorder_convolution_weight, _library._convolution_pointwise.default
+            pack, name = _library._reorder_convolution_weight, PACKED_CONVOLUTIONS[0]
         else:
-            pack = _library._reorder_convolution_transpose_weight
-            run = _library._convolution_transpose_pointwise.default
+            pack, name = _library._reorder_convolution_transpose_weight, PACKED_CONVOLUTIONS[1]
+        run = getattr(_library, name).default
         stride, padding, dilation = (node.argument(name) for name in ("stride", "padding", "dilation"))
         rest = [padding, *([] if added is None else [added]), stride, dilation, 1]
         shape, strides, *_ = given.layout

@@ -18,7 +18,7 @@ from torch import nn
 
 from gradinv import benchmark, cli, tape
 from gradinv.benchmark import Plan, Variant, as_csv, line, measure, operations, pictures, random_weights, spread
-from gradinv.cli.benchmark import remarks, rows_table
+from gradinv.cli.benchmark import profile_table, remarks, rows_table
 from gradinv.config import AttackConfig
 from gradinv.models import Model, load_model
 from gradinv.peers import PeerResult
@@ -35,6 +35,7 @@ def small_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan(model: Model, **changes: Any) -> Plan:
     given: dict[str, Any] = {"batch_sizes": (2, 3), "rounds": 3, "iterations": 2, "memory": False}
+    given["stepping"] = ("eager", "traced")
     return Plan((lambda: model,), DEMO, **{**given, **changes})
 
 
@@ -64,6 +65,26 @@ def test_each_variant_is_counted_as_it_runs(small_model: Model) -> None:
             # The recording leaves out what autograd derives in vain.
             assert 0 < row["flops"] < row["flops_eager"]
     assert rows[4, 1, "eager"]["flops"] == 2 * rows[2, 1, "eager"]["flops"]
+
+
+@pytest.mark.skipif(not tape.can_pack(), reason="packed weights need a CPU with oneDNN")
+def test_packed_weights_are_counted_as_others(small_model: Model) -> None:
+    rows = measure(plan(small_model, stepping=("traced", "packed"), batch_sizes=(3,), rounds=1))["rows"]
+    assert rows[0]["flops"] == rows[1]["flops"] > 0
+
+
+def test_a_profile_adds_up(small_model: Model) -> None:
+    made = measure(plan(small_model, batch_sizes=(3,), rounds=1, profile=True))
+    for row in made["rows"]:
+        found = row["profile"]
+        assert sum(entry["flops"] for entry in found) == row["flops"]
+        assert [entry["seconds"] for entry in found] == sorted((entry["seconds"] for entry in found), reverse=True)
+        names = {entry["operation"]: entry for entry in found}
+        assert names["aten.convolution"]["share"] > 0 and names["aten.add"]["share"] is None
+        assert names["aten.convolution_backward (input and weight)"]["calls"] > 0
+    assert "profile" not in benchmark.as_csv(made)
+    text = profile_table(made["rows"][0]["profile"])
+    assert text.splitlines()[0].split()[0] == "operation" and "all others" in text
 
 
 # --- what is made of the times
@@ -269,9 +290,10 @@ def test_the_command_prints_a_table_and_keeps_the_results(quick: list[str], tmp_
     layers = tmp_path / "settings.json"
     layers.write_text('{"layers": "all"}')
     out = tmp_path / "speed"
-    assert cli.main([*quick, "--config", str(layers), "--out", str(out)]) == 0
+    stepping = ["--stepping", "eager,traced", "--profile"]
+    assert cli.main([*quick, *stepping, "--config", str(layers), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "A float32 matrix product of 64 reaches" in printed and printed.count("traced") == 2
+    assert "A float32 matrix product of 64 reaches" in printed and printed.count("traced") == 4
     header = next(text for text in printed.splitlines() if text.startswith("K "))
     assert header.split("  ")[0] == "K" and "× eager" in header and "share in %" in header
     kept = json.loads((out / "benchmark.json").read_text())

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 HELP = "measure how fast an iteration is on this machine, and what memory it takes"
 EXAMPLES = """\
 examples:
-  gradinv benchmark                                        autograd and the recorded step, for 1, 4 and 8 pictures
+  gradinv benchmark                                        autograd and the fastest way, for 1, 4 and 8 pictures
   gradinv benchmark --model resnet18-tiny --batch-sizes 4,8,16,32,48 --threads 2 --out speed
   gradinv benchmark --batch-sizes 8 --breaching            beside other people's attacks (needs gradinv[compare])
   gradinv benchmark --batch-sizes 8 --micro-batches 0,4,2  what micro-batches cost in time and save in memory
+  gradinv benchmark --batch-sizes 8 --profile              what an iteration spends its time on
   gradinv benchmark --model resnet50 --random-weights --device cuda --stepping eager,traced,graph
 
 In each round all variants do some iterations in turn, and a matrix product is timed with them: whatever else the
@@ -54,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     options.add_argument(
         "--stepping",
         type=_words,
-        default=("eager", "traced"),
+        default=("eager", "auto"),
         metavar="S,S,…",
-        help="how a step is executed: eager, traced, graph or auto (default: eager,traced)",
+        help="how a step is executed: eager, traced, packed, graph, or auto for what is fastest (default: eager,auto)",
     )
     options.add_argument(
         "--micro-batches", type=_numbers, default=(0,), metavar="N,N,…", help="images at a time, 0: all (default: 0)"
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     running.add_argument(
         "--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure the peak memory"
     )
+    running.add_argument("--profile", action="store_true", help="also what an iteration spends its time on")
     running.add_argument("--out", metavar="DIR", help="also write benchmark.json and benchmark.csv to DIR")
 
 
@@ -115,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
             rounds=args.rounds,
             iterations=args.iterations,
             memory=args.memory,
+            profile=args.profile,
         )
         result = _measured(plan)
     if store is not None:
@@ -129,6 +132,11 @@ def run(args: argparse.Namespace) -> int:
     say(rows_table(result))
     for sentence in remarks(result):
         say(sentence)
+    for row in result["rows"]:
+        if "profile" in row:
+            say("")
+            say(f"{row['model']}, {row['batch_size']} pictures, {row['stepping']}:")
+            say(profile_table(row["profile"]))
     if store is not None:
         say(f"The results are kept in {args.out}.")
     return 0
@@ -193,6 +201,20 @@ def rows_table(result: Mapping[str, Any]) -> str:
         lines.append(cells)
     words = {"model", "stepping"}
     return table(header, lines, [place for place, name in enumerate(header) if name not in words])
+
+
+def profile_table(profile: Sequence[Mapping[str, Any]]) -> str:
+    """The kinds of operation that take a hundredth of the time or more, and all others in one line."""
+    total = sum(entry["seconds"] for entry in profile)
+    long = [entry for entry in profile if entry["seconds"] >= 0.01 * total]
+    rest = {name: sum(entry[name] for entry in profile if entry not in long) for name in ("calls", "seconds", "flops")}
+    lines = []
+    for entry in [*long, {"operation": "all others", **rest, "share": None}]:
+        share = "–" if entry["share"] is None else figure(100 * entry["share"], 0)
+        spent = figure(1e3 * entry["seconds"], 1), figure(100 * entry["seconds"] / total, 0)
+        lines.append([entry["operation"], entry["calls"], *spent, figure(entry["flops"] / 1e9, 1), share])
+    header = ["operation", "calls", "ms", "% of the time", "GFLOP", "share in %"]
+    return table(header, lines, [1, 2, 3, 4, 5])
 
 
 def _in(unit: float, values: Mapping[str, float] | None, digits: int = 0) -> str:

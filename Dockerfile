@@ -32,10 +32,13 @@ COPY app.py LICENSE ./
 # What a public host needs: a run of at most some minutes on two cores. gradinv/jobs.py lists every limit.
 ENV GRADINV_MAX_COST=1e8 \
     STREAMLIT_SERVER_ADDRESS=0.0.0.0 \
-    STREAMLIT_SERVER_PORT=7860
+    STREAMLIT_SERVER_PORT=7860 \
+    STREAMLIT_SERVER_SCRIPT_HEALTH_CHECK_ENABLED=true
 EXPOSE 7860
-HEALTHCHECK --interval=30s --timeout=10s --start-period=60s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/_stcore/health', timeout=5)"]
+# This opens the first page as a visitor would, for at most 60 s; /_stcore/health answers even where the app cannot be
+# imported. A Streamlit without this check answers it with its start page, so only the word itself counts.
+HEALTHCHECK --interval=1m --timeout=70s --start-period=2m \
+    CMD ["python", "-c", "import urllib.request; assert urllib.request.urlopen('http://127.0.0.1:7860/_stcore/script-health-check', timeout=65).read() == b'ok'"]
 
 # A Space shows the page in a frame of another origin, where uploads need a cookie that is sent across sites.
 CMD ["sh", "-c", "exec python -m streamlit run app.py ${SPACE_ID:+--server.xsrfCookieSameSite=none}"]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import streamlit as st
 from gradinv.models import MODELS
 from gradinv.prior import DECODERS
 from gradinv.web import uploads
+from serving import served
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.txt").read_text(encoding="utf-8")
@@ -147,15 +149,21 @@ def test_what_is_copied_is_let_in_and_nothing_else() -> None:
     assert not [path for path in (*left_out, "gradinv/__pycache__/a.cpython-311.pyc") if let_in(path)]
 
 
-def test_what_is_copied_is_enough_to_run(tmp_path: Path) -> None:
+def copied(folder: Path) -> Path:
+    """The folder, with what the Dockerfile copies."""
     ignore = shutil.ignore_patterns("__pycache__")
     for rest in every("COPY"):
         *sources, _ = rest.split()
         for source in sources:
             if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, tmp_path / source, ignore=ignore)
+                shutil.copytree(ROOT / source, folder / source, ignore=ignore)
             else:
-                shutil.copy(ROOT / source, tmp_path)
+                shutil.copy(ROOT / source, folder)
+    return folder
+
+
+def test_what_is_copied_is_enough_to_run(tmp_path: Path) -> None:
+    copied(tmp_path)
     code = (
         "import gradinv.models, gradinv.prior\n"
         "from gradinv.web import live\n"
@@ -180,29 +188,54 @@ def test_what_is_copied_is_enough_to_run(tmp_path: Path) -> None:
     assert float(cost) == float(environment()["GRADINV_MAX_COST"])
 
 
-class Healthy(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/_stcore/health" else 404)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-def test_the_health_check_asks_streamlit_and_fails_where_nobody_answers() -> None:
+def health_check(host: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the container's health check against a server elsewhere."""
     (rest,) = every("HEALTHCHECK")
-    command = json.loads(rest[rest.index("[") :])
-    port = environment()["STREAMLIT_SERVER_PORT"]
-    assert f"127.0.0.1:{port}/_stcore/health" in command[-1] and every("EXPOSE") == [port]
-    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as server:
+    *_, program = json.loads(rest[rest.index("[") :])
+    usual = f"127.0.0.1:{environment()['STREAMLIT_SERVER_PORT']}"
+    assert program.count(usual) == 1
+    return subprocess.run([sys.executable, "-c", program.replace(usual, host)], check=False, capture_output=True)
+
+
+@pytest.mark.parametrize(("status", "said", "healthy"), [(200, "ok", True), (503, "error", False), (200, "<!", False)])
+def test_the_health_check_wants_the_word_itself(status: int, said: str, healthy: bool) -> None:
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(said.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        check = [sys.executable, *command[1:-1], command[-1].replace(port, str(server.server_port))]
-        assert subprocess.run(check, check=False).returncode == 0
+        assert (health_check(f"127.0.0.1:{server.server_port}").returncode == 0) is healthy
         server.shutdown()
+
+
+def test_the_health_check_fails_where_nobody_answers() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        check[-1] = command[-1].replace(port, str(free.getsockname()[1]))
-        assert subprocess.run(check, check=False, capture_output=True).returncode != 0
+        assert health_check(f"127.0.0.1:{free.getsockname()[1]}").returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_health_check_notices_an_app_that_cannot_be_imported(tmp_path: Path, broken: bool) -> None:
+    copied(tmp_path)
+    if broken:
+        (tmp_path / "gradinv" / "labels.py").unlink()
+    variables = environment()
+    settings = {name: variables[name] for name in variables if name not in ("PATH", "STREAMLIT_SERVER_PORT")}
+    with served(tmp_path, **settings, PYTHONPATH=str(tmp_path), OMP_NUM_THREADS="1") as server:
+        with urllib.request.urlopen(f"{server.address}/_stcore/health", timeout=60) as answer:
+            assert answer.status == 200  # which is why this one is not asked
+        # The first page loads a network; the check gives it a minute, and the container asks three times.
+        healthy = any(health_check(server.host).returncode == 0 for _ in range(1 if broken else 3))
+        assert healthy is not broken, server.said()
+        assert ("ModuleNotFoundError" in server.said()) is broken
+    assert every("EXPOSE") == [variables["STREAMLIT_SERVER_PORT"]]
 
 
 def test_uploads_work_in_the_frame_of_a_space_and_other_hosts_keep_the_stricter_cookie(tmp_path: Path) -> None:

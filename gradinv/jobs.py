@@ -27,7 +27,7 @@ from gradinv.config import AttackConfig
 from gradinv.inversion import invert
 from gradinv.models import Model
 from gradinv.recording import MemoryStore, Recorder, thinned
-from gradinv.types import GradinvError, Snapshot
+from gradinv.types import GradinvError, Observation, Snapshot
 from gradinv.victim import observe
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class Limits:
     GRADINV_MAX_COST=1e8; these are all that there are.
 
     cost               batch size × pixels of an image × iterations × seeds of one job
+    gradient           bytes of a gradient that a visitor brings; the server also takes no more than its maxUploadSize
+    gradients          bytes of all such gradients that are held, of all visitors together
     waiting            jobs in the queue
     retained           finished jobs that are kept, of all visitors together
     retained_bytes     what these may hold
@@ -51,6 +53,8 @@ class Limits:
     """
 
     cost: float = 1e12
+    gradient: int = 128 * 2**20
+    gradients: int = 1024 * 2**20
     waiting: int = 20
     retained: int = 24
     retained_bytes: int = 256 * 2**20
@@ -322,16 +326,67 @@ def sentence(error: BaseException, what: str = "The run") -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class Originals:
+    """A client's pictures, pixels (B, 3, S, S) in [0, 1], and their labels. Their gradient is taken first."""
+
+    pixels: Tensor
+    labels: tuple[int, ...]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def values(self) -> int:
+        """Batch size × pixels of an image."""
+        return self.pixels[:, 0].numel()
+
+    def observed(self, model: Model, config: AttackConfig) -> Observation:
+        """What the server receives of them, with the BN statistics that the attack assumes to leak."""
+        return observe(
+            model,
+            self.pixels,
+            torch.tensor(self.labels),
+            share_bn=config.bn == "exact",
+            mode="train" if config.bn == "inferred" else "eval",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A gradient that a client has shared already, of images of `side` pixels that nobody here has.
+
+    `find` brings it once the job's turn has come, so that jobs that wait, and those that have ended, do not hold it; it
+    raises GradinvError where it is not held any more.
+    """
+
+    batch_size: int
+    side: int
+    find: Callable[[], Observation]
+
+    @property
+    def values(self) -> int:
+        """Batch size × pixels of an image."""
+        return self.batch_size * self.side**2
+
+    def observed(self, model: Model, config: AttackConfig) -> Observation:
+        """The gradient as it came."""
+        return self.find()
+
+
+@dataclass(frozen=True, eq=False)
 class Pictures:
     """A snapshot as a page draws it: WebP data URIs in the originals' order, the seeds' one row each.
 
-    `restored` has the restored label and `psnr` the consensus's PSNR in dB of each original.
+    `restored` has the restored label and `psnr` the consensus's PSNR in dB of each original, None where there are none:
+    then the order is that of the labels. `distance` is that of the gradients, the mean of the seeds', None at first.
     """
 
     restored: tuple[int, ...]
     consensus: tuple[str, ...]
     seeds: tuple[tuple[str, ...], ...]
-    psnr: tuple[float, ...]
+    psnr: tuple[float | None, ...]
+    distance: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,7 +409,7 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """The page's job: share the gradient of `pixels` (B, 3, S, S) in [0, 1], invert it, record that in memory.
+    """The page's job: invert the gradient of a `client`'s pictures or one that it shared, and record that in memory.
 
     `load` gives the worker a model of its own, since hooks on a network hear every thread that runs it. `facts`
     is whatever the page wants to know of the batch; it never reaches the attack.
@@ -364,37 +419,44 @@ class Inversion:
     FRAMES = 300  # recorded at most, whatever the length of the run
 
     load: Callable[[], Model]
-    pixels: Tensor
-    labels: tuple[int, ...]
+    client: Originals | Shared
     config: AttackConfig
     facts: Any = None
 
     @property
+    def originals(self) -> Originals | None:
+        """What the reconstructions are compared with, where it is known."""
+        return self.client if isinstance(self.client, Originals) else None
+
+    @property
     def cost(self) -> int:
         """Batch size × pixels of an image × iterations × seeds."""
-        return self.pixels[:, 0].numel() * self.config.iterations * self.config.seeds
+        return self.client.values * self.config.iterations * self.config.seeds
 
     def check(self) -> None:
         """Raises GradinvError for an empty batch or one without a label for each picture."""
-        if self.pixels.ndim != 4 or len(self.pixels) == 0:
+        if (own := self.originals) is None:
+            return
+        if own.pixels.ndim != 4 or len(own.pixels) == 0:
             raise GradinvError("Choose at least one picture.")
-        if len(self.labels) != len(self.pixels):
+        if len(own.labels) != len(own.pixels):
             raise GradinvError("Every picture needs a class; choose one for each.")
 
     def __call__(self, handle: Handle) -> Status:
         """Run until the last iteration or `handle.stop`."""
         model = self.load()
-        check_memory(model, len(self.pixels), self.config)
-        observation = observe(
-            model,
-            self.pixels,
-            torch.tensor(self.labels),
-            share_bn=self.config.bn == "exact",
-            mode="train" if self.config.bn == "inferred" else "eval",
-        )
+        own = self.originals
+        if own is not None:
+            check_memory(model, len(own.pixels), self.config)
+        observation = self.client.observed(model, self.config)
         store = MemoryStore()
         recorder = Recorder(
-            store, config=self.config, model=model, observation=observation, originals=self.pixels, labels=self.labels
+            store,
+            config=self.config,
+            model=model,
+            observation=observation,
+            originals=None if own is None else own.pixels,
+            labels=None if own is None else own.labels,
         )
         pace: deque[tuple[float, int]] = deque(maxlen=20)
 
@@ -437,14 +499,18 @@ class Inversion:
         )
 
     def pictures(self, snapshot: Snapshot) -> Pictures:
-        """A live or replayed snapshot of this run, paired with the originals."""
-        order = metrics.pair(snapshot.consensus, snapshot.labels, self.pixels, self.labels)
+        """A live or replayed snapshot of this run, paired with the originals if there are any."""
+        own = self.originals
+        order = torch.arange(len(snapshot.labels))
+        if own is not None:
+            order = metrics.pair(snapshot.consensus, snapshot.labels, own.pixels, own.labels)
         consensus = snapshot.consensus[order]
         return Pictures(
             restored=tuple(snapshot.labels[index] for index in order.tolist()),
             consensus=figures.tiles(consensus),
             seeds=tuple(figures.tiles(pixels[order]) for pixels in snapshot.seeds),
-            psnr=tuple(metrics.psnr(consensus, self.pixels).tolist()),
+            psnr=(None,) * len(order) if own is None else tuple(metrics.psnr(consensus, own.pixels).tolist()),
+            distance=metrics.mean(snapshot.distance),
         )
 
 

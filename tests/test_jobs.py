@@ -13,10 +13,21 @@ import torch
 
 from gradinv import jobs
 from gradinv.config import AttackConfig
-from gradinv.jobs import Handle, Inversion, JobManager, JobState, Limits, Progress, Status, sentence
-from gradinv.models import load_model
+from gradinv.jobs import (
+    Handle,
+    Inversion,
+    JobManager,
+    JobState,
+    Limits,
+    Originals,
+    Progress,
+    Shared,
+    Status,
+    sentence,
+)
+from gradinv.models import Model, load_model
 from gradinv.recording import Recording
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, Observation
 
 PATIENCE = 30.0  # seconds after which a wait counts as hung; nothing depends on how fast it is
 
@@ -389,7 +400,11 @@ def test_no_traceback_reaches_the_sentence() -> None:
 def inversion(iterations: int = 3) -> Inversion:
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     config = AttackConfig.preset("demo", seeds=2, iterations=iterations)
-    return Inversion(lambda: load_model("resnet18-tiny", device="cpu", image_size=32), pixels, (3, 7), config)
+    return Inversion(small, Originals(pixels, (3, 7)), config)
+
+
+def small() -> Model:
+    return load_model("resnet18-tiny", device="cpu", image_size=32)
 
 
 @dataclass(eq=False)
@@ -452,7 +467,37 @@ def test_cost_and_check_of_an_inversion() -> None:
     work = inversion()
     assert work.cost == 2 * 32 * 32 * 3 * 2
     work.check()
+    assert work.originals is not None
     with pytest.raises(GradinvError, match="Choose at least one picture"):
-        Inversion(work.load, work.pixels[:0], (), work.config).check()
+        Inversion(work.load, Originals(work.originals.pixels[:0], ()), work.config).check()
     with pytest.raises(GradinvError, match="needs a class"):
-        Inversion(work.load, work.pixels, (3,), work.config).check()
+        Inversion(work.load, Originals(work.originals.pixels, (3,)), work.config).check()
+
+
+def test_a_shared_gradient_is_inverted_to_the_same_pictures_without_anything_to_compare_them_with() -> None:
+    own = inversion()
+    assert own.originals is not None
+    observation = own.originals.observed(small(), own.config)
+    given = Inversion(own.load, Shared(2, 32, lambda: observation), own.config)
+    given.check()
+    assert given.cost == own.cost and given.client.batch_size == 2 and given.originals is None
+    with_originals, without = Listener(), Listener()
+    assert own(with_originals) == given(without) == "done"
+    last = without.updates[-1]
+    assert sorted(last.pictures.consensus) == sorted(with_originals.updates[-1].pictures.consensus)
+    assert without.updates[0].pictures.distance is None
+    assert last.pictures.distance is not None and 0 < last.pictures.distance < 2
+    assert last.pictures.psnr == (None, None) and set(last.pictures.restored) == {3, 7}
+    recording = Recording.open(last.store)
+    assert recording.run["metrics"] is None and recording.run["labels"]["true"] is None
+    assert not [name for name in last.store.names() if "original" in name]
+    assert given.pictures(recording.snapshot(3)).restored == last.pictures.restored
+
+
+def test_a_shared_gradient_that_is_gone_fails_the_run_in_one_sentence(manager: JobManager) -> None:
+    def gone() -> Observation:
+        raise GradinvError("Bring it again.")
+
+    work = Inversion(small, Shared(1, 1, gone), AttackConfig.preset("demo", seeds=1, iterations=1))
+    state = ended(manager, manager.submit(work))
+    assert (state.status, state.reason) == ("failed", "Bring it again.")

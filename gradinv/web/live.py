@@ -10,12 +10,15 @@ import torch
 from gradinv import figures
 from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
-from gradinv.jobs import Inversion, manager
+from gradinv.jobs import Inversion, Originals, manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
+from gradinv.objective import bn_targets
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, replay, run, settings, shared, tour
+from gradinv.web import gradient, markup, pick, replay, run, settings, shared, tour
+from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded
+from gradinv.web.pick import Batch
 
 KNOWN = (
     "the network with all its weights",
@@ -53,12 +56,13 @@ def _set_up() -> None:
         "receives, and watch it turn the gradient back into pictures.</p></header>"
     )
     _lead()
-    name = settings.choose_model()
+    brought = gradient.held() if pick.shares() else None
+    name = settings.choose_model(brought.model if brought is not None else None)
     network = _network(name)
     if network is None:
         return
-    st.header("1. The client’s pictures", anchor=False)
-    batch = pick.panel(network)
+    st.header("1. The client’s gradient" if pick.shares() else "1. The client’s pictures", anchor=False)
+    batch = pick.panel(network, run.visitor())
     st.header("2. What the server receives", anchor=False)
     received = st.container()
     st.header("3. The attack", anchor=False)
@@ -96,16 +100,23 @@ def _network(name: str) -> Model | None:
         f"Load {name}", type="primary", icon=":material/download:", help=MODELS[name].origin
     ):
         st.info(
-            f"{name} is not bundled: its weights (98 MB) are downloaded from PyTorch’s server the first time. "
-            "The two bundled networks work offline."
+            f"{name} is not bundled: its weights are from {MODELS[name].origin}. The bundled networks work offline."
         )
         return None
     with st.spinner(f"Loading {name}", show_time=True):
         return shared.model(name)
 
 
-def _check(network: Model, batch: pick.Batch, config: AttackConfig) -> None:
+def _check(network: Model, batch: Batch | Gradient | None, config: AttackConfig) -> None:
     """Raises GradinvError for what would only fail later."""
+    if batch is None:
+        raise GradinvError("Bring a gradient first.")
+    if isinstance(batch, Gradient):
+        observation = batch.find(run.visitor())
+        with shared.using:
+            bn_targets(network, observation, config)
+        check_memory(network, batch.batch_size, config)
+        return
     if not batch.members:
         raise GradinvError("Choose at least one picture.")
     if batch.problems:
@@ -118,13 +129,13 @@ def _check(network: Model, batch: pick.Batch, config: AttackConfig) -> None:
     check_memory(network, len(batch.members), config)
 
 
-def _received(network: Model, batch: pick.Batch, config: AttackConfig | None) -> None:
-    if not batch.members:
-        st.info("Nothing yet: the batch is empty.")
+def _received(network: Model, batch: Batch | Gradient | None, config: AttackConfig | None) -> None:
+    if batch is None or (isinstance(batch, Batch) and not batch.members):
+        st.info("Nothing yet: there is no gradient." if batch is None else "Nothing yet: the batch is empty.")
         return
-    key = tuple((member.chosen.id, member.label) for member in batch.members)
     method = config.labels if config is not None else "auto"
-    preview = shared.preview(network.name, key, method, torch.stack([member.pixels for member in batch.members]))
+    true = None if isinstance(batch, Gradient) else [member.name for member in batch.members]
+    preview = _preview(network, batch, method)
     left, right = st.columns([3, 2], gap="medium")
     with left:
         count = sum(parameter.numel() for parameter in network.network.parameters())
@@ -136,11 +147,13 @@ def _received(network: Model, batch: pick.Batch, config: AttackConfig | None) ->
             alt=f"Bar chart of the gradient norm of each of the {len(preview.norms)} layers of {network.name}",
         )
     with right:
-        true = [member.name for member in batch.members]
-        restored = [network.class_name(label) for label in preview.restored]
+        read = [network.class_name(label) for label in preview.restored]
+        told = preview.method, preview.confidence
         st.markdown("**The labels, read from the last layer**")
-        st.markdown(markup.labels(true, restored, preview.method, preview.confidence), unsafe_allow_html=True)
-        if len(set(true)) < len(true) and method == "column-minimum":
+        st.markdown(
+            markup.restored(read, *told) if true is None else markup.labels(true, read, *told), unsafe_allow_html=True
+        )
+        if true is not None and len(set(true)) < len(true) and method == "column-minimum":
             st.warning(
                 "Some pictures share a class. Column-minimum restores distinct labels, so at least one will be wrong; "
                 "the setting “labels: auto” counts repeated ones."
@@ -150,7 +163,16 @@ def _received(network: Model, batch: pick.Batch, config: AttackConfig | None) ->
     st.html(markup.knowledge([*KNOWN, *filter(None, (bn, learned))], UNKNOWN))
 
 
-def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, problem: str | None) -> None:
+def _preview(network: Model, batch: Batch | Gradient, method: str) -> shared.Preview:
+    if isinstance(batch, Gradient):
+        return gradient.preview(network.name, batch.key, method, batch.find(run.visitor()))
+    key = tuple((member.chosen.id, member.label) for member in batch.members)
+    return shared.preview(network.name, key, method, torch.stack([member.pixels for member in batch.members]))
+
+
+def _start_bar(
+    network: Model, batch: Batch | Gradient | None, config: AttackConfig | None, problem: str | None
+) -> None:
     """Always in sight: what is about to run, or why it cannot, and the button."""
     bar = st.bottom.container(
         horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="start-bar"
@@ -158,9 +180,11 @@ def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, p
     with bar:
         if run.way_back():
             return
-        if problem is None and config is not None:
+        if problem is None and config is not None and batch is not None:
+            size = batch.batch_size if isinstance(batch, Gradient) else len(batch.members)
+            whose = "a gradient of " if isinstance(batch, Gradient) else ""
             st.markdown(
-                f"**{markup.count(len(batch.members), 'picture')}** · {network.name} · "
+                f"**{whose}{markup.count(size, 'picture')}** · {network.name} · "
                 f"{markup.count(config.seeds, 'seed')} × {markup.count(config.iterations, 'iteration')}"
             )
         else:
@@ -172,7 +196,7 @@ def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, p
             disabled=problem is not None,
             key="start",
         )
-        if pressed and config is not None:
+        if pressed and config is not None and batch is not None:
             try:
                 st.query_params["job"] = manager().submit(_work(network, batch, config), run.visitor())
             except GradinvError as error:
@@ -181,17 +205,22 @@ def _start_bar(network: Model, batch: pick.Batch, config: AttackConfig | None, p
                 st.rerun()
 
 
-def _work(network: Model, batch: pick.Batch, config: AttackConfig) -> Inversion:
+def _work(network: Model, batch: Batch | Gradient, config: AttackConfig) -> Inversion:
+    load = partial(shared.model, network.name, "worker")
+    classes = tuple(known.name for known in network.classes)
+    preset: str = st.session_state.preset
+    if isinstance(batch, Gradient):
+        facts = run.Facts(network.name, preset, (), classes, (), (), (), ())
+        return Inversion(load, batch.shared(run.visitor()), config, facts)
     pixels = torch.stack([member.pixels for member in batch.members])
     facts = run.Facts(
         model=network.name,
-        preset=st.session_state.preset,
+        preset=preset,
         chosen=tuple(member.chosen for member in batch.members if member.chosen.source != "upload"),
-        classes=tuple(known.name for known in network.classes),
+        classes=classes,
         originals=figures.tiles(pixels),
         titles=tuple(member.chosen.picture.title for member in batch.members),
         credits=tuple(member.credit for member in batch.members),
         baseline=measure(constant_colour(pixels), pixels, ("psnr",))["psnr"],
     )
-    labels = tuple(member.label for member in batch.members)
-    return Inversion(partial(shared.model, network.name, "worker"), pixels, labels, config, facts)
+    return Inversion(load, Originals(pixels, tuple(member.label for member in batch.members)), config, facts)

@@ -121,6 +121,17 @@ def labels(true: Sequence[str], restored: Sequence[str], method: str, confidence
     )
 
 
+def restored(names: Sequence[str], method: str, confidence: float) -> str:
+    """The classes that were restored where nobody knows the true ones; below them what read them, as in `labels`."""
+    body = "".join(f"<tr><td>{place}</td><td>{escape(name)}</td></tr>" for place, name in enumerate(names, 1))
+    verdict = f"{count(len(names), 'label')} read from the gradient alone, before any picture is rebuilt."
+    verdict += f" Read by {escape(method)}, which is {100 * confidence:.0f} % sure of them."
+    return (
+        '<div class="gi-scroll"><table class="gi-table"><thead><tr><th>Picture</th><th>Restored</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div><p>{verdict}</p>"
+    )
+
+
 def knowledge(known: Sequence[str], hidden: Sequence[str]) -> str:
     """Two lists: what an attacker knows and what it does not."""
 

@@ -16,18 +16,21 @@ from gradinv.images import to_pixels
 from gradinv.models import Model
 from gradinv.sources import Credit, Picture, draw, find, from_upload, gallery, known, search
 from gradinv.types import GradinvError
-from gradinv.web import markup, shared, uploads
+from gradinv.web import gradient, markup, shared, uploads
+from gradinv.web.gradient import Gradient
 
-Source = Literal["gallery", "folder", "samples", "upload"]
+Source = Literal["gallery", "folder", "samples", "upload", "gradient"]
 SOURCES: dict[Source, str] = {
     "gallery": "Gallery",
     "folder": "ImageNet folder",
     "samples": "Public sample set",
     "upload": "Upload",
+    "gradient": "A gradient of your own",
 }
 FIRST = ("goldfish", "tabby", "lion", "coffee")
-LARGEST = 256  # pictures in a batch, more than any limit of memory lets pass on a small machine
+LARGEST = gradient.LARGEST  # pictures in a batch
 SHOWN = 24  # thumbnails of a folder at a time
+UPLOAD = 20  # MB of a picture
 KEPT_SIDE = 288  # pixels of an upload's shorter side
 
 
@@ -122,18 +125,38 @@ def _class_key(item: Chosen, network: Model) -> str:
     return f"class_{network.name}_{item.id}"
 
 
-def panel(network: Model) -> Batch:
-    """Everything for choosing; → the batch as it stands."""
+def shares() -> bool:
+    """Whether this visitor wants a gradient of their own to be inverted instead of pictures."""
+    return st.session_state.get("source", st.query_params.get("source")) == "gradient"
+
+
+def _name_source() -> None:
+    """The address leads others to a gradient of their own."""
+    if shares():
+        st.query_params["source"] = "gradient"
+    else:
+        st.query_params.pop("source", None)
+
+
+def panel(network: Model, visitor: str) -> Batch | Gradient | None:
+    """Everything for choosing; → the batch as it stands, or the visitor's own gradient, None as long as it lacks."""
     strip = st.container()
     with st.container(key="sources"):
         source = st.segmented_control(
-            "Add pictures from",
+            "Take the batch from",
             list(SOURCES),
             format_func=SOURCES.__getitem__,
-            default="gallery",
+            default="gradient" if shares() else "gallery",
             required=True,
             key="source",
+            persist_state="session",
+            on_change=_name_source,
         )
+        if source == "gradient":
+            with strip:
+                gradient.card(visitor)
+            gradient.panel(network, FIRST, visitor)
+            return gradient.held()
         try:
             {"gallery": _gallery, "folder": _folder, "samples": _samples, "upload": _upload}[source](network)
         except GradinvError as error:
@@ -333,15 +356,19 @@ def _upload(network: Model) -> None:
     uploads.keep_in_memory()
     turn = st.session_state.setdefault("upload_turn", 0)
     files = st.file_uploader(
-        "Pictures (JPEG, PNG, WebP, BMP, GIF or TIFF, at most 20 MB each)",
+        f"Pictures (JPEG, PNG, WebP, BMP, GIF or TIFF, at most {UPLOAD} MB each)",
         accept_multiple_files=True,
         key=f"upload_{turn}",
+        max_upload_size=UPLOAD,
     )
     if not files:
         return
     added, notices = [], []
     for file in files:
+        uploads.let_go(file)
         try:
+            if file.size > UPLOAD * 2**20:
+                raise GradinvError(f"{file.name} is larger than {UPLOAD} MB; scale the picture down first.")
             picture = from_upload(file.getvalue(), file.name)
             image, notes = picture.load()
             notices += notes
@@ -351,7 +378,7 @@ def _upload(network: Model) -> None:
     choose([*chosen(), *added])
     if notices:
         st.session_state.notice = " ".join(notices)
-    # A new uploader: the old one would keep the files themselves.
+    # A new uploader, which does not show the files any more.
     st.session_state.upload_turn = turn + 1
     st.rerun()
 

@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 
 from gradinv import figures, metrics, recording
-from gradinv.jobs import Inversion, JobState, Pictures, Progress, manager
+from gradinv.jobs import Inversion, JobState, Pictures, Progress, Shared, manager
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
@@ -37,6 +37,8 @@ if (!window.gradinvKeys) {
 }
 </script>"""
 
+DISTANCE = "Distance of the gradients"
+DISTANCE_ALT = "One minus the cosine similarity of each seed’s gradient and the shared one by step, and their mean"
 CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
 ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 
@@ -44,7 +46,8 @@ ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 @dataclass(frozen=True)
 class Facts:
     """What the page knows of a run. `originals` are tiles, `baseline` the constant colours' PSNR in dB, `chosen` what
-    the pictures were chosen as, but for uploads, which only their own session keeps."""
+    the pictures were chosen as, but for uploads, which only their own session keeps. Of a gradient that a visitor
+    brought nobody has the pictures: then these are empty."""
 
     model: str
     preset: str
@@ -116,7 +119,7 @@ def _leave(state: JobState | None) -> None:
     st.session_state.pop("recording", None)
     if state is not None:
         work, facts = _work(state)
-        if not pick.begun():
+        if not pick.begun() and work.originals is not None:
             pick.choose(facts.chosen)
         settings.restore(facts.model, facts.preset, work.config)
 
@@ -126,6 +129,11 @@ def _work(state: JobState) -> tuple[Inversion, Facts]:
     if not isinstance(work, Inversion) or not isinstance(work.facts, Facts):
         raise GradinvError("This run was not started from this page.")
     return work, work.facts
+
+
+def _size(work: Inversion) -> int:
+    """How many pictures the batch has."""
+    return work.client.batch_size
 
 
 def _head(state: JobState) -> None:
@@ -140,9 +148,10 @@ def _head(state: JobState) -> None:
         what = f"{markup.count(config.seeds, 'seed')}, {markup.count(config.iterations, 'iteration')}"
         if config.start == "decoder":
             what += ", started from the guess of a learned prior"
+        origin = "" if work.originals is not None else "The gradient was brought here; nobody here has its pictures. "
         st.html(
             '<header class="gi-lead gi-run"><h1>From the gradient back to the pictures</h1>'
-            f"<p>{escape(facts.model)}, batch of {len(facts.originals)}, {what}. This page’s address is the link to "
+            f"<p>{escape(facts.model)}, batch of {_size(work)}, {what}. {origin}This page’s address is the link to "
             "this run.</p></header>"
         )
         with st.container(horizontal=True, width="content"):
@@ -161,16 +170,19 @@ def _tick(job: str) -> None:
     if state is None or state.finished:
         st.rerun()
     progress: Progress | None = state.update
+    work, _ = _work(state)
+    if state.status == "queued" and isinstance(work.client, Shared):
+        work.client.find()  # somebody still waits for it
     if presenting():
-        hidden = _hide()
+        hidden = _hide(work)
         _timeline(state, progress)
         _board(state, progress.pictures if progress is not None else None, hidden)
         return
-    board, side = _places(len(_work(state)[1].originals))
+    board, side = _places(_size(work))
     with side:
         _status(state, progress)
     with board:
-        hidden = _hide()
+        hidden = _hide(work)
         with st.container(key="timeline"):
             _timeline(state, progress)
         _board(state, progress.pictures if progress is not None else None, hidden)
@@ -209,33 +221,49 @@ def _status(state: JobState, progress: Progress | None) -> None:
         args=(state.id,),
     )
     speed = progress.speed if progress is not None else None
-    psnr = metrics.mean(progress.pictures.psnr) if progress is not None else None
     st.markdown(
         markup.facts(
             [
                 ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
                 ("so far", markup.duration(progress.seconds if progress is not None else None)),
-                ("PSNR of the consensus", markup.decibel(psnr)),
-                ("of a constant colour", markup.decibel(_work(state)[1].mean_baseline)),
+                *_quality(state, progress),
             ]
         ),
         unsafe_allow_html=True,
     )
 
 
+def _quality(state: JobState, progress: Progress | None) -> list[tuple[str, str]]:
+    """How good it is: against the originals, or else all that the attacker has to go by."""
+    work, facts = _work(state)
+    pictures = progress.pictures if progress is not None else None
+    if work.originals is None:
+        distance = pictures.distance if pictures is not None else None
+        return [("distance of the gradients", "–" if distance is None else markup.number(distance))]
+    psnr = metrics.mean(pictures.psnr) if pictures is not None else None
+    return [
+        ("PSNR of the consensus", markup.decibel(psnr)),
+        ("of a constant colour", markup.decibel(facts.mean_baseline)),
+    ]
+
+
 def _live_charts(state: JobState, progress: Progress | None) -> None:
     work, facts = _work(state)
     curves = progress.curves if progress is not None else ()
     steps = work.config.iterations
-    charts = st.columns(2) if len(facts.originals) > BESIDE else (st.container(), st.container())
+    charts = st.columns(2) if _size(work) > BESIDE else (st.container(), st.container())
     with charts[0]:
-        st.markdown("**PSNR in dB**")
-        st.echarts_chart(
-            figures.live_psnr(curves, steps, facts.mean_baseline),
-            key="live-psnr",
-            height=225,
-            alt="PSNR of each seed and of the consensus by step, beside that of the best constant colour",
-        )
+        if work.originals is None:
+            st.markdown(f"**{DISTANCE}**")
+            st.echarts_chart(figures.live_distance(curves, steps), key="live-distance", height=225, alt=DISTANCE_ALT)
+        else:
+            st.markdown("**PSNR in dB**")
+            st.echarts_chart(
+                figures.live_psnr(curves, steps, facts.mean_baseline),
+                key="live-psnr",
+                height=225,
+                alt="PSNR of each seed and of the consensus by step, beside that of the best constant colour",
+            )
     with charts[1]:
         st.markdown("**Terms of the loss**")
         st.echarts_chart(
@@ -243,8 +271,10 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
         )
 
 
-def _hide() -> bool:
+def _hide(work: Inversion) -> bool:
     """The control that hides the originals or, in a presentation, reveals them; → whether they are hidden."""
+    if work.originals is None:
+        return False
     if presenting():
         revealed = st.session_state.get("revealed", False)
         st.button("Hide (R)" if revealed else "Reveal (R)", key="reveal", type="primary", on_click=_reveal)
@@ -259,32 +289,38 @@ def _reveal() -> None:
 def _board(state: JobState, pictures: Pictures | None, hidden: bool) -> None:
     work, facts = _work(state)
     rows = _rows(work, facts, pictures, hidden)
-    if len(facts.originals) == 1 and work.config.seeds > 1:
+    if _size(work) == 1 and work.config.seeds > 1:
         # One picture: its seeds stand side by side instead of in a long column.
-        seeds = [replace(row.tiles[0], caption=row.name) for row in rows[2:]]
-        shown = markup.board(rows[:2]) + markup.board([Row("Seeds", seeds)])
+        above = len(rows) - work.config.seeds
+        seeds = [replace(row.tiles[0], caption=row.name) for row in rows[above:]]
+        shown = markup.board(rows[:above]) + markup.board([Row("Seeds", seeds)])
     else:
         shown = markup.board(rows)
     st.markdown(shown, unsafe_allow_html=True)
 
 
 def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool) -> list[Row]:
-    true = [facts.classes[label] for label in work.labels]
-    originals = [
-        Tile(None if hidden else uri, "Hidden original" if hidden else f"Original: {title}", "" if hidden else name)
-        for uri, title, name in zip(facts.originals, facts.titles, true, strict=True)
-    ]
-    rows = [Row("Originals", originals, "what the client kept")]
+    own = work.originals
+    rows = []
+    if own is not None:
+        true = [facts.classes[label] for label in own.labels]
+        originals = [
+            Tile(None if hidden else uri, "Hidden original" if hidden else f"Original: {title}", "" if hidden else name)
+            for uri, title, name in zip(facts.originals, facts.titles, true, strict=True)
+        ]
+        rows.append(Row("Originals", originals, "what the client kept"))
     seeds = work.config.seeds
     if pictures is None:
-        waiting = [Tile(None, "Not there yet")] * len(true)
+        waiting = [Tile(None, "Not there yet")] * _size(work)
         return [*rows, Row("Consensus", waiting), *(Row(f"Seed {seed + 1}", waiting) for seed in range(seeds))]
     names = [facts.classes[label] for label in pictures.restored]
-    right = [a == b for a, b in zip(pictures.restored, work.labels, strict=True)]
+    right: Sequence[bool | None] = [None] * len(names)
+    if own is not None:
+        right = [a == b for a, b in zip(pictures.restored, own.labels, strict=True)]
     if hidden:  # a restored label would end the guessing
         names = [f"picture {place + 1}" for place in range(len(names))]
     consensus = [
-        Tile(uri, f"Reconstruction of {name}", name, markup.decibel(value), None if hidden else mark)
+        Tile(uri, f"Reconstruction of {name}", name, _decibel(value), None if hidden else mark)
         for uri, name, value, mark in zip(pictures.consensus, names, pictures.psnr, right, strict=True)
     ]
     rows.append(Row("Consensus", consensus, CONSENSUS[work.config.registration == "lazy"]))
@@ -292,6 +328,11 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
         tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
         rows.append(Row(f"Seed {seed + 1}", tiles))
     return rows
+
+
+def _decibel(value: float | None) -> str:
+    """Nothing where there is nothing to compare with."""
+    return "" if value is None else markup.decibel(value)
 
 
 def _finished(state: JobState) -> None:
@@ -305,25 +346,29 @@ def _finished(state: JobState) -> None:
         return
     recorded = _recording(state.id, progress)
     if presenting():
-        _replay(state, _hide())
+        _replay(state, _hide(work))
         return
-    board, side = _places(len(facts.originals))
+    board, side = _places(_size(work))
     with side:
         _outcome(state, progress, recorded)
     with board:
-        hidden = _hide()
+        hidden = _hide(work)
         _replay(state, hidden)
     st.header("Numbers", anchor=False)
     _table(work, facts, recorded, progress.pictures.restored, hidden)
     left, right = st.columns(2, gap="large")
     curves = recorded.curves
     with left:
-        st.markdown("**PSNR by step**")
-        st.plotly_chart(
-            figures.psnr_curves(curves, facts.mean_baseline),
-            key="psnr",
-            alt="PSNR of each seed and of the consensus by step; dashed, that of the best constant colour",
-        )
+        if work.originals is None:
+            st.markdown(f"**{DISTANCE} by step**")
+            st.plotly_chart(figures.distance_curves(curves), key="distance", alt=DISTANCE_ALT)
+        else:
+            st.markdown("**PSNR by step**")
+            st.plotly_chart(
+                figures.psnr_curves(curves, facts.mean_baseline),
+                key="psnr",
+                alt="PSNR of each seed and of the consensus by step; dashed, that of the best constant colour",
+            )
     with right:
         st.markdown("**Terms of the loss by step**")
         st.plotly_chart(figures.loss_curves(curves), key="loss", alt="Each weighted term of the loss by step")
@@ -347,8 +392,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
     numbers = [
         ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
         ("in all", markup.duration(progress.seconds)),
-        ("PSNR of the consensus", markup.decibel(metrics.mean(progress.pictures.psnr))),
-        ("of a constant colour", markup.decibel(_work(state)[1].mean_baseline)),
+        *_quality(state, progress),
     ]
     st.markdown(markup.facts(numbers), unsafe_allow_html=True)
     store, name = progress.store, f"gradinv-{progress.step}"
@@ -395,7 +439,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
 def _summary(state: JobState, progress: Progress, recorded: Recording, numbers: Sequence[tuple[str, str]]) -> bytes:
     work, facts = _work(state)
     measured, restored = recorded.run["metrics"], progress.pictures.restored
-    title = f"gradinv: {markup.count(len(facts.originals), 'picture')} rebuilt from one gradient"
+    title = f"gradinv: {markup.count(_size(work), 'picture')} rebuilt from one gradient"
     done = (ENDINGS[state.status].lower(), f"{progress.step:,} of {progress.steps:,} iterations")
     return summary.document(
         title,
@@ -416,7 +460,9 @@ def _archive(store: MemoryStore, facts: Facts) -> bytes:
         if credit is not None
     ]
     files = {name: store.read(name) for name in store.names()}
-    return MemoryStore({**files, "images/CREDITS.txt": "\n".join([*lines, ""]).encode()}).zip()
+    if lines:
+        files["images/CREDITS.txt"] = "\n".join([*lines, ""]).encode()
+    return MemoryStore(files).zip()
 
 
 @st.fragment
@@ -447,18 +493,19 @@ def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequenc
 
 
 def _numbers(work: Inversion, facts: Facts, measured: Any, restored: Sequence[int], hidden: bool) -> str:
-    """The final table as HTML; `measured` is what run.json has under metrics."""
+    """The final table as HTML; `measured` is what run.json has under metrics of a run with originals."""
+    labels = work.originals.labels if work.originals is not None else ()
     columns = metrics.columns(measured)
     digits = [1, 1, 1, 3, 3, 3]
     names = [
         (f"picture {place + 1}", "hidden") if hidden else (facts.classes[true], facts.classes[found])
-        for place, (true, found) in enumerate(zip(work.labels, restored, strict=True))
+        for place, (true, found) in enumerate(zip(labels, restored, strict=True))
     ]
     rows = [
         [*own, *(_number(column[place], digit) for column, digit in zip(columns, digits, strict=True))]
         for place, own in enumerate(names)
     ]
-    right = sum(a == b for a, b in zip(work.labels, restored, strict=True))
+    right = sum(a == b for a, b in zip(labels, restored, strict=True))
     mean = ["Mean", f"{right} of {len(rows)} right"]
     mean += [_number(metrics.mean(c), d) for c, d in zip(columns, digits, strict=True)]
     return markup.results(rows, mean)

@@ -13,6 +13,7 @@ from gradinv.models import MODELS, fitted_file
 from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
 
+MODEL = "resnet50-tiny"
 PRESETS = {
     "demo": "Demo: what was measured to work best with the bundled networks on a CPU.",
     "paper": "Paper: the constants of the CVPR 2021 paper, for large images and a GPU; on a CPU take fewer iterations.",
@@ -32,16 +33,20 @@ START = {
 _PLAIN = {"seeds": "seeds", "iterations": "iterations", "bn": "bn", "start": "start_from"}
 
 
-def choose_model() -> str:
-    """The model's name."""
+def choose_model(given: str | None = None) -> str:
+    """The model's name: the visitor's choice, unless a `given` gradient has one."""
+    if given is not None and st.session_state.get("model", st.query_params.get("model", MODEL)) != given:
+        st.session_state.model = given
+        _restore_defaults()
     name = st.segmented_control(
         "Network whose gradient is shared",
         [name for name, info in MODELS.items() if not info.headless or fitted_file(name).is_file()],
-        default="resnet50-tiny",
+        default=MODEL,
         required=True,
         key="model",
         bind="query-params",
         on_change=_restore_defaults,
+        disabled=given is not None,
     )
     st.caption(f"{MODELS[name].description}. Top-1 accuracy {MODELS[name].accuracy:g} %. {_origin(name)}")
     return str(name)

@@ -35,16 +35,21 @@ def document(
     run: Mapping[str, Any],
     credits: Sequence[tuple[str, Credit]],
 ) -> bytes:
-    """The file's bytes. `table` is HTML, everything else is escaped here; `run` is the content of run.json."""
+    """The file's bytes. `table` is HTML, empty where nothing was measured, everything else is escaped here; `run` is
+    the content of run.json."""
     model, made = run["model"], run["environment"]
     numbers = " · ".join(f"{name}: {value}" for name, value in facts)
     settings = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in run["config"].items())
+    measured = (
+        f"<h2>Numbers</h2>{table}<p>PSNR rewards blur, so the best constant colour stands beside it.</p>"
+        if table
+        else ""
+    )
     credited = f"<h2>Pictures</h2>{markup.credits(credits)}" if credits else ""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><p>{escape(numbers)}</p>"
-        f"{markup.board(board)}<h2>Numbers</h2>{table}"
-        "<p>PSNR rewards blur, so the best constant colour stands beside it.</p>"
+        f"{markup.board(board)}{measured}"
         f'<h2>Settings</h2><dl class="settings">{settings}</dl>'
         f"<p>{escape(model['name'])}, weights {escape(str(model['sha256'])[:16])}…; gradinv {escape(made['gradinv'])}, "
         f"torch {escape(made['torch'])}, {escape(made['device'])}.</p>{credited}"

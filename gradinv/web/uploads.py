@@ -1,10 +1,13 @@
-"""Uploads stay in memory, also while they come in."""
+"""Uploads stay in memory, also while they come in, and no longer than they are needed."""
 
 from __future__ import annotations
 
 import importlib
 
 import streamlit as st
+from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
+from streamlit.runtime.scriptrunner import get_script_run_ctx
+from streamlit.typing import UploadedFile
 
 
 def keep_in_memory() -> None:
@@ -14,3 +17,10 @@ def keep_in_memory() -> None:
     """
     parser = importlib.import_module("starlette.formparsers").MultiPartParser  # comes with Streamlit
     parser.spool_max_size = (st.get_option("server.maxUploadSize") + 1) * 2**20
+
+
+def let_go(file: UploadedFile) -> None:
+    """Have the server forget a file that has been read: it would keep each one until its visitor leaves."""
+    context = get_script_run_ctx()
+    if context is not None and isinstance(context.uploaded_file_mgr, MemoryUploadedFileManager):
+        context.uploaded_file_mgr.remove_file(context.session_id, file.file_id)

@@ -1,0 +1,372 @@
+"""A gradient that a visitor brings: what is accepted and held, and the page from the upload to the end of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from streamlit.testing.v1 import AppTest
+from torch.nn.functional import cross_entropy
+
+from gradinv import jobs
+from gradinv.checks import check_observation
+from gradinv.jobs import Limits, manager
+from gradinv.models import Model, load_model
+from gradinv.recording import Recording
+from gradinv.types import BatchNormStatistics, GradinvError, Observation
+from gradinv.victim import observe
+from gradinv.web import gradient, run, shared
+from gradinv.web.gradient import Shelf
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
+PICTURES = ("goldfish", "tabby")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(shared, "warm", lambda name: None)
+    monkeypatch.setattr(gradient, "_shelf", Shelf())
+    jobs.reset()
+    yield
+    jobs.reset()
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model("resnet18-tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def file() -> bytes:
+    """What the page itself offers as a sample."""
+    return gradient.sample("resnet18-tiny", PICTURES)
+
+
+@pytest.fixture(scope="module")
+def observation(file: bytes) -> Observation:
+    return Observation.unpack(file, "sample")
+
+
+# --- the sample and the example
+
+
+def test_the_sample_is_a_gradient_of_the_pictures(observation: Observation, model: Model) -> None:
+    check_observation(model, observation)
+    assert observation.batch_size == 2 and observation.bn is None and observation.mode == "eval"
+
+
+def test_the_example_is_that_of_the_readme_and_makes_what_it_says(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gradient.EXAMPLE in (ROOT / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(gradient.EXAMPLE, {"pixels": torch.rand(2, 3, 64, 64), "labels": torch.tensor([3, 5])})
+    check_observation(model, Observation.load("mine.safetensors"))
+    assert cross_entropy.__name__ in gradient.EXAMPLE
+
+
+# --- what is held
+
+
+@dataclasses.dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+LIMITS = Limits(gradient=100, gradients=250, lease=60, retained_seconds=1000)
+
+
+def nothing() -> Observation:
+    raise AssertionError("loaded again")
+
+
+def test_several_who_bring_the_same_hold_it_once_until_the_last_has_left(observation: Observation) -> None:
+    shelf = Shelf()
+    assert shelf.put("a", "ada", 100, LIMITS, lambda: observation) is observation
+    assert shelf.put("a", "bob", 100, LIMITS, nothing) is observation
+    assert shelf.size == 100
+    shelf.leave("a", "ada")
+    assert shelf.find("a", "bob") is observation
+    shelf.leave("a", "bob")
+    assert shelf.size == 0
+    with pytest.raises(GradinvError, match="not kept here any more"):
+        shelf.find("a", "bob")
+
+
+def test_what_nobody_looks_at_makes_room_and_what_is_looked_at_stays(observation: Observation) -> None:
+    clock = Clock()
+    shelf = Shelf(clock)
+    for key in ("a", "b"):
+        shelf.put(key, key, 100, LIMITS, lambda: observation)
+    with pytest.raises(GradinvError, match="as many gradients of visitors as it can"):
+        shelf.put("c", "c", 100, LIMITS, nothing)
+    clock.now += 61
+    shelf.find("a", "a")
+    shelf.put("c", "c", 100, LIMITS, lambda: observation)
+    assert shelf.size == 200
+    assert shelf.find("a", "a") is shelf.find("c", "c") is observation
+    with pytest.raises(GradinvError, match="bring it again"):
+        shelf.find("b", "b")
+    clock.now += 1001
+    shelf.put("d", "d", 10, LIMITS, lambda: observation)
+    assert shelf.size == 10
+
+
+def test_what_cannot_be_loaded_takes_no_room() -> None:
+    shelf = Shelf()
+
+    def damaged() -> Observation:
+        raise GradinvError("Damaged.")
+
+    with pytest.raises(GradinvError, match="Damaged"):
+        shelf.put("a", "ada", 100, LIMITS, damaged)
+    assert shelf.size == 0
+
+
+# --- what is accepted
+
+
+def test_a_gradient_is_accepted_with_what_it_says_of_itself(file: bytes, model: Model) -> None:
+    found = gradient.accept(file, "mine.safetensors", "ada")
+    assert dataclasses.asdict(found) == {
+        "key": found.key,
+        "name": "mine.safetensors",
+        "size": len(file),
+        "model": "resnet18-tiny",
+        "batch_size": 2,
+        "side": 64,
+        "mode": "eval",
+        "leaks": (False, False),
+    }
+    assert list(found.shared("ada").find().gradients) == [name for name, _ in model.network.named_parameters()]
+
+
+def test_what_has_too_many_bytes_is_not_even_read(file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADINV_MAX_GRADIENT", str(2**20))
+    monkeypatch.setattr(Observation, "unpack", nothing)
+    with pytest.raises(GradinvError, match="mine has more than the 1 MB that a gradient may have here"):
+        gradient.accept(file, "mine", "ada")
+
+
+def test_the_limits_fit_the_bundled_networks() -> None:
+    accepted = json.loads(json.dumps(Limits().gradient)) / 2**20
+    config = (ROOT / ".streamlit" / "config.toml").read_text(encoding="utf-8")
+    assert f"maxUploadSize = {accepted:g}\n" in config
+    for name in ("resnet18-tiny", "resnet50-tiny", "resnet50"):
+        assert 4 * shared_parameters(name) + 2**16 < Limits().gradient
+
+
+def shared_parameters(name: str) -> int:
+    from torchvision.models import get_model_builder
+
+    from gradinv.models import MODELS
+
+    with torch.device("meta"):
+        network = get_model_builder(MODELS[name].arch)(num_classes=MODELS[name].classes)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def changed_gradient(name: str, value: torch.Tensor) -> Callable[[Observation], Observation]:
+    return lambda given: dataclasses.replace(given, gradients={**given.gradients, name: value})
+
+
+NAN = torch.full((200,), math.nan)
+BAD: dict[str, tuple[Callable[[Observation], Observation], str]] = {
+    "another network": (lambda o: dataclasses.replace(o, model_name="mine"), "a network that this page does not have"),
+    "other weights": (lambda o: dataclasses.replace(o, model_sha256="f" * 64), "other weights of resnet18-tiny"),
+    "a name of another": (lambda o: dataclasses.replace(o, model_name="resnet50-tiny"), "resnet50-tiny"),
+    "not loaded": (lambda o: dataclasses.replace(o, model_name="resnet50"), "of resnet50, which is not loaded here"),
+    "no names": (lambda o: dataclasses.replace(o, gradients={}), "lacks the gradient of conv1.weight and 61 more"),
+    "NaN": (changed_gradient("fc.bias", NAN), "fc.bias holds values that are not finite"),
+    "shape": (changed_gradient("fc.bias", torch.ones(3)), r"fc.bias has the shape \(3,\)"),
+    "integers": (changed_gradient("fc.bias", torch.ones(200, dtype=torch.int64)), "fc.bias holds torch.int64"),
+    "unknown": (changed_gradient("fc.other", torch.ones(1)), "a gradient of fc.other"),
+    "statistics": (
+        lambda o: dataclasses.replace(o, bn=BatchNormStatistics({"bn1": torch.ones(3)}, {"bn1": torch.ones(3)})),
+        "batch statistics lack the mean of the BN layer",
+    ),
+    "zero": (
+        lambda o: dataclasses.replace(o, gradients={n: torch.zeros_like(g) for n, g in o.gradients.items()}),
+        "Every gradient of the observation is zero",
+    ),
+    "many": (
+        lambda o: dataclasses.replace(o, batch_size=201),
+        "of more than the 200 pictures that a batch may have",
+    ),
+    "huge": (lambda o: dataclasses.replace(o, batch_size=10**300), "of more than the 200 pictures"),
+    "none": (lambda o: dataclasses.replace(o, batch_size=0), "batch size must be a whole number of at least 1"),
+    "words": (lambda o: dataclasses.replace(o, batch_size="two"), "batch size must be a whole number"),  # type: ignore[arg-type]
+    "mode": (lambda o: dataclasses.replace(o, mode="x"), "forward mode must be eval or train"),
+    "size": (
+        lambda o: dataclasses.replace(o, preprocessing=dataclasses.replace(o.preprocessing, size=32)),
+        "is not of the 64-px pictures that resnet18-tiny takes here",
+    ),
+    "scale": (
+        lambda o: dataclasses.replace(o, preprocessing=dataclasses.replace(o.preprocessing, std=(1.0, 1.0, 1.0))),
+        "preprocessing .* is not the model's",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_cannot_be_inverted_is_one_sentence_and_not_held(kind: str, observation: Observation) -> None:
+    change, said = BAD[kind]
+    with pytest.raises(GradinvError, match=said):
+        gradient.accept(change(observation).pack(), "mine", "ada")
+    assert gradient._shelf.size == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x89PNG\r\n\x1a\n" + bytes(99), bytes(range(256)) * 99, safetensors.torch.save({"a": torch.ones(2)})],
+    ids=["empty", "picture", "random", "weights"],
+)
+def test_what_is_no_gradient_is_one_sentence(data: bytes) -> None:
+    with pytest.raises(GradinvError, match=r"mine(:| is) .*\.$"):
+        gradient.accept(data, "mine", "ada")
+
+
+def test_a_truncated_file_is_one_sentence(file: bytes) -> None:
+    with pytest.raises(GradinvError, match="no complete safetensors file"):
+        gradient.accept(file[:-1], "mine", "ada")
+
+
+def test_what_it_carries_of_bn_statistics_is_said(model: Model) -> None:
+    pixels, labels = torch.rand(2, 3, 64, 64), torch.tensor([1, 2])
+    cases = [({"share_bn": True}, "exact"), ({"mode": "train"}, "inferred")]
+    for options, said in cases:
+        found = gradient.accept(observe(model, pixels, labels, **options).pack(), "mine", "ada")  # type: ignore[arg-type]
+        assert f"“{said}” can be chosen" in gradient.STATISTICS[found.leaks]
+
+
+# --- the page
+
+
+def visit(**address: str) -> AppTest:
+    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
+    for name, value in address.items():
+        app.query_params[name] = value
+    return app.run()
+
+
+def text(app: AppTest) -> str:
+    kinds = (app.markdown, app.header, app.caption, app.info, app.warning, app.error, app.get("html"))
+    return "\n".join(getattr(item, "value", None) or item.proto.body for kind in kinds for item in kind)
+
+
+def bring(app: AppTest, data: bytes, name: str = "mine.safetensors") -> AppTest:
+    return app.file_uploader[0].set_value((name, data, "application/octet-stream")).run()
+
+
+def press(app: AppTest, label: str) -> AppTest:
+    return next(button for button in app.button if button.label == label).click().run()
+
+
+def test_nothing_can_be_started_before_a_gradient_is_there_and_bad_ones_are_one_sentence() -> None:
+    app = visit(source="gradient", model="resnet18-tiny", seeds="1", iterations="1")
+    assert not app.exception and "Bring a gradient first." in text(app) and app.button(key="start").disabled
+    assert gradient.EXAMPLE.strip() in app.code[0].value
+    bring(app, b"\x89PNG\r\n\x1a\n" + bytes(99), "cat.safetensors")
+    assert not app.exception and not app.error
+    (said,) = (item.value for item in app.warning)
+    assert said.startswith("Cannot read an observation from cat.safetensors: it is no complete safetensors file (")
+    assert said.endswith(").") and "\n" not in said
+    assert app.button(key="start").disabled
+
+
+def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file: bytes, model: Model) -> None:
+    # Another network is chosen: the file names its own.
+    app = bring(visit(source="gradient", iterations="7"), file)
+    assert not app.exception and not app.error and not app.warning
+    said = text(app)
+    assert "**mine.safetensors**" in said and "It carries no BN statistics" in said
+    assert "the mean gradient of 2 pictures of 64 × 64 px on resnet18-tiny, taken in eval mode" in said
+    assert "2 labels read from the gradient alone" in said and "True class" not in said
+    chooser = next(item for item in app.button_group if item.key == "model")
+    assert chooser.value == "resnet18-tiny" and chooser.disabled
+    app.number_input(key="seeds").set_value(2).run()
+    app.number_input(key="iterations").set_value(1).run()
+    assert "**a gradient of 2 pictures** · resnet18-tiny · 2 seeds × 1 iteration" in text(app)
+    app.button(key="start").click().run()
+    assert not app.exception and not app.error
+    job = app.query_params["job"][-1] if isinstance(app.query_params["job"], list) else app.query_params["job"]
+    assert manager().wait(job, lambda state: state.finished, PATIENCE)
+    app.run()
+    assert not app.exception and not app.error
+    said = text(app)
+    assert "**Finished** after 1 of 1 iteration" in said and "distance of the gradients" in said
+    assert "PSNR" not in said and "Original" not in said and "constant colour" not in said
+    board = next(item.value for item in app.markdown if "gi-board" in item.value)
+    assert board.count("<img") == 2 * 3 and "gi-hidden" not in board and "<small></small>" not in board
+    assert "goldfish" in board and "gi-right" not in board
+    assert not app.toggle and len(app.get("download_button")) == 4 and len(app.get("plotly_chart")) == 2
+
+    state = manager().state(job)
+    assert state is not None
+    recorded = Recording.open(state.update.store)
+    assert recorded.run["metrics"] is None and recorded.run["client"]["batch_size"] == 2
+    page = run._summary(state, state.update, recorded, []).decode()
+    assert page.count("<img ") == 2 * 3 and "PSNR" not in page and "<h2>Numbers</h2>" not in page
+    archive = run._archive(state.update.store, run._work(state)[1])
+    assert b"CREDITS" not in archive and b"original" not in archive and b"consensus_00.png" in archive
+
+    # Present: nothing to reveal. Another tab: the same. A new run: the gradient is still there.
+    app.button(key="present").click().run()
+    assert not app.exception and "reveal" not in [button.key for button in app.button]
+    assert "gi-board" in text(app)
+    other = visit(job=job)
+    assert board in [item.value for item in other.markdown]
+    press(other, "New run")
+    assert not other.exception and len(other.session_state.batch) == 4
+    app.button(key="present").click().run()
+    press(app, "New run")
+    assert not app.exception and "**mine.safetensors**" in text(app)
+    press(app, "Remove")
+    assert "No gradient yet." in text(app) and gradient._shelf.size == 0
+
+
+def test_statistics_that_the_file_lacks_cannot_be_chosen(file: bytes) -> None:
+    app = bring(visit(source="gradient", model="resnet18-tiny", bn="exact"), file)
+    assert not app.exception and "bn=exact is not possible; take approx or none" in text(app)
+    assert app.button(key="start").disabled
+    next(item for item in app.button_group if item.key == "bn").set_value("approx").run()
+    assert not app.button(key="start").disabled
+
+
+def test_a_run_beyond_the_servers_limit_is_refused(file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADINV_MAX_COST", "4096")
+    app = bring(visit(source="gradient", model="resnet18-tiny", seeds="1", iterations="1"), file)
+    app.button(key="start").click().run()
+    assert "2.0 times as large as this server accepts" in app.error[0].value and "job" not in app.query_params
+
+
+def test_a_gradient_that_made_room_for_others_is_said_so(file: bytes) -> None:
+    app = bring(visit(source="gradient", model="resnet18-tiny", seeds="1", iterations="1"), file)
+    for key, held in list(gradient._shelf._held.items()):
+        for visitor in list(held.seen):
+            gradient._shelf.leave(key, visitor)
+    app.run()
+    assert not app.exception and "bring it again" in text(app) and app.button(key="start").disabled
+
+
+def test_back_at_the_gallery_the_pictures_count_again(file: bytes) -> None:
+    app = bring(visit(source="gradient", model="resnet18-tiny", seeds="1", iterations="1"), file)
+    next(item for item in app.button_group if item.key == "source").set_value("gallery").run()
+    assert not app.exception and "**4 pictures** · resnet18-tiny" in text(app)
+    next(item for item in app.button_group if item.key == "source").set_value("gradient").run()
+    assert "**a gradient of 2 pictures**" in text(app)
+
+
+def test_no_session_of_the_page_writes_a_gradient_to_disk() -> None:
+    assert ".save(" not in inspect.getsource(gradient).replace(gradient.EXAMPLE, "")

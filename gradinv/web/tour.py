@@ -90,7 +90,7 @@ OWN = Step(
 """In place of the first step, whose strips are not there, while the page shows a run."""
 
 # A page that follows another keeps its place. It is the number that makes the browser execute this again.
-TOP = '<div class="gi-top"><script>document.querySelector("[data-testid=stMain]").scrollTo(0, 0) // {}</script></div>'
+TOP = "<script>document.querySelector('[data-testid=stMain]').scrollTo(0, 0) // {}</script>"
 
 
 def entrance() -> None:
@@ -140,8 +140,9 @@ def banner(pages: Sequence[st.Page], page: st.Page) -> None:
             key="tour-next",
         ):
             _go(pages, number + 1)
-    with st.container(key="tour-words"):
-        st.markdown(f"**{step.title}.** {step.words}\n\n:material/visibility: {step.task}")
+    if not (presenting and step is OWN):  # a run that is presented shows nothing but its pictures
+        with st.container(key="tour-words"):
+            st.markdown(f"**{step.title}.** {step.words}\n\n:material/visibility: {step.task}")
     st.html(TOP.format(number), unsafe_allow_javascript=True)
     if presenting:
         st.html('<div class="gi-presenting"></div>')

@@ -324,7 +324,7 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file: 
     # Present: nothing to reveal. Another tab: the same. A new run: the gradient is still there.
     app.button(key="present").click().run()
     assert not app.exception and "reveal" not in [button.key for button in app.button]
-    assert "gi-board" in text(app)
+    assert "gi-board" in text(app) and "Rebuilt from the gradient alone" in text(app)
     other = visit(job=job)
     assert board in [item.value for item in other.markdown]
     press(other, "New run")

@@ -274,6 +274,8 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
 def _hide(work: Inversion) -> bool:
     """The control that hides the originals or, in a presentation, reveals them; → whether they are hidden."""
     if work.originals is None:
+        if presenting():
+            st.markdown("Rebuilt from the gradient alone: nobody here has its pictures.")
         return False
     if presenting():
         revealed = st.session_state.get("revealed", False)
@@ -354,7 +356,7 @@ def _finished(state: JobState) -> None:
     with board:
         hidden = _hide(work)
         _replay(state, hidden)
-    st.header("Numbers", anchor=False)
+    st.header("Curves" if work.originals is None else "Numbers", anchor=False)
     _table(work, facts, recorded, progress.pictures.restored, hidden)
     left, right = st.columns(2, gap="large")
     curves = recorded.curves

@@ -32,8 +32,9 @@ STEPS = (
     Step(
         "Live",
         "What leaks",
-        "A client shares only the gradient that its pictures cause. The first strip below shows what a server makes of "
-        "nothing but that gradient, starting from noise; the second one shows the pictures, which it never sees.",
+        "A client shares only the gradient that its pictures cause. The first strip below shows what a server "
+        "that knows the network makes of that gradient, starting from noise; the second one shows the pictures, which "
+        "it never sees.",
         "Watch one picture appear. Whenever you like, start a run of your own with “Rebuild the pictures”; the tour "
         "keeps it for you.",
     ),
@@ -49,7 +50,7 @@ STEPS = (
         "Found without rebuilding anything",
         "The same layer also gives what the network saw in each picture. Whoever has a pile of pictures looks up which "
         "of them look like that to the network: no step of optimisation, no pixel.",
-        "Compare the large pictures with one another, then switch on Reveal to see which were in the batch.",
+        "The large pictures are what the server takes for the batch. Switch on Reveal to see whether it is right.",
     ),
     Step(
         "Replay",

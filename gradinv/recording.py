@@ -56,6 +56,9 @@ GIF_COLUMNS = 8
 
 _FIXED_COLUMNS = ("step", "seed", "seconds", "distance", "psnr", "consensus_psnr")
 
+# How many times as long as saving the state took, the next saving waits at the least.
+_STATE_PAUSE = 100
+
 
 class Store(Protocol):
     """Where a run's files lie. Names are relative with forward slashes; every failure is a GradinvError."""
@@ -186,9 +189,10 @@ class Recorder:
     read from another thread at any time. Making a recorder writes the originals and run.json, so an unwritable
     store shows before any work is done; it raises GradinvError.
 
-    `every` (steps between two records), `defences` and `weights` (what to load the model by, where that is not its
-    name) are recorded. With `state`, which tells where the run stands at the snapshot that is recorded, the run can be
-    resumed after it was stopped or killed at any moment; with `resumed` as well it goes on in the store of such a run.
+    `every` (steps between two records), `defences`, `weights` (what to load the model by, where that is not its name)
+    and the number of `ranks` that share the seeds are recorded. With `state`, which tells where the run stands at the
+    snapshot that is recorded, the run can be resumed after it was stopped or killed at any moment; with `resumed` as
+    well it goes on in the store of such a run.
     """
 
     def __init__(
@@ -203,6 +207,7 @@ class Recorder:
         every: int | None = None,
         defences: Sequence[str] = (),
         weights: str | None = None,
+        ranks: int = 1,
         state: Callable[[], RunState] | None = None,
         resumed: Resumption | None = None,
     ) -> None:
@@ -225,6 +230,7 @@ class Recorder:
         self._recorded = -1  # the last step of which there is a frame
         self._state = state
         self._saved, self._pause = -math.inf, 0.0
+        self._spent = 0.0
         self.curves: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {
             "format": FORMAT,
@@ -248,11 +254,13 @@ class Recorder:
                 "torch": torch.__version__,
                 "device": str(model.device),
                 "threads": torch.get_num_threads(),
+                "ranks": ranks,
             },
             "labels": {"true": self._labels, "restored": None, "method": config.labels, "confidence": None},
             "iterations": {"done": 0, "total": config.iterations},
             "seconds": 0.0,
             "seconds_per_iteration": None,
+            "recording_seconds": 0.0,
             "peak_memory_mb": _peak_memory_mb(self._device),
             "metrics": None,
         }
@@ -271,6 +279,7 @@ class Recorder:
         """Take back what was recorded after the state: it will come again."""
         done = resumed.state.step
         self._recorded = done
+        self._spent = float(resumed.run.get("recording_seconds", 0))
         for step, name in _frames(self._store).items():
             if step > done or step not in resumed.steps:
                 self._store.remove(name)
@@ -297,7 +306,9 @@ class Recorder:
         """
         try:
             for snapshot in snapshots:
+                began = time.perf_counter()
                 self._record(snapshot)
+                self._spent += time.perf_counter() - began
                 yield snapshot
         except BaseException as error:
             self._finish(error)
@@ -320,6 +331,7 @@ class Recorder:
             iterations={"done": snapshot.step, "total": snapshot.steps},
             seconds=snapshot.seconds,
             seconds_per_iteration=snapshot.seconds / snapshot.step if snapshot.step else None,
+            recording_seconds=self._spent,
             peak_memory_mb=_peak_memory_mb(self._device),
         )
         # A stopped run may end with the state that was recorded last, and a resumed one begins with it.
@@ -332,13 +344,13 @@ class Recorder:
         self._last = snapshot
 
     def _save_state(self) -> None:
-        """So seldom that it costs at most a fiftieth of the time."""
+        """So seldom that it costs little of the time."""
         if self._state is None:
             return
         began = time.perf_counter()
         self._store.write(STATE, self._state().pack())
         self._saved = time.perf_counter()
-        self._pause = 50 * (self._saved - began)
+        self._pause = _STATE_PAUSE * (self._saved - began)
 
     def _rows(self, snapshot: Snapshot) -> list[dict[str, Any]]:
         consensus_psnr = self._mean_psnr(snapshot.consensus, snapshot.labels)
@@ -402,7 +414,7 @@ class Recorder:
             complete = self._last is not None and self._last.final
             try:
                 self._write_results()
-                self._update(status="done" if complete else "stopped")
+                self._update(status="done" if complete else "stopped", recording_seconds=self._spent)
                 if complete and self._state is not None:
                     for name in (STATE, OBSERVATION):
                         self._store.remove(name)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gradinv.types import Observation, Snapshot
 
 
-RECORDS = 100  # about how many steps of a run are recorded, unless --every says otherwise
+RECORDS = 100  # at most so many steps of a run are recorded, unless --every says otherwise
 
 REFRESH = 0.5  # seconds between two updates of the progress bar
 
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     options.add_argument("--config", metavar="FILE", help="settings as JSON over those of the preset, or a run.json")
     options.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<time>-<model>)")
     options.add_argument(
-        "--every", type=int, metavar="N", help=f"record every N steps (default: about {RECORDS} records)"
+        "--every", type=int, metavar="N", help=f"record every N steps (default: at most {RECORDS} records)"
     )
     options.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with its own settings")
     if chosen:
@@ -240,6 +240,7 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], r
             every=task.every,
             defences=task.defences,
             weights=None if args.model in ("auto", *MODELS) else str(Path(args.model).expanduser().resolve()),
+            ranks=ranks.count,
             state=stream.state,
             resumed=resumed,
         )
@@ -462,7 +463,7 @@ def _choose_folder(name: str | None) -> Path | None:
 
 def every(args: argparse.Namespace, config: AttackConfig) -> int:
     every: int | None = args.every
-    return every if every is not None else max(1, config.iterations // RECORDS)
+    return every if every is not None else -(-config.iterations // RECORDS)
 
 
 def _choose_pictures(args: argparse.Namespace, model: Model, seed: int, say: Callable[[str], None]) -> list[Picture]:

@@ -62,10 +62,7 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
         labels = readings[method]()
         others = _attempted({name: reading for name, reading in readings.items() if name != method})
         layer = _final_layer(model, observation, _QUICK)
-        confidence = (
-            _agreement(labels, others.values()) if layer is None else _trust(layer.fit(labels.cpu(), starts=1).residual)
-        )
-        return RestoredLabels(labels, method, confidence)
+        return RestoredLabels(labels, method, _confidence(labels, layer, others.values()))
     tried = _attempted(readings) or {"llg": readings["llg"]()}
     layer = _final_layer(model, observation, _TESTABLE)
     if layer is not None:
@@ -78,8 +75,8 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
         if residual < EXPLAINED or (residual < _CHANGED and _likeliest(model, observation, tried) != "column-minimum"):
             return RestoredLabels(labels.to(next(iter(tried.values())).device), name, _trust(residual))
     name = _likeliest(model, observation, tried)
-    agreement = _agreement(tried[name], [tried[key] for key in tried if key != name])
-    return RestoredLabels(tried[name], name, agreement if layer is None else _trust(residual))
+    others = {key: tried[key] for key in tried if key != name}
+    return RestoredLabels(tried[name], name, _confidence(tried[name], layer, others.values()))
 
 
 def column_minimum(gradient: Tensor, batch_size: int) -> Tensor:
@@ -311,6 +308,11 @@ def _likeliest(model: Model, observation: Observation, tried: Mapping[str, Tenso
     ).cpu()
     distinct = "column-minimum" in tried and not _implausible(tried["column-minimum"], evidence)
     return "column-minimum" if distinct else "ilrg" if "ilrg" in tried else "llg"
+
+
+def _confidence(labels: Tensor, layer: FinalLayer | None, others: Iterable[Tensor]) -> float:
+    """By how well features explain the gradient with these labels, or where that is not tested by what others read."""
+    return _agreement(labels, others) if layer is None else _trust(layer.fit(labels.cpu(), starts=1).residual)
 
 
 def _trust(residual: float) -> float:

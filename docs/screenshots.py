@@ -1,8 +1,9 @@
 """Take the pictures of the pages that the documentation shows: `python docs/screenshots.py` writes docs/images/*.webp.
 
 Starts the app on a free port, runs one reconstruction and photographs every page in Chromium, light and dark, on a
-wide screen and on a phone. The names say page, width and scheme. `--chromium` names a browser where none is found. On
-two cores it takes some minutes.
+wide screen and on a phone. The names say page, width and scheme. Of each page that it opens it says how soon it was
+painted, how far its parts moved meanwhile, and what the browser's console complained about. `--chromium` names a
+browser where none is found. On two cores it takes some minutes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,17 @@ LIVE = ("live-start", "live-running", "live-finished")
 REBUILT = "4 of 4 labels read from the gradient alone"
 MAIN = '[data-testid="stMain"]'
 HOUR = 3_600_000  # milliseconds
-QUALITY = 78
+WATCH = """() => {
+  window.shifted = 0;
+  const add = list => {
+    for (const shift of list.getEntries()) if (!shift.hadRecentInput) window.shifted += shift.value;
+  };
+  new PerformanceObserver(add).observe({type: 'layout-shift', buffered: true});
+}"""
+MEASURES = """() => [
+  performance.getEntriesByName('first-contentful-paint')[0]?.startTime / 1000, performance.now() / 1000, window.shifted
+]"""
+QUALITY = 68
 
 
 class Camera:
@@ -55,8 +66,21 @@ class Camera:
             reduced_motion="reduce",
         )
         page.set_default_timeout(HOUR)
+        page.add_init_script(f"({WATCH})()")
+        wrong: list[str] = []
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
         page.goto(url)
         settled(page)
+        painted, drawn, shifted = page.evaluate(MEASURES)
+        print(
+            f"{url} at {width} px: first contentful paint {painted:.1f} s, drawn {drawn:.1f} s, "
+            f"layout shift {shifted:.3f}, {len(wrong)} errors",
+            *dict.fromkeys(wrong),
+            sep="\n  ",
+            flush=True,
+        )
         return page
 
     def take(self, page: Page, name: str, width: int, scheme: str) -> None:
@@ -120,7 +144,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18-tiny", help="of the run")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--iterations", type=int, help="default: the demo preset's")
-    parser.add_argument("--most", type=int, default=1500, help="height of a picture at most, in CSS pixels")
+    parser.add_argument("--most", type=int, default=1200, help="height of a picture at most, in CSS pixels")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--chromium", default=chromium(), help="path of the browser")
     asked = parser.parse_args()

@@ -54,10 +54,11 @@ def test_everything_imported_is_declared() -> None:
     scripts = list(ASSETS.glob("models/*.py"))
     page = [ROOT / "app.py", *ROOT.glob("gradinv/web/*.py"), *drawing]
     recipes = {script.stem for script in scripts}  # they import each other
+    tools = {script.stem for script in ROOT.glob("docs/*.py")}
     assert third_party([*library, *scripts]) - recipes <= requirements()
     assert third_party(drawing) - {"plotly"} <= requirements()
     assert third_party(page) <= requirements("app")
-    assert third_party(list(ROOT.glob("tests/*.py"))) - {"conftest"} - recipes <= requirements("app", "test")
+    assert third_party(list(ROOT.glob("tests/*.py"))) - {"conftest"} - recipes - tools <= requirements("app", "test")
 
 
 def test_version_is_that_of_the_package() -> None:

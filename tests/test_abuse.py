@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import soak
 from gradinv.images import FORMATS
 from gradinv.sources import from_upload
-from gradinv.types import GradinvError
+from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = 500
@@ -88,6 +90,36 @@ def test_of_hundreds_of_damaged_uploads_each_is_a_picture_or_one_sentence() -> N
             assert image.mode == "RGB" and min(image.size) > 0 and not image.info
             assert all(note.endswith(".") for note in notes)
     # If all passed, or none, nothing would have been tested.
+    assert CASES / 4 < len(refused) < CASES
+
+
+def gradients() -> dict[str, bytes]:
+    """Small gradients with everything that such a file may hold."""
+
+    def statistics() -> BatchNormStatistics:
+        return BatchNormStatistics({"bn1": torch.randn(4)}, {"bn1": torch.rand(4)})
+
+    values = {"conv1.weight": torch.randn(2, 3), "fc.weight": torch.randn(4, 2), "fc.bias": torch.randn(4)}
+    plain = Observation(values, 2, Preprocessing(8, 8), "small", "0" * 64)
+    trained = replace(plain, mode="train", bn=statistics(), running=statistics())
+    return {"plain": plain.pack(), "trained": trained.pack()}
+
+
+def test_of_hundreds_of_damaged_gradients_each_is_one_or_one_sentence() -> None:
+    chance, originals = random.Random(0), gradients()
+    refused = set()
+    kinds = list(originals)
+    for case in range(CASES):
+        change = MUTATIONS[case % len(MUTATIONS)]
+        data = change(originals[kinds[case // len(MUTATIONS) % len(kinds)]], chance, originals)
+        try:
+            found = Observation.unpack(data, f"case-{case}")
+        except GradinvError as error:
+            said = str(error)
+            refused.add(case)
+            assert f"case-{case}" in said and said.endswith(".") and "\n" not in said and len(said) < 300
+        else:
+            assert all(isinstance(value, torch.Tensor) for value in found.gradients.values())
     assert CASES / 4 < len(refused) < CASES
 
 

@@ -64,7 +64,7 @@ def _set_up() -> None:
     st.header("1. The client’s gradient" if pick.shares() else "1. The client’s pictures", anchor=False)
     batch = pick.panel(network, run.visitor())
     st.header("2. What the server receives", anchor=False)
-    received = st.container()
+    received = st.container(key="received")
     st.header("3. The attack", anchor=False)
     config, problem = None, None
     try:

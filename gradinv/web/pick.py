@@ -140,7 +140,13 @@ def _name_source() -> None:
 
 def panel(network: Model, visitor: str) -> Batch | Gradient | None:
     """Everything for choosing; → the batch as it stands, or the visitor's own gradient, None as long as it lacks."""
-    strip = st.container()
+    # First, though it belongs to what is chosen below: what came later would push the rest down.
+    with st.container(key="chosen"):
+        if shares():
+            gradient.card(visitor)
+            found = None
+        else:
+            found = _strip(network)
     with st.container(key="sources"):
         source = st.segmented_control(
             "Take the batch from",
@@ -153,16 +159,13 @@ def panel(network: Model, visitor: str) -> Batch | Gradient | None:
             on_change=_name_source,
         )
         if source == "gradient":
-            with strip:
-                gradient.card(visitor)
             gradient.panel(network, FIRST, visitor)
             return gradient.held()
         try:
             {"gallery": _gallery, "folder": _folder, "samples": _samples, "upload": _upload}[source](network)
         except GradinvError as error:
             st.warning(str(error))
-    with strip:
-        return _strip(network)
+    return found
 
 
 def _strip(network: Model) -> Batch:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported, here or in a process that a test starts: the threads of one wait for each other, which takes
+# minutes where other work has the cores, and what is tested is small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch import Tensor, nn

@@ -80,17 +80,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode (%(default)s)")
     add("--checkpoint-every", type=int, default=100, metavar="N", help="steps from one to the next (%(default)s)")
     options = parser.parse_args(arguments)
-    if options.out.suffix != ".safetensors":
-        parser.error("--out must end in .safetensors")
-    if options.out.exists():
-        parser.error(f"{options.out} is there already; remove it or name another file")
-    if not options.out.absolute().parent.is_dir():
-        parser.error(f"there is no folder {options.out.absolute().parent}")
+    check_out(parser, options.out)
     if min(options.sizes) < LEAST_SIZE or max(options.sizes) > options.sizes[-1]:
         parser.error(f"--sizes must be at least {LEAST_SIZE}, and none larger than the last")
     if options.batch_size < 2 or options.checkpoint_every < 1 or options.learning_rate <= 0:
         parser.error("--batch-size must be at least 2, --checkpoint-every at least 1, --learning-rate more than 0")
     return options
+
+
+def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
+    """End with a sentence where no weights can be written, before hours of training."""
+    if out.suffix != ".safetensors":
+        parser.error("--out must end in .safetensors")
+    if out.exists():
+        parser.error(f"{out} is there already; remove it or name another file")
+    if not out.absolute().parent.is_dir():
+        parser.error(f"there is no folder {out.absolute().parent}")
 
 
 def checkpoint_of(options: argparse.Namespace) -> Path:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from train import read_all, replace
+from train import check_out, read_all, replace
 
 from gradinv.metrics import SSIM_WINDOW, constant_colour, psnr
 from gradinv.models import Model, load_model
@@ -60,12 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode (%(default)s)")
     options = parser.parse_args(arguments)
-    if options.out.suffix != ".safetensors":
-        parser.error("--out must end in .safetensors")
-    if options.out.exists():
-        parser.error(f"{options.out} is there already; remove it or name another file")
-    if not options.out.absolute().parent.is_dir():
-        parser.error(f"there is no folder {options.out.absolute().parent}")
+    check_out(parser, options.out)
     if options.epochs < 1 or options.batch_size < 1 or options.learning_rate <= 0:
         parser.error("--epochs and --batch-size must be at least 1, --learning-rate more than 0")
     return options

@@ -30,6 +30,7 @@ from gradinv.evaluation import Bench, Ledger, Plan, Row, Values
 from gradinv.models import Model
 from gradinv.objective import Objective
 from gradinv.peers import PeerResult
+from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError
 from gradinv.victim import observe
 
@@ -618,7 +619,7 @@ def test_a_short_run_for_timing_is_executed_as_the_whole_one() -> None:
     cpu = torch.device("cpu")
     whole = AttackConfig(seeds=4, iterations=300, registration_interval=0.01)
     short = evaluation._shortened(whole, cpu)
-    assert short.iterations == evaluation.TIMED_ITERATIONS and short.stepping == "traced"
+    assert short.iterations == evaluation.TIMED_ITERATIONS and short.stepping == resolve_mode("auto", cpu)
     assert round(short.registration_interval * short.iterations) == 3
     assert evaluation._shortened(dataclasses.replace(whole, seeds=1, iterations=2), cpu).stepping == "eager"
     assert evaluation._shortened(dataclasses.replace(whole, stepping="eager"), cpu).stepping == "eager"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 # Before torch is imported, here or in a process that a test starts: the threads of one wait for each other, which takes
 # minutes where other work has the cores, and what is tested is small.
@@ -34,6 +36,14 @@ class SmallNetwork(nn.Module):
         x = self.bn1(self.conv1(x)).relu()
         x = self.bn2(self.layer4(x)).relu()
         return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def own_main() -> Iterator[None]:
+    """Streamlit's AppTest leaves the app as the main module, which a process started later would run."""
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
 
 
 @pytest.fixture

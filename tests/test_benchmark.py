@@ -262,8 +262,7 @@ def test_what_was_held_before_is_not_counted(small_model: Model) -> None:
     kept = torch.zeros(100_000_000).add_(1)
     del kept
     peak = benchmark.peak_memory(lambda: small_model, DEMO, Variant(0, 2, 1, "eager"), torch.get_num_threads())
-    # Below zero where the process gave back meanwhile what earlier tests had held.
-    assert peak is not None and peak < 300e6
+    assert peak is not None and 0 <= peak < 300e6
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:

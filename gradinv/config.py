@@ -100,8 +100,8 @@ class AttackConfig:
     )
     stepping: str = _option(
         "auto",
-        "how a step is executed, with the same result: by autograd, by a recording of its operations, by that as a "
-        "CUDA graph, or by whichever is fastest here",
+        "how a step is executed, with the same result to rounding: by autograd, by a recording of its operations, by "
+        "that with weights in the CPU library's own layout or as a CUDA graph, or by whichever is fastest here",
         choices=("auto", "eager", "traced", "packed", "graph"),
     )
     micro_batch: int = _option(

@@ -8,6 +8,7 @@ Images are float32 of shape (B, 3, H, W). *Pixels* are in [0, 1]; *normalised* i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -123,10 +124,15 @@ class Observation:
 
     def save(self, path: str | Path) -> None:
         """Write to a file. Raises GradinvError where that is not possible."""
+        target = Path(path)
+        part = target.with_name(f".{target.name}.part")
         try:
-            Path(path).write_bytes(self.pack())
+            part.write_bytes(self.pack())
+            part.replace(target)
         except OSError as error:
-            raise GradinvError(f"Cannot write the observation to {path}: {error}.") from error
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise GradinvError(f"Cannot write the observation to {path}: {error.strerror or error}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Observation:
@@ -134,7 +140,7 @@ class Observation:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise GradinvError(f"Cannot read an observation from {path}: {error}.") from error
+            raise GradinvError(f"Cannot read an observation from {path}: {error.strerror or error}.") from error
         return cls.unpack(data, str(path))
 
     @classmethod
@@ -188,7 +194,9 @@ class Observation:
         except GradinvError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise GradinvError(f"{path} is a safetensors file, but not an observation: {error!r:.80}.") from error
+            raise GradinvError(
+                f"{path} is a safetensors file, but not an observation as Observation.save writes it ({error!s:.80})."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -272,6 +272,12 @@ def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
     assert "job" not in other.query_params
     assert address(other, "pictures") == "goldfish.tabby"
     assert "**2 pictures** · resnet18-tiny · 1 seed × 1 iteration" in text(other)
+    # The address has them too, for whoever gets it.
+    assert (address(other, "model"), address(other, "iterations"), address(other, "seeds")) == (
+        "resnet18-tiny",
+        "1",
+        "1",
+    )
 
 
 def test_the_originals_can_be_hidden_and_so_are_the_true_classes(visit: Open) -> None:

@@ -161,7 +161,7 @@ def test_what_its_metadata_cannot_be(change: dict[str, object], said: str) -> No
     assert Observation.unpack(packed(json.dumps(facts)), "mine").batch_size == 2
     with pytest.raises(GradinvError, match=said):
         Observation.unpack(packed(json.dumps({**facts, **change})), "mine")
-    with pytest.raises(GradinvError, match="mine is a safetensors file, but not an observation: RecursionError"):
+    with pytest.raises(GradinvError, match=r"^mine is a safetensors file, but not an observation as Observation\.save"):
         Observation.unpack(packed("[" * 100_000), "mine")
     for name in ("fc bias", "a" * 201, "![](x)"):
         with pytest.raises(GradinvError, match="a tensor is not named as a module's parameters are"):

@@ -37,6 +37,10 @@ class Row:
     note: str = ""
 
 
+# To the top of the page, once for each name that is put in: the browser executes what is new to it.
+TO_TOP = "<script>document.querySelector('[data-testid=stMain]').scrollTo(0, 0) // {}</script>"
+
+
 def board(rows: Sequence[Row]) -> str:
     """Rows of pictures, one below the other in the same order; on a phone, and beyond 8 pictures, each row wraps."""
     batch = len(rows[0].tiles)

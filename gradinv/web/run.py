@@ -140,6 +140,8 @@ def _head(state: JobState) -> None:
     work, facts = _work(state)
     config = work.config
     st.html(KEYS, unsafe_allow_javascript=True)
+    # The button that began the run is far down on the page before.
+    st.html(markup.TO_TOP.format(state.id), unsafe_allow_javascript=True)
     if presenting():
         st.html('<div class="gi-presenting"></div>')
         st.button("Leave the presentation (P)", type="tertiary", key="present", on_click=_present, args=(False,))

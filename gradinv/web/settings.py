@@ -152,10 +152,23 @@ def restore(model: str, preset: str, config: AttackConfig) -> None:
     """Set every widget as it was for a run. To be called before they are drawn."""
     st.session_state.model, st.session_state.preset = model, preset
     _fill(config)
+    # What a widget is set to, and not by hand, it does not write into the address.
+    given, usual = _values(config), _values(AttackConfig.preset(preset, model))
+    changed = {key: value for key, value in given.items() if value != usual[key]}
+    texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in changed.items()}
+    st.query_params.update({"model": model, "preset": preset, **texts})
 
 
 def _fill(config: AttackConfig) -> None:
+    for key, value in _values(config).items():
+        st.session_state[key] = value
+
+
+def _values(config: AttackConfig) -> dict[str, Any]:
+    """By its widget's key what each field's widget shows."""
+    shown = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         text = ", ".join(f"{share:g}" for share in value) if isinstance(value, tuple) else value
-        st.session_state[_PLAIN.get(item.name, f"set_{item.name}")] = text
+        shown[_PLAIN.get(item.name, f"set_{item.name}")] = text
+    return shown

@@ -13,6 +13,8 @@ from html import escape
 
 import streamlit as st
 
+from gradinv.web import markup
+
 PARAMETER, ON = "tour", "touring"  # in the address, and in the session
 CARRIED = ("job", "present")  # from step to step: the run that the visitor has begun, and the large type
 
@@ -90,9 +92,6 @@ OWN = Step(
 )
 """In place of the first step, whose strips are not there, while the page shows a run."""
 
-# A page that follows another keeps its place. It is the number that makes the browser execute this again.
-TOP = "<script>document.querySelector('[data-testid=stMain]').scrollTo(0, 0) // {}</script>"
-
 
 def entrance() -> None:
     """The way in, small; nothing while the tour is on."""
@@ -144,7 +143,7 @@ def banner(pages: Sequence[st.Page], page: st.Page) -> None:
     if not (presenting and step is OWN):  # a run that is presented shows nothing but its pictures
         with st.container(key="tour-words"):
             st.markdown(f"**{step.title}.** {step.words}\n\n:material/visibility: {step.task}")
-    st.html(TOP.format(number), unsafe_allow_javascript=True)
+    st.html(markup.TO_TOP.format(number), unsafe_allow_javascript=True)
     if presenting:
         st.html('<div class="gi-presenting"></div>')
 

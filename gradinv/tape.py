@@ -3,7 +3,8 @@
 A gradient through a gradient makes autograd compute much that nobody asks for: derivatives with respect to weights
 that stay fixed, constants anew in every step, additions of zeros. So an evaluation is recorded, below autograd, as the
 list of ATen operations that it consists of; what the results do not need is dropped, and a flat Python function is
-generated that runs the rest. Its numbers are autograd's to the last bit: all operations that are left are the same.
+generated that runs the rest. Its numbers are autograd's to the last bit: all operations that are left are the same,
+unless weights are packed.
 """
 
 from __future__ import annotations
@@ -402,11 +403,14 @@ class _Packs:
         rest = [padding, *([] if added is None else [added]), stride, dilation, 1]
         shape, strides, *_ = given.layout
         key = _key((id(weight), rest, shape))
-        if key not in self._made:
-            self._made[key] = pack(weight, *rest, list(shape))
         arguments = (*rest, "none", [], "")
+        try:
+            if key not in self._made:
+                self._made[key] = pack(weight, *rest, list(shape))
+            trial = run(torch.empty_strided(shape, strides), self._made[key], None, *arguments)
+        except RuntimeError:  # not in this build of the library
+            return None
         # Its layout is the library's choice; what follows was recorded for another.
-        trial = run(torch.empty_strided(shape, strides), self._made[key], None, *arguments)
         plain = {"memory_format": torch.contiguous_format}
         if _Value.of(trial.clone(**plain), 0).layout != node.results[0].layout:
             return None

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,7 @@ def test_traced_is_autograd_to_the_last_bit(small_model, small_batch, caplog, mo
     assert stepper.mode == "traced" and stepper._program is not None and not caplog.records
 
 
+LIBRARY = ("_reorder_convolution_weight", "_reorder_convolution_transpose_weight", *tape.PACKED_CONVOLUTIONS)
 needs_packs = pytest.mark.skipif(not tape.can_pack(), reason="packed weights need a CPU with oneDNN")
 
 
@@ -130,6 +132,20 @@ def test_packed_covers_every_convolution_with_constant_weights():
     assert watch.operations["mkldnn._convolution_transpose_pointwise.default"] >= 3
     # Those in groups, and those of the double backward whose weights are the images' gradients.
     assert watch.operations["aten.convolution.default"] > 0
+
+
+@needs_packs
+def test_what_the_library_cannot_pack_stays_as_it_was(small_model, small_batch, monkeypatch, caplog):
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("not built in")
+
+    fail.default = fail
+    monkeypatch.setattr(tape, "_library", SimpleNamespace(**dict.fromkeys(LIBRARY, fail)))
+    objective = objective_of(small_model, small_batch)
+    stepper = Stepper(objective, "packed")
+    for seed in range(2):
+        assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
+    assert stepper.mode == "packed" and not caplog.records
 
 
 @needs_packs

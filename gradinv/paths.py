@@ -1,7 +1,8 @@
-"""Where the files that come with the package lie."""
+"""Where the files that come with the package lie, and how a file is written."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,3 +18,15 @@ def _assets() -> Path:
 
 ASSETS: Path = _assets()
 """Models, sample pictures and class lists: the folder of GRADINV_ASSETS, else the package's, else the checkout's."""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: a reader sees the old or the new content. Raises OSError, and leaves no part then."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise

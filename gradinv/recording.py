@@ -23,7 +23,6 @@ import errno
 import io
 import json
 import math
-import os
 import sys
 import time
 import zipfile
@@ -41,6 +40,7 @@ from gradinv import __version__, metrics
 from gradinv.config import AttackConfig
 from gradinv.images import from_grid, to_grid, to_image
 from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
+from gradinv.paths import write_whole
 from gradinv.state import RunState
 from gradinv.types import GradinvError, Observation, Snapshot, Term
 
@@ -90,14 +90,10 @@ class DirectoryStore:
 
     def write(self, name: str, data: bytes) -> None:
         target = self.path / name
-        temporary = target.with_name(f".{target.name}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            os.replace(temporary, target)
+            write_whole(target, data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise self._unwritable(error) from error
 
     def append(self, name: str, data: bytes) -> None:

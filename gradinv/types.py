@@ -8,7 +8,6 @@ Images are float32 of shape (B, 3, H, W). *Pixels* are in [0, 1]; *normalised* i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from gradinv.paths import write_whole
 
 
 class GradinvError(ValueError):
@@ -124,14 +125,9 @@ class Observation:
 
     def save(self, path: str | Path) -> None:
         """Write to a file. Raises GradinvError where that is not possible."""
-        target = Path(path)
-        part = target.with_name(f".{target.name}.part")
         try:
-            part.write_bytes(self.pack())
-            part.replace(target)
+            write_whole(Path(path), self.pack())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
             raise GradinvError(f"Cannot write the observation to {path}: {error.strerror or error}.") from error
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,13 +73,17 @@ MUTATIONS: tuple[Callable[[bytes, random.Random, dict[str, bytes]], bytes], ...]
 )
 
 
-def test_of_hundreds_of_damaged_uploads_each_is_a_picture_or_one_sentence() -> None:
-    chance, originals = random.Random(0), files()
-    refused = set()
-    kinds = list(originals)
+def damaged(originals: dict[str, bytes]) -> Iterator[bytes]:
+    """All of them in turn with every kind of damage, always the same."""
+    chance, kinds = random.Random(0), list(originals)
     for case in range(CASES):
         change = MUTATIONS[case % len(MUTATIONS)]
-        data = change(originals[kinds[case // len(MUTATIONS) % len(kinds)]], chance, originals)
+        yield change(originals[kinds[case // len(MUTATIONS) % len(kinds)]], chance, originals)
+
+
+def test_of_hundreds_of_damaged_uploads_each_is_a_picture_or_one_sentence() -> None:
+    refused = set()
+    for case, data in enumerate(damaged(files())):
         try:
             image, notes = from_upload(data, f"case-{case}.png").load()
         except GradinvError as error:
@@ -106,12 +110,8 @@ def gradients() -> dict[str, bytes]:
 
 
 def test_of_hundreds_of_damaged_gradients_each_is_one_or_one_sentence() -> None:
-    chance, originals = random.Random(0), gradients()
     refused = set()
-    kinds = list(originals)
-    for case in range(CASES):
-        change = MUTATIONS[case % len(MUTATIONS)]
-        data = change(originals[kinds[case // len(MUTATIONS) % len(kinds)]], chance, originals)
+    for case, data in enumerate(damaged(gradients())):
         try:
             found = Observation.unpack(data, f"case-{case}")
         except GradinvError as error:

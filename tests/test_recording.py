@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from gradinv import __version__, metrics
+from gradinv import __version__, metrics, paths
 from gradinv import recording as recording_module
 from gradinv.config import AttackConfig
 from gradinv.inversion import Snapshots, invert
@@ -353,7 +353,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     def killed(*_: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(recording_module.os, "replace", killed)
+    monkeypatch.setattr(paths.os, "replace", killed)
     with pytest.raises(SystemExit):
         store.write("run.json", b"new")
     assert store.read("run.json") == b"old" and store.names() == ["run.json"]

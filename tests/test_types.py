@@ -14,6 +14,14 @@ import torch
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, Snapshot, Term
 
 PREPROCESSING = Preprocessing(size=8, resize=9, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.1))
+FACTS = {
+    "format": 1,
+    "batch_size": 2,
+    "preprocessing": dataclasses.asdict(PREPROCESSING),
+    "model_name": "small",
+    "model_sha256": "0" * 64,
+    "mode": "eval",
+}
 
 
 def observation(bn: BatchNormStatistics | None = None) -> Observation:
@@ -72,21 +80,13 @@ def test_running_statistics_survive_the_file_of_a_client_in_train_mode(tmp_path:
 
 def test_the_file_is_read_by_what_it_says(tmp_path: Path) -> None:
     """The layout that earlier versions wrote, by hand; and one that a later version might write."""
-    facts = {
-        "format": 1,
-        "batch_size": 2,
-        "preprocessing": dataclasses.asdict(PREPROCESSING),
-        "model_name": "small",
-        "model_sha256": "0" * 64,
-        "mode": "eval",
-    }
     tensors = {"gradient/fc.bias": torch.randn(4), "bn.mean/bn1": torch.randn(5), "bn.var/bn1": torch.rand(5)}
     path = tmp_path / "gradient.safetensors"
-    safetensors.torch.save_file(tensors, path, metadata={"observation": json.dumps(facts)})
+    safetensors.torch.save_file(tensors, path, metadata={"observation": json.dumps(FACTS)})
     loaded = Observation.load(path)
     assert torch.equal(loaded.gradients["fc.bias"], tensors["gradient/fc.bias"])
     assert loaded.preprocessing == PREPROCESSING and loaded.running is None and loaded.bn is not None
-    safetensors.torch.save_file(tensors, path, metadata={"observation": json.dumps({**facts, "format": 2})})
+    safetensors.torch.save_file(tensors, path, metadata={"observation": json.dumps({**FACTS, "format": 2})})
     with pytest.raises(GradinvError, match=r"is of format 2, and this version reads format 1; use the version"):
         Observation.load(path)
 
@@ -145,27 +145,19 @@ def test_what_is_not_an_observation(tmp_path: Path) -> None:
     ],
 )
 def test_what_its_metadata_cannot_be(change: dict[str, object], said: str) -> None:
-    facts = {
-        "format": 1,
-        "batch_size": 2,
-        "preprocessing": dataclasses.asdict(PREPROCESSING),
-        "model_name": "small",
-        "model_sha256": "0" * 64,
-        "mode": "eval",
-    }
     tensors = {"gradient/fc.bias": torch.ones(4)}
 
     def packed(facts: str, tensors: dict[str, torch.Tensor] = tensors) -> bytes:
         return safetensors.torch.save(tensors, metadata={"observation": facts})
 
-    assert Observation.unpack(packed(json.dumps(facts)), "mine").batch_size == 2
+    assert Observation.unpack(packed(json.dumps(FACTS)), "mine").batch_size == 2
     with pytest.raises(GradinvError, match=said):
-        Observation.unpack(packed(json.dumps({**facts, **change})), "mine")
+        Observation.unpack(packed(json.dumps({**FACTS, **change})), "mine")
     with pytest.raises(GradinvError, match=r"^mine is a safetensors file, but not an observation as Observation\.save"):
         Observation.unpack(packed("[" * 100_000), "mine")
     for name in ("fc bias", "a" * 201, "![](x)"):
         with pytest.raises(GradinvError, match="a tensor is not named as a module's parameters are"):
-            Observation.unpack(packed(json.dumps(facts), {f"gradient/{name}": torch.ones(4)}), "mine")
+            Observation.unpack(packed(json.dumps(FACTS), {f"gradient/{name}": torch.ones(4)}), "mine")
 
 
 def test_observation_that_cannot_be_written(tmp_path: Path) -> None:

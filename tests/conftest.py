@@ -1,4 +1,4 @@
-"""What several test files share: a network small enough to invert in a second."""
+"""What several test files share: a network small enough to invert in a second, and what its inversion needs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gradinv.config import AttackConfig
 from gradinv.models import ImageClass, Model
-from gradinv.types import Preprocessing
+from gradinv.types import Observation, Preprocessing
+from gradinv.victim import observe
 
 SIZE = 8
 CLASSES = 6
+
+# The gradient's direction and total variation, nothing else.
+PLAIN = AttackConfig(
+    match="cosine", gradient=1.0, bn="none", tv=0.02, tv_form="rgb", l2=0.0, group=0.0, noise=0.0, warmup=0
+)
 
 
 class SmallNetwork(nn.Module):
@@ -69,3 +76,9 @@ def small_batch() -> tuple[Tensor, Tensor]:
     coarse = torch.rand(3, 3, 2, 2, generator=generator)
     pixels = nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear")
     return pixels, torch.tensor([4, 1, 2])
+
+
+@pytest.fixture
+def observation(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> Observation:
+    """What the server has of this batch: its gradient in eval mode."""
+    return observe(small_model, *small_batch)

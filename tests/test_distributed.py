@@ -20,37 +20,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PLAIN
 
 import gradinv
 from gradinv import cli
-from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks, joined
 from gradinv.inversion import invert
 from gradinv.models import Model
 from gradinv.recording import Recording
 from gradinv.types import GradinvError, Observation, Snapshot
-from gradinv.victim import observe
 
 ROOT = Path(gradinv.__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 PATIENCE = 600  # seconds for a run of a few steps, should the machine be busy with others
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-CONFIG = AttackConfig(
-    seeds=4,
-    iterations=12,
-    match="cosine",
-    gradient=1.0,
-    bn="none",
-    tv=0.02,
-    tv_form="rgb",
-    l2=0.0,
-    group=0.0,
-    noise=0.2,
-    stages=(0.5, 0.5),
-    registration="lazy",
-    warmup=0,
-)
+CONFIG = dataclasses.replace(PLAIN, seeds=4, iterations=12, noise=0.2, stages=(0.5, 0.5), registration="lazy")
 
 
 def test_each_seed_belongs_to_one_rank() -> None:
@@ -106,11 +91,6 @@ def test_ranks_agree_with_one_process() -> None:
 def ranks() -> Iterator[Ranks]:
     with joined() as ranks:
         yield ranks
-
-
-@pytest.fixture
-def observation(small_model: Model, small_batch: tuple[torch.Tensor, torch.Tensor]) -> Observation:
-    return observe(small_model, *small_batch)
 
 
 def check_what_they_say_to_one_another(ranks: Ranks) -> None:

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from conftest import PLAIN
 
 from gradinv.checks import estimate_memory
 from gradinv.config import AttackConfig
@@ -17,26 +18,7 @@ from gradinv.state import RunState, learning_rate, stage_plan, upsample
 from gradinv.types import BatchNormStatistics, GradinvError
 from gradinv.victim import observe
 
-CONFIG = AttackConfig(
-    seeds=2,
-    iterations=60,
-    match="cosine",
-    gradient=1.0,
-    bn="none",
-    tv=0.02,
-    tv_form="rgb",
-    l2=0.0,
-    group=0.0,
-    optimiser_step="sign",
-    noise=0.0,
-    box=True,
-    warmup=0,
-)
-
-
-@pytest.fixture
-def observation(small_model, small_batch):
-    return observe(small_model, *small_batch)
+CONFIG = dataclasses.replace(PLAIN, seeds=2, iterations=60, optimiser_step="sign", box=True)
 
 
 def test_reconstruction_beats_its_start_by_4_db_and_a_constant_colour_by_1(small_model, small_batch, observation):

@@ -24,15 +24,20 @@ from PIL import Image
 from torch.nn import functional as F
 
 import gradinv
-from gradinv import cli, evaluation, models
+from gradinv import cli, models, peers
 from gradinv.config import AttackConfig
-from gradinv.evaluation import Bench, Ledger, Plan, Row, Values
+from gradinv.evaluation import plan as plans
+from gradinv.evaluation import running, table, tasks
+from gradinv.evaluation.bench import Bench
+from gradinv.evaluation.ledger import Ledger
+from gradinv.evaluation.plan import Plan, Row, Values
+from gradinv.gallery import Gallery
 from gradinv.models import Model
 from gradinv.objective import Objective
 from gradinv.peers import PeerResult
 from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError
-from gradinv.victim import observe
+from gradinv.victim import final_gradient, observe
 
 QUICK = AttackConfig(seeds=2, iterations=2, learning_rate=0.05)
 EACH = 8  # pictures of each class
@@ -62,12 +67,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def plan(folder: Path, command: str = "ablation", **changes: Any) -> Plan:
-    rows = changes.pop("rows", None) or evaluation.ablation_rows(QUICK, 2)
+    rows = changes.pop("rows", None) or plans.ablation_rows(QUICK, 2)
     return Plan(command, "small", str(folder), rows, **{"batches": 2, "device": "cpu", **changes})
 
 
 def run(ledger: Ledger, model: Model, **options: Any) -> dict[str, Any]:
-    for _ in evaluation.measure(ledger, model, **options):
+    for _ in running.measure(ledger, model, **options):
         pass
     return ledger.write()
 
@@ -88,7 +93,7 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_batch_is_the_same_every_time_and_for_every_row(folder: Path, small_model: Model) -> None:
-    rows = evaluation.ablation_rows(QUICK, 3)
+    rows = plans.ablation_rows(QUICK, 3)
     bench, again = (Bench(plan(folder, rows=rows), small_model) for _ in range(2))
     keys = [[[p.key for p in b.draw(row, n).pictures] for row in rows] for n in range(3) for b in (bench, again)]
     assert all(row == keys[2 * n][0] for n in range(3) for row in (*keys[2 * n], *keys[2 * n + 1]))
@@ -100,7 +105,7 @@ def test_a_batch_is_the_same_every_time_and_for_every_row(folder: Path, small_mo
 def test_distinct_batches_have_distinct_labels_and_smaller_ones_begin_larger_ones(
     folder: Path, small_model: Model
 ) -> None:
-    rows = evaluation.label_rows((1, 3, 6))
+    rows = plans.label_rows((1, 3, 6))
     bench = Bench(plan(folder, "labels", rows=rows), small_model)
     largest = bench.draw(rows[2], 0)
     assert sorted(largest.labels.tolist()) == list(range(6))
@@ -121,11 +126,11 @@ def test_repeated_labels_come_from_few_classes_and_no_picture_twice(folder: Path
 
 
 def test_halves_part_each_class(folder: Path, small_model: Model) -> None:
-    parts = {half: Bench(plan(folder, half=half), small_model).files(2) for half in evaluation.HALVES}
+    parts = {half: Bench(plan(folder, half=half), small_model).files(2) for half in plans.HALVES}
     assert [p.title for p in parts["report"]] == ["00", "01", "02", "03"]
     assert [p.title for p in parts["tune"]] == ["04", "05", "06", "07"]
     assert parts["all"] == parts["report"] + parts["tune"]
-    row = evaluation.ablation_rows(QUICK, 6)[0]
+    row = plans.ablation_rows(QUICK, 6)[0]
     drawn = [Bench(plan(folder, half="report", rows=(row,)), small_model).draw(row, n) for n in range(20)]
     assert {picture.title for batch in drawn for picture in batch.pictures} == {"00", "01", "02", "03"}
 
@@ -139,11 +144,11 @@ def test_the_final_gradient_is_the_one_of_autograd(folder: Path, small_model: Mo
     batch = bench.draw(row, 0)
     true = observe(small_model, bench.pixels(batch), batch.labels).gradients
     features = gradinv.gallery.pooled(small_model, bench.pixels(batch))
-    exact = evaluation.final_gradient(small_model, features, batch.labels)
+    exact = final_gradient(small_model, features, batch.labels)
     for name, value in exact.items():
         torch.testing.assert_close(value, true[name], rtol=1e-5, atol=1e-7)
     for _ in range(2):  # a gallery that was just made, and one that is read back
-        shortcut = evaluation.observe_final(Bench(bench.plan, small_model), batch)
+        shortcut = tasks.observe_final(Bench(bench.plan, small_model), batch)
         assert shortcut.batch_size == 8 and set(shortcut.gradients) == {"fc.weight", "fc.bias"}
         for name, value in shortcut.gradients.items():
             torch.testing.assert_close(value, true[name], rtol=5e-3, atol=2e-4)
@@ -152,9 +157,9 @@ def test_the_final_gradient_is_the_one_of_autograd(folder: Path, small_model: Mo
 def test_the_originals_match_their_own_gradient(small_model: Model, small_batch: tuple[torch.Tensor, ...]) -> None:
     pixels, labels = small_batch
     observation = observe(small_model, pixels, labels)
-    same = evaluation.gradient_match(small_model, pixels, labels, observation)
+    same = tasks.gradient_match(small_model, pixels, labels, observation)
     assert same == {"l2_distance": 0, "sign_match": 100, "distance": pytest.approx(0, abs=1e-9)}
-    other = evaluation.gradient_match(small_model, 1 - pixels, labels, observation)
+    other = tasks.gradient_match(small_model, 1 - pixels, labels, observation)
     own = observe(small_model, 1 - pixels, labels).gradients
     ours, theirs = (torch.cat([g[name].flatten() for name in own]).double() for g in (own, observation.gradients))
     assert other["l2_distance"] == pytest.approx(float((ours - theirs).norm()), rel=1e-6)
@@ -165,29 +170,29 @@ def test_the_originals_match_their_own_gradient(small_model: Model, small_batch:
 def test_labels_of_distinct_classes_are_restored_and_repeats_are_beyond_column_minimum(
     folder: Path, small_model: Model
 ) -> None:
-    rows = evaluation.label_rows((2, 8))
+    rows = plans.label_rows((2, 8))
     bench = Bench(plan(folder, "labels", rows=(rows[0], rows[3])), small_model)
     for number in range(3):
-        assert evaluation.labels_task(bench, rows[0], number)["labels column-minimum"] == 100
-    repeated = evaluation.labels_task(bench, rows[3], 0)
-    assert set(repeated) == set(evaluation.METHODS)
+        assert tasks.labels_task(bench, rows[0], number)["labels column-minimum"] == 100
+    repeated = tasks.labels_task(bench, rows[3], 0)
+    assert set(repeated) == set(plans.METHODS)
     # Eight images of six classes: that many distinct labels there are not.
     assert repeated["labels column-minimum"] is None
 
 
 def test_pictures_are_found_from_the_gradient_and_not_behind_a_strong_defence(folder: Path, small_model: Model) -> None:
-    rows = evaluation.identification_rows((2,), ("none", "noise:100", "clip:1"))
+    rows = plans.identification_rows((2,), ("none", "noise:100", "clip:1"))
     assert [row.name for row in rows] == ["K=2 distinct", "K=2 repeated", "K=2 noise:100", "K=2 clip:1"]
     bench = Bench(plan(folder, "identify", rows=rows, half="all"), small_model)
-    found = [[evaluation.identification_task(bench, row, n)["found"] for n in range(6)] for row in rows]
+    found = [[tasks.identification_task(bench, row, n)["found"] for n in range(6)] for row in rows]
     assert found[0] == [100] * 6
     assert sum(value or 0 for value in found[2]) < 200
-    undefended = evaluation.identification_task(bench, dataclasses.replace(rows[3], defence="clip:1e9"), 0)
+    undefended = tasks.identification_task(bench, dataclasses.replace(rows[3], defence="clip:1e9"), 0)
     assert undefended["found"] == 100 and undefended["labels"] == 100
 
 
 def test_every_batch_has_its_own_noise_of_a_defence(folder: Path, small_model: Model) -> None:
-    (row,) = evaluation.defence_rows(QUICK, 2, ("clip:1+noise:1e-1",))
+    (row,) = plans.defence_rows(QUICK, 2, ("clip:1+noise:1e-1",))
     bench = Bench(plan(folder, "defences", rows=(row,)), small_model)
     batch = bench.draw(row, 0)
     true = observe(small_model, bench.pixels(batch), batch.labels)
@@ -196,10 +201,10 @@ def test_every_batch_has_its_own_noise_of_a_defence(folder: Path, small_model: M
 
 
 def test_an_inversion_is_measured_in_full(folder: Path, small_model: Model) -> None:
-    row = evaluation.ablation_rows(QUICK, 2)[3]
+    row = plans.ablation_rows(QUICK, 2)[3]
     bench = Bench(plan(folder, rows=(row,)), small_model)
-    values = evaluation.inversion_task(bench, row, 0)
-    again = evaluation.inversion_task(bench, row, 0)
+    values = tasks.inversion_task(bench, row, 0)
+    again = tasks.inversion_task(bench, row, 0)
     timeless = {name: value for name, value in values.items() if not name.startswith("seconds")}
     assert timeless == {name: again[name] for name in timeless}
     assert set(values) == {
@@ -219,40 +224,40 @@ def test_a_client_in_train_mode_is_measured_in_train_mode(folder: Path, small_mo
     bench = Bench(plan(folder, rows=(row,)), small_model)
     batch = bench.draw(row, 0)
     assert row.config is not None
-    observation = evaluation._observe(bench, row, 0, row.config, bench.pixels(batch), batch.labels)
+    observation = tasks._observe(bench, row, 0, row.config, bench.pixels(batch), batch.labels)
     assert observation.mode == "train" and observation.running is not None
-    own = evaluation.gradient_match(small_model, bench.pixels(batch), batch.labels, observation)
+    own = tasks.gradient_match(small_model, bench.pixels(batch), batch.labels, observation)
     assert own["distance"] == pytest.approx(0, abs=1e-9)
-    assert evaluation.inversion_task(bench, row, 0)["psnr"] is not None
+    assert tasks.inversion_task(bench, row, 0)["psnr"] is not None
 
 
 def test_both_ways_to_compare_gradients_start_with_the_same_pull(folder: Path, small_model: Model) -> None:
     config = dataclasses.replace(QUICK, match="cosine", gradient=0.7)
-    l2, cosine = evaluation.matching_rows(config, 2)
+    l2, cosine = plans.matching_rows(config, 2)
     assert (l2.weigh_like, cosine.weigh_like) == ("cosine", "") and l2.config is not None
     bench = Bench(plan(folder, "matching", rows=(l2, cosine)), small_model)
     batch = bench.draw(l2, 0)
     observation = observe(small_model, bench.pixels(batch), batch.labels)
-    weighed = evaluation._weighed(bench, observation, l2.config, "cosine")
+    weighed = tasks._weighed(bench, observation, l2.config, "cosine")
     assert weighed == dataclasses.replace(l2.config, gradient=weighed.gradient)
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(l2.config.seed))
     norms = []
     for one in (weighed, config):
         images = noise.clone().requires_grad_()
         bare = dataclasses.replace(one, features=0.0, bn="none", tv=0.0, l2=0.0, group=0.0)
-        labels = evaluation.restore_labels(small_model, observation, config.labels).labels
+        labels = tasks.restore_labels(small_model, observation, config.labels).labels
         judgement = Objective(small_model, observation, labels, bare)(images, images.detach())
         norms.append(float(torch.autograd.grad(judgement.total, images)[0].norm()))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
-    assert evaluation.inversion_task(bench, l2, 0)["sign_match"] is not None
+    assert tasks.inversion_task(bench, l2, 0)["sign_match"] is not None
 
 
 def test_the_batch_size_and_the_defences_also_count_who_is_recognised(folder: Path, small_model: Model) -> None:
-    rows = evaluation.size_rows(QUICK, (1, 3))
-    values = evaluation.inversion_task(Bench(plan(folder, "batch-size", rows=rows), small_model), rows[1], 0)
+    rows = plans.size_rows(QUICK, (1, 3))
+    values = tasks.inversion_task(Bench(plan(folder, "batch-size", rows=rows), small_model), rows[1], 0)
     assert values["iip"] in [pytest.approx(100 * k / 3) for k in range(4)]
-    (row,) = evaluation.defence_rows(QUICK, 2, ("none",))
-    values = evaluation.inversion_task(Bench(plan(folder, "defences", rows=(row,), half="all"), small_model), row, 0)
+    (row,) = plans.defence_rows(QUICK, 2, ("none",))
+    values = tasks.inversion_task(Bench(plan(folder, "defences", rows=(row,), half="all"), small_model), row, 0)
     assert values["found"] == 100
 
 
@@ -261,7 +266,7 @@ def test_the_batch_size_and_the_defences_also_count_who_is_recognised(folder: Pa
 
 def test_the_ablation_adds_one_thing_a_row() -> None:
     config = AttackConfig.preset("demo", "resnet18-tiny", seeds=4, bn="exact", group=0.0, registration="lazy")
-    rows = {row.name: row for row in evaluation.ablation_rows(config, 4)}
+    rows = {row.name: row for row in plans.ablation_rows(config, 4)}
     settings = {name: row.config.to_dict() for name, row in rows.items() if row.config}
 
     def differs(a: str, b: str) -> set[str]:
@@ -273,34 +278,34 @@ def test_the_ablation_adds_one_thing_a_row() -> None:
     assert differs("+ fidelity", "gradient off") == {"gradient"}
     assert differs("gradient off", "gradient and features off") == {"features", "errors"}
     assert settings["+ fidelity"] == config.to_dict() | {"group": 0, "registration": "lazy"}
-    assert settings["+ lazy group"]["group"] == evaluation.GROUP_WEIGHT
+    assert settings["+ lazy group"]["group"] == plans.GROUP_WEIGHT
     assert settings["+ registered group"]["registration"] == "affine"
     assert [row.judged for row in rows.values()] == ["seeds", "seeds", "consensus", "consensus", "seeds", "seeds"]
-    own = {row.name: row.config for row in evaluation.ablation_rows(AttackConfig(group=0.5, registration="shift"), 4)}
+    own = {row.name: row.config for row in plans.ablation_rows(AttackConfig(group=0.5, registration="shift"), 4)}
     assert own["+ lazy group"] == AttackConfig(group=0.5, registration="lazy")
     assert own["+ registered group"] == AttackConfig(group=0.5, registration="shift")
     assert own["+ fidelity"] == AttackConfig(group=0.0, registration="lazy")
     with pytest.raises(GradinvError, match=r"^The ablation's group rows need at least two seeds; set seeds to 2"):
-        evaluation.ablation_rows(AttackConfig(seeds=1), 4)
+        plans.ablation_rows(AttackConfig(seeds=1), 4)
 
 
 def test_the_comparison_has_equal_iterations_and_a_single_seed() -> None:
     config = AttackConfig.preset("demo", "resnet18-tiny", seeds=4, iterations=300)
     model = models.load_model("resnet18-tiny", device="cpu")
-    rows = evaluation.comparison_rows(config, 8, model, several=True)
+    rows = plans.comparison_rows(config, 8, model, several=True)
     assert [row.name for row in rows] == [
         *("breaching invertinggradients", "breaching seethroughgradients"),
-        *("ours", "ours, decoder's start", "ours, 4 seeds", evaluation.TIMING),
+        *("ours", "ours, decoder's start", "ours, 4 seeds", plans.TIMING),
     ]
     assert {row.config.iterations for row in rows if row.config} == {300}
     assert [row.config.seeds for row in rows if row.config] == [1, 1, 1, 1, 4, 4]
     assert [row.config.start for row in rows[2:5] if row.config] == ["random", "decoder", "random"]
     assert all(row.over == ("breaching invertinggradients", "breaching seethroughgradients") for row in rows[2:5])
-    assert len(evaluation.comparison_rows(config, 8, model, several=False)) == 5
+    assert len(plans.comparison_rows(config, 8, model, several=False)) == 5
     with pytest.raises(
         GradinvError, match=r"^The comparison is made with a client in eval mode; take approx, exact or"
     ):
-        evaluation.comparison_rows(dataclasses.replace(config, bn="inferred"), 8, model, several=True)
+        plans.comparison_rows(dataclasses.replace(config, bn="inferred"), 8, model, several=True)
 
 
 # --- the table
@@ -316,7 +321,7 @@ def test_means_standard_errors_and_paired_gains(folder: Path) -> None:
         ("b", 1): {"psnr": 0.0, "consensus_psnr": 13.5},
         ("c", 1): {"psnr": 14.0, "consensus_psnr": 0.0},
     }
-    a, b, c = evaluation.summarise(plan(folder, rows=rows, batches=3), measured)
+    a, b, c = table.summarise(plan(folder, rows=rows, batches=3), measured)
     assert (a["n"], b["n"], c["n"]) == (3, 2, 1)
     assert a["mean"]["psnr"] == 13 and a["stderr"]["psnr"] == pytest.approx(np.std([10, 12, 17], ddof=1) / 3**0.5)
     # A missing number is not passed over.
@@ -327,15 +332,15 @@ def test_means_standard_errors_and_paired_gains(folder: Path) -> None:
     # The better of the two on the batch that all have is b with 13.5.
     assert c["gain"] == {"psnr": {"over": "b", "n": 1, "mean": 0.5, "stderr": None}}
     assert c["stderr"]["psnr"] is None
-    assert evaluation.summarise(plan(folder, rows=rows, batches=1), measured)[0]["mean"]["psnr"] == 10
+    assert table.summarise(plan(folder, rows=rows, batches=1), measured)[0]["mean"]["psnr"] == 10
 
 
 def test_standard_error_of_few_values() -> None:
-    assert evaluation.standard_error([]) is None and evaluation.standard_error([1.0]) is None
-    assert evaluation.standard_error([1.0, 3.0]) == pytest.approx(1.0)
-    assert evaluation.standard_error([1.0, None, 3.0]) is None
+    assert table.standard_error([]) is None and table.standard_error([1.0]) is None
+    assert table.standard_error([1.0, 3.0]) == pytest.approx(1.0)
+    assert table.standard_error([1.0, None, 3.0]) is None
     values = [3.5, -1.0, 7.25, 0.0]
-    assert evaluation.standard_error(values) == pytest.approx(statistics.stdev(values) / 2)
+    assert table.standard_error(values) == pytest.approx(statistics.stdev(values) / 2)
 
 
 def test_the_files_say_what_the_table_says(folder: Path, small_model: Model, tmp_path: Path) -> None:
@@ -360,9 +365,9 @@ def test_the_files_say_what_the_table_says(folder: Path, small_model: Model, tmp
 
 def test_a_figure_over_the_batch_size_has_one_line_a_method(folder: Path, small_model: Model, tmp_path: Path) -> None:
     pytest.importorskip("plotly")
-    ledger = Ledger(tmp_path / "out", plan(folder, "labels", rows=evaluation.label_rows((1, 2, 4))), small_model)
+    ledger = Ledger(tmp_path / "out", plan(folder, "labels", rows=plans.label_rows((1, 2, 4))), small_model)
     run(ledger, small_model)
-    drawn = evaluation.figure(ledger.plan, evaluation.summarise(ledger.plan, ledger.values))
+    drawn = table.figure(ledger.plan, table.summarise(ledger.plan, ledger.values))
     lines = {line.name: line for line in drawn.data}
     assert list(lines["column-minimum % distinct"].x) == [1, 2, 4]
     assert list(lines["column-minimum % distinct"].y) == [100, 100, 100]
@@ -384,7 +389,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_table(folder: Path, small_mode
     whole = run(Ledger(tmp_path / "whole", plan(folder), small_model), small_model)
     stop = threading.Event()
     ledger = Ledger(tmp_path / "parts", plan(folder), small_model)
-    for count, _ in enumerate(evaluation.measure(ledger, small_model, stop=stop), 1):
+    for count, _ in enumerate(running.measure(ledger, small_model, stop=stop), 1):
         if count == 5:
             stop.set()
     results = tmp_path / "parts" / "results.jsonl"
@@ -398,7 +403,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_table(folder: Path, small_mode
     assert len({(entry["row"], entry["batch"]) for entry in entries}) == len(entries) == 12
     # Nothing is left to do.
     done = Ledger(tmp_path / "parts", plan(folder), small_model)
-    assert list(evaluation.measure(done, small_model)) == []
+    assert list(running.measure(done, small_model)) == []
 
 
 def test_more_batches_continue_an_evaluation(folder: Path, small_model: Model, tmp_path: Path) -> None:
@@ -411,34 +416,34 @@ def test_more_batches_continue_an_evaluation(folder: Path, small_model: Model, t
 
 
 def test_rows_can_be_measured_one_after_the_other(folder: Path, small_model: Model, tmp_path: Path) -> None:
-    rows = evaluation.ablation_rows(QUICK, 2)
+    rows = plans.ablation_rows(QUICK, 2)
     whole = run(Ledger(tmp_path / "whole", plan(folder), small_model), small_model)
-    first = evaluation.chosen_rows(rows, ["gradient*"])
+    first = plans.chosen_rows(rows, ["gradient*"])
     assert [row.name for row in first] == ["gradient only", "gradient off", "gradient and features off"]
     assert len(run(Ledger(tmp_path / "out", plan(folder, rows=first), small_model), small_model)["rows"]) == 3
-    second = evaluation.chosen_rows(rows, ["+ lazy group"])
+    second = plans.chosen_rows(rows, ["+ lazy group"])
     run(Ledger(tmp_path / "out", plan(folder, rows=second), small_model), small_model)
     again = Ledger(tmp_path / "out", plan(folder), small_model)
     assert {row.name for row, _ in again.missing} == {"+ fidelity", "+ registered group"}
     assert untimed(run(again, small_model)["rows"]) == untimed(whole["rows"])
-    changed = evaluation.ablation_rows(dataclasses.replace(QUICK, tv=0.5), 2)
+    changed = plans.ablation_rows(dataclasses.replace(QUICK, tv=0.5), 2)
     with pytest.raises(GradinvError, match=r"holds another evaluation \(tv 0.0001, not 0.5\)"):
         Ledger(tmp_path / "out", plan(folder, rows=changed[1:2]), small_model)
     with pytest.raises(GradinvError, match=r"^There is no row 'x'; take some of gradient only, \+ fidelity"):
-        evaluation.chosen_rows(rows, ["x"])
+        plans.chosen_rows(rows, ["x"])
 
 
 def test_an_inversion_that_was_stopped_midway_is_not_kept(folder: Path, small_model: Model, tmp_path: Path) -> None:
-    rows = evaluation.ablation_rows(dataclasses.replace(QUICK, iterations=1_000_000), 2)
+    rows = plans.ablation_rows(dataclasses.replace(QUICK, iterations=1_000_000), 2)
     stop = threading.Event()
     ledger = Ledger(tmp_path / "out", plan(folder, rows=rows), small_model)
     threading.Timer(0.5, stop.set).start()
-    assert list(evaluation.measure(ledger, small_model, stop=stop)) == []
+    assert list(running.measure(ledger, small_model, stop=stop)) == []
     assert ledger.values == {} and ledger.errors == {}
 
 
 def test_a_batch_that_fails_is_said_and_tried_again(folder: Path, small_model: Model, tmp_path: Path) -> None:
-    mine = plan(folder, rows=evaluation.ablation_rows(QUICK, 2)[:2])
+    mine = plan(folder, rows=plans.ablation_rows(QUICK, 2)[:2])
     bench = Bench(mine, small_model)
     picture = folder / bench.draw(mine.rows[0], 1).pictures[0].key
     assert picture.name not in {p.key for p in bench.draw(mine.rows[0], 0).pictures}
@@ -460,7 +465,7 @@ def test_where_every_batch_fails_the_reason_is_raised(folder: Path, small_model:
     config = dataclasses.replace(QUICK, start="decoder")  # the small network has no decoder
     ledger = Ledger(tmp_path / "out", plan(folder, rows=(Row("a", 2, config=config),)), small_model)
     with pytest.raises(GradinvError, match=r"^There is no decoder for small at 8 px"):
-        list(evaluation.measure(ledger, small_model))
+        list(running.measure(ledger, small_model))
 
 
 @pytest.mark.parametrize(
@@ -469,8 +474,8 @@ def test_where_every_batch_fails_the_reason_is_raised(folder: Path, small_model:
         ({"seed": 1}, r"seed 0, not 1"),
         ({"half": "tune"}, r"half report, not tune"),
         ({"command": "matching"}, r"command ablation, not matching"),
-        ({"rows": evaluation.ablation_rows(dataclasses.replace(QUICK, tv=0.5), 2)}, r"tv 0.0001, not 0.5"),
-        ({"rows": evaluation.ablation_rows(QUICK, 3)}, r"batch_size 2, not 3"),
+        ({"rows": plans.ablation_rows(dataclasses.replace(QUICK, tv=0.5), 2)}, r"tv 0.0001, not 0.5"),
+        ({"rows": plans.ablation_rows(QUICK, 3)}, r"batch_size 2, not 3"),
     ],
 )
 def test_another_evaluation_is_refused(
@@ -573,7 +578,7 @@ def test_a_folder_that_does_not_suffice_is_one_sentence(folder: Path, small_mode
 def test_at_least_one_worker(folder: Path, small_model: Model, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "out", plan(folder), small_model)
     with pytest.raises(GradinvError, match=r"^At least one worker has to do the work, not 0\.$"):
-        list(evaluation.measure(ledger, small_model, workers=0))
+        list(running.measure(ledger, small_model, workers=0))
 
 
 # --- the comparison
@@ -590,10 +595,10 @@ def test_peers_get_our_labels_and_are_timed_in_turn(
         calls.append((name, labels.tolist(), iterations))
         return PeerResult(torch.full((len(labels), 3, 8, 8), 0.5), 2.0, {"invertinggradients": 0.25}.get(name, 0.5))
 
-    monkeypatch.setattr(evaluation, "breaching_attack", attack)
-    monkeypatch.setattr(evaluation.peers, "require_breaching", lambda: None)
-    rows = evaluation.comparison_rows(QUICK, 2, small_model, several=True)
-    assert [row.name for row in rows][2:] == ["ours", "ours, 2 seeds", evaluation.TIMING]
+    monkeypatch.setattr(tasks, "breaching_attack", attack)
+    monkeypatch.setattr(peers, "require_breaching", lambda: None)
+    rows = plans.comparison_rows(QUICK, 2, small_model, several=True)
+    assert [row.name for row in rows][2:] == ["ours", "ours, 2 seeds", plans.TIMING]
     mine = plan(folder, "compare", rows=rows)
     result = run(Ledger(tmp_path / "out", mine, small_model), small_model)
     table = {row["name"]: row for row in result["rows"]}
@@ -601,11 +606,11 @@ def test_peers_get_our_labels_and_are_timed_in_turn(
     bench = Bench(mine, small_model)
     for number in range(2):
         batch = bench.draw(rows[0], number)
-        ours = evaluation.restore_labels(
+        ours = tasks.restore_labels(
             small_model, observe(small_model, bench.pixels(batch), batch.labels), QUICK.labels
         ).labels.tolist()
         assert ("invertinggradients", ours, 2) in calls and ("seethroughgradients", ours, 2) in calls
-    assert {iterations for _, _, iterations in calls} == {2, evaluation.TIMED_ITERATIONS}
+    assert {iterations for _, _, iterations in calls} == {2, tasks.TIMED_ITERATIONS}
     assert table["breaching invertinggradients"]["mean"]["seconds_per_iteration"] == 0.25
     assert 0 < table["ours"]["mean"]["seconds_per_iteration"] < table["ours, 2 seeds"]["mean"]["seconds_per_iteration"]
     pixels = bench.pixels(bench.draw(rows[0], 0))
@@ -618,11 +623,11 @@ def test_peers_get_our_labels_and_are_timed_in_turn(
 def test_a_short_run_for_timing_is_executed_as_the_whole_one() -> None:
     cpu = torch.device("cpu")
     whole = AttackConfig(seeds=4, iterations=300, registration_interval=0.01)
-    short = evaluation._shortened(whole, cpu)
-    assert short.iterations == evaluation.TIMED_ITERATIONS and short.stepping == resolve_mode("auto", cpu)
+    short = tasks._shortened(whole, cpu)
+    assert short.iterations == tasks.TIMED_ITERATIONS and short.stepping == resolve_mode("auto", cpu)
     assert round(short.registration_interval * short.iterations) == 3
-    assert evaluation._shortened(dataclasses.replace(whole, seeds=1, iterations=2), cpu).stepping == "eager"
-    assert evaluation._shortened(dataclasses.replace(whole, stepping="eager"), cpu).stepping == "eager"
+    assert tasks._shortened(dataclasses.replace(whole, seeds=1, iterations=2), cpu).stepping == "eager"
+    assert tasks._shortened(dataclasses.replace(whole, stepping="eager"), cpu).stepping == "eager"
 
 
 # --- the command
@@ -667,16 +672,16 @@ def test_the_command_prints_the_table_and_keeps_it(
 def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
     folder: Path, small_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiment = evaluation.EXPERIMENTS["labels"]
+    measured = tasks.TASKS["labels"]
     done: list[Row] = []
 
     def task(bench: Bench, row: Row, batch: int) -> Values:
         done.append(row)
         if len(done) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return experiment.task(bench, row, batch)
+        return measured(bench, row, batch)
 
-    monkeypatch.setitem(evaluation.EXPERIMENTS, "labels", dataclasses.replace(experiment, task=task))
+    monkeypatch.setitem(tasks.TASKS, "labels", task)
     args = ("labels", "--imagenet", str(folder), "--sizes", "1,2", "--out", "mine")
     assert command(monkeypatch, small_model, *args) == 130
     captured = capsys.readouterr()
@@ -697,7 +702,7 @@ def test_ctrl_c_while_the_gallery_is_made_loses_nothing(
 
     args = ("labels", "--imagenet", str(folder), "--sizes", "1", "--out", "mine")
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.Gallery, "of", of)
+        patched.setattr(Gallery, "of", of)
         assert command(patched, small_model, *args) == 130
     assert "Stopped after 0 of 4 parts; they are kept in mine" in capsys.readouterr().err
     assert command(monkeypatch, small_model, *args) == 0
@@ -706,14 +711,14 @@ def test_ctrl_c_while_the_gallery_is_made_loses_nothing(
 def test_failed_batches_are_listed(
     folder: Path, small_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiment = evaluation.EXPERIMENTS["labels"]
+    measured = tasks.TASKS["labels"]
 
     def task(bench: Bench, row: Row, batch: int) -> Values:
         if batch == 1:
             raise GradinvError("The sky is clouded.")
-        return experiment.task(bench, row, batch)
+        return measured(bench, row, batch)
 
-    monkeypatch.setitem(evaluation.EXPERIMENTS, "labels", dataclasses.replace(experiment, task=task))
+    monkeypatch.setitem(tasks.TASKS, "labels", task)
     assert command(monkeypatch, small_model, "labels", "--imagenet", str(folder), "--sizes", "1", "--out", "mine") == 1
     captured = capsys.readouterr()
     assert "K=1 repeated, batch 1: The sky is clouded." in captured.out.splitlines()

@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"gradinv.__main__", "app"}),
 )
 
-PACKAGES = ("gradinv.cli", "gradinv.web")  # each in one layer
+PACKAGES = ("gradinv.cli", "gradinv.evaluation", "gradinv.web")  # each in one layer
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

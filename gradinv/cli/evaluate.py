@@ -16,7 +16,8 @@ from gradinv.cli.say import complain, figure, speaker, table
 
 if TYPE_CHECKING:
     from gradinv.config import AttackConfig
-    from gradinv.evaluation import Ledger, Row
+    from gradinv.evaluation.ledger import Ledger
+    from gradinv.evaluation.plan import Row
     from gradinv.models import Model
 
 HELP = "measure the attack on many batches: the paper's tables, defences, other people's attacks"
@@ -110,14 +111,15 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gradinv import evaluation
     from gradinv.cli.settings import config_from, settings_given
+    from gradinv.evaluation.ledger import Ledger
+    from gradinv.evaluation.plan import EXPERIMENTS, Plan
     from gradinv.models import load_model
     from gradinv.types import GradinvError
 
     say = speaker(args)
     name: str = args.evaluation
-    experiment = evaluation.EXPERIMENTS[name]
+    experiment = EXPERIMENTS[name]
     _check_options(args)
     settings = settings_given(args)
     folder = args.imagenet or os.environ.get("GRADINV_IMAGENET")
@@ -127,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         raise GradinvError(f"--workers takes a number of processes of at least 1, not {args.workers}.")
     model = load_model(args.model, device=args.device, image_size=args.image_size)
     config = config_from(args.preset, model.name, settings)
-    plan = evaluation.Plan(
+    plan = Plan(
         command=name,
         model=args.model if args.model != "auto" else model.name,
         imagenet=str(folder),
@@ -140,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         lpips=args.lpips,
     )
     out = Path(args.out or Path("evaluations") / f"{name}-{model.name}")
-    ledger = evaluation.Ledger(out, plan, model)
+    ledger = Ledger(out, plan, model)
     if there := len(plan.tasks) - len(ledger.missing):
         say(f"{there} of {len(plan.tasks)} parts are in {out} already.")
 
@@ -181,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raises GradinvError for options that the evaluation does not have."""
-    from gradinv.evaluation import EXPERIMENTS
+    from gradinv.evaluation.plan import EXPERIMENTS
     from gradinv.types import GradinvError
 
     experiment = EXPERIMENTS[args.evaluation]
@@ -196,29 +198,29 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _rows(args: argparse.Namespace, config: AttackConfig, model: Model, *, several: bool) -> tuple[Row, ...]:
-    from gradinv import evaluation
+    from gradinv.evaluation import plan
 
-    sizes = evaluation.EXPERIMENTS[args.evaluation].sizes if args.sizes is None else args.sizes
+    sizes = plan.EXPERIMENTS[args.evaluation].sizes if args.sizes is None else args.sizes
     size = BATCH_SIZE if args.batch_size is None else args.batch_size
     defences = tuple(DEFENCES if args.defences is None else args.defences)
     rows: dict[str, Callable[[], tuple[Row, ...]]] = {
-        "labels": lambda: evaluation.label_rows(sizes),
-        "ablation": lambda: evaluation.ablation_rows(config, size),
-        "matching": lambda: evaluation.matching_rows(config, size),
-        "identify": lambda: evaluation.identification_rows(sizes, defences),
-        "batch-size": lambda: evaluation.size_rows(config, sizes),
-        "defences": lambda: evaluation.defence_rows(config, size, defences),
-        "compare": lambda: evaluation.comparison_rows(config, size, model, several=several),
+        "labels": lambda: plan.label_rows(sizes),
+        "ablation": lambda: plan.ablation_rows(config, size),
+        "matching": lambda: plan.matching_rows(config, size),
+        "identify": lambda: plan.identification_rows(sizes, defences),
+        "batch-size": lambda: plan.size_rows(config, sizes),
+        "defences": lambda: plan.defence_rows(config, size, defences),
+        "compare": lambda: plan.comparison_rows(config, size, model, several=several),
     }
     made = rows[args.evaluation]()
-    return made if args.rows is None else evaluation.chosen_rows(made, args.rows)
+    return made if args.rows is None else plan.chosen_rows(made, args.rows)
 
 
 def _measure(ledger: Ledger, model: Model, workers: int, stop: threading.Event) -> None:
     """Do what is missing, with how far it is and the time left on the standard error where that is a terminal."""
     from tqdm import tqdm
 
-    from gradinv.evaluation import measure
+    from gradinv.evaluation.running import measure
 
     total = len(ledger.plan.tasks)
     with (
@@ -261,7 +263,7 @@ def _heading(result: Mapping[str, Any]) -> str:
 
 def results_table(result: Mapping[str, Any], names: Sequence[str]) -> str:
     """One line a row: mean ± standard error of the metrics `names` that anything was measured of."""
-    from gradinv.evaluation import COLUMNS
+    from gradinv.evaluation.plan import COLUMNS
 
     rows = result["rows"]
     shown = [name for name in names if any(row["mean"].get(name) is not None for row in rows)]
@@ -279,7 +281,8 @@ def results_table(result: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def gains_table(result: Mapping[str, Any]) -> str:
     """What each row gains over the one that it is compared with, paired by batch; empty where no row is."""
-    from gradinv.evaluation import COLUMNS, GAINS
+    from gradinv.evaluation.plan import COLUMNS
+    from gradinv.evaluation.table import GAINS
 
     lines = []
     for row in result["rows"]:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from gradinv import figures, prior
 from gradinv.defenses import parse_all
-from gradinv.evaluation import final_gradient
 from gradinv.features import EXPLAINED, FinalLayer, Fit
 from gradinv.gallery import Gallery, pooled
 from gradinv.images import to_pixels
@@ -30,7 +29,7 @@ from gradinv.models import Model
 from gradinv.paths import ASSETS
 from gradinv.sources import Picture, gallery
 from gradinv.types import Observation
-from gradinv.victim import observe
+from gradinv.victim import final_gradient, observe
 from gradinv.web import markup, shared
 
 NETWORKS = ("resnet18-tiny", "resnet50-tiny")

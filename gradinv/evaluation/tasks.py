@@ -1,0 +1,296 @@
+"""The tasks: one row of a table, measured on one batch.
+
+Here, and nowhere in the attack, originals and true labels are known: to draw the batch, play the client and measure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradinv import gallery, metrics
+from gradinv.config import AttackConfig
+from gradinv.evaluation.bench import Batch, Bench
+from gradinv.evaluation.plan import TIMING, Row, Values
+from gradinv.inversion import invert
+from gradinv.labels import METHODS as LABEL_METHODS
+from gradinv.labels import restore_labels
+from gradinv.models import Model
+from gradinv.objective import Objective
+from gradinv.peers import PeerResult, Stopped, breaching_attack
+from gradinv.stepping import resolve_mode
+from gradinv.types import GradinvError, Observation, Snapshot
+from gradinv.victim import final_gradient, observe
+
+TIMED_ITERATIONS, TIMED_ROUNDS = 12, 2
+"""Each attack of the comparison is timed over the second half of so many iterations, all in turn, so many times."""
+
+
+def observe_final(bench: Bench, batch: Batch) -> Observation:
+    """An observation of the final layer only, without a pass through the network: labels and features need no more."""
+    features = bench.gallery.features[bench.places(batch)]
+    model = bench.model
+    return Observation(
+        gradients=final_gradient(model, features, batch.labels),
+        batch_size=len(batch.labels),
+        preprocessing=model.preprocessing,
+        model_name=model.name,
+        model_sha256=model.sha256,
+    )
+
+
+def labels_task(bench: Bench, row: Row, number: int) -> Values:
+    """The share of labels that each method restores, in percent."""
+    batch = bench.draw(row, number)
+    observation = observe_final(bench, batch)
+    values: dict[str, float | None] = {}
+    for method in LABEL_METHODS:
+        # Column minimum has no answer for more images than classes.
+        restored = None
+        with contextlib.suppress(GradinvError):
+            restored = restore_labels(bench.model, observation, method).labels
+        values[f"labels {method}"] = None if restored is None else _labels_right(restored, batch.labels)
+    return values
+
+
+def identification_task(bench: Bench, row: Row, number: int) -> Values:
+    """Whose features the gradient holds: the share of the batch's pictures ranked first in the whole folder."""
+    batch = bench.draw(row, number)
+    if row.defence == "none":
+        observation = observe_final(bench, batch)
+    else:
+        # A defence acts on the whole gradient (a norm over all layers), so all of it is needed.
+        observation = bench.defend(observe(bench.model, bench.pixels(batch), batch.labels), row, number)
+    return identify(bench, batch, observation)
+
+
+def identify(bench: Bench, batch: Batch, observation: Observation) -> dict[str, float | None]:
+    """Labels restored and pictures found, in percent, and the features' residual.
+
+    A picture counts once however many features point to it. Where a defence leaves nothing to solve, nothing is found.
+    """
+    own = bench.places(batch)
+    try:
+        found = gallery.identify(bench.model, observation, bench.gallery, top=1)
+    except GradinvError:
+        return {"labels": 0.0, "found": 0.0, "residual": None}
+    first = set(found.places.flatten().tolist())
+    return {
+        "labels": _labels_right(found.labels.labels, batch.labels),
+        "found": 100 * len(first & set(own)) / len(own),
+        "residual": _finite(found.residual),
+    }
+
+
+def inversion_task(bench: Bench, row: Row, number: int) -> Values:
+    """One inversion and everything that is measured of its images. PSNR, SSIM and the distances are means over the
+    batch and the seeds; `consensus_…` are those of the group; `constant_…` those of each original's mean colour."""
+    config = _config(row, number)
+    batch = bench.draw(row, number)
+    pixels = bench.pixels(batch)
+    observation = _observe(bench, row, number, config, pixels, batch.labels)
+    if row.weigh_like:
+        config = _weighed(bench, observation, config, row.weigh_like)
+    if row.peer is not None:
+        return _measure_peer(bench, row, config, observation, pixels, batch.labels)
+    last = _run(bench, observation, config)
+    restored = torch.tensor(last.labels)
+    seconds = {"seconds": last.seconds, "seconds_per_iteration": last.seconds / max(1, config.iterations)}
+    values = {**_quality(bench, last.seeds, last.consensus, restored, observation, pixels, batch.labels), **seconds}
+    if bench.plan.command == "batch-size":
+        paired = last.consensus[metrics.pair(last.consensus, restored.tolist(), pixels, batch.labels.tolist())]
+        inside = _iip(bench, paired, batch)
+        values["iip"] = 100 * float(inside.double().mean())
+    if bench.plan.command == "defences":
+        values["found"] = identify(bench, batch, observation)["found"]
+    return values
+
+
+def comparison_task(bench: Bench, row: Row, number: int) -> Values:
+    """As `inversion_task`; the row `timing` times all attacks in turn in this process, seconds an iteration each."""
+    return _timing(bench, row, number) if row.name == TIMING else inversion_task(bench, row, number)
+
+
+def _config(row: Row, number: int) -> AttackConfig:
+    """The row's settings; each batch has its own noise."""
+    if row.config is None:
+        raise GradinvError(f"The row {row.name} has no attack.")
+    return dataclasses.replace(row.config, seed=row.config.seed + number)
+
+
+def _observe(bench: Bench, row: Row, number: int, config: AttackConfig, pixels: Tensor, labels: Tensor) -> Observation:
+    mode = "train" if config.bn == "inferred" else "eval"
+    observation = observe(bench.model, pixels, labels, share_bn=config.bn == "exact", mode=mode)
+    return bench.defend(observation, row, number)
+
+
+def _run(bench: Bench, observation: Observation, config: AttackConfig) -> Snapshot:
+    """The last snapshot of an inversion. Raises Stopped where it was not allowed to end."""
+    last: Snapshot | None = None
+    for snapshot in invert(bench.model, observation, config, stop=bench.stop):
+        last = snapshot
+    if last is None or not last.final:
+        raise Stopped
+    return last
+
+
+def _quality(
+    bench: Bench,
+    seeds: Tensor,
+    consensus: Tensor,
+    restored: Tensor,
+    observation: Observation,
+    pixels: Tensor,
+    labels: Tensor,
+) -> dict[str, float | None]:
+    """What is measured of reconstructions: seeds (G, B, 3, S, S) and consensus (B, 3, S, S), pixels in [0, 1]."""
+    each = [_scores(bench, images, restored, pixels, labels) for images in seeds]
+    matches = [gradient_match(bench.model, images, restored, observation) for images in seeds]
+    values = {name: metrics.mean([scores[name] for scores in each]) for name in each[0]}
+    together = _scores(bench, consensus, restored, pixels, labels)
+    constant = metrics.measure(metrics.constant_colour(pixels), pixels, ("psnr", "ssim"))
+    return {
+        **values,
+        **{f"consensus_{name}": value for name, value in together.items()},
+        **{f"constant_{name}": metrics.mean(constant[name]) for name in ("psnr", "ssim")},
+        **{name: metrics.mean([match[name] for match in matches]) for name in matches[0]},
+        "labels": _labels_right(restored, labels),
+    }
+
+
+def _scores(bench: Bench, images: Tensor, restored: Tensor, pixels: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """Means over the batch, after pairing: images (B, 3, S, S) against the originals."""
+    paired = images[metrics.pair(images, restored.tolist(), pixels, labels.tolist())]
+    names = ("psnr", "ssim", "fft2d", "lpips") if bench.plan.lpips else ("psnr", "ssim", "fft2d")
+    return {name: metrics.mean(column) for name, column in metrics.measure(paired, pixels, names).items()}
+
+
+def gradient_match(model: Model, images: Tensor, labels: Tensor, observation: Observation) -> dict[str, float | None]:
+    """How close the gradient of reconstructions comes to the observed one, over all parameters of the network.
+
+    images: pixels (B, 3, S, S), as they are shown; labels: the restored ones (B,). → `l2_distance` ‖∇ − ΔW‖₂,
+    `sign_match` the share of entries of the same sign in percent, `distance` one minus the cosine similarity (Table 5).
+    """
+    own = observe(model, images, labels, mode=observation.mode).gradients
+    square = dot = length = target_length = 0.0
+    same = count = 0
+    for name, found in own.items():
+        target = observation.gradients[name].to(found)
+        square += float((found - target).double().square().sum())
+        dot += float((found.double() * target).sum())
+        length += float(found.double().square().sum())
+        target_length += float(target.double().square().sum())
+        same += int((found.sign() == target.sign()).sum())
+        count += found.numel()
+    norms = math.sqrt(length * target_length)
+    return {
+        "l2_distance": _finite(math.sqrt(square)),
+        "sign_match": 100 * same / count,
+        "distance": _finite(1 - dot / norms) if norms > 0 else None,
+    }
+
+
+def _labels_right(restored: Tensor, labels: Tensor) -> float:
+    """The share of the labels, in percent, that were restored, each as often as it is there."""
+    right = Counter(restored.tolist()) & Counter(labels.tolist())
+    return 100 * sum(right.values()) / len(labels)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _weighed(bench: Bench, observation: Observation, config: AttackConfig, like: str) -> AttackConfig:
+    """The settings with the weight of gradient matching scaled: it belongs to the way `like` to compare gradients, and
+    the settings' own way shall pull the same noise with a pixel gradient of the same norm."""
+    labels = restore_labels(bench.model, observation, config.labels).labels
+    size = bench.model.preprocessing.size
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = config.start_scale * torch.randn(observation.batch_size, 3, size, size, generator=generator)
+
+    def pull(match: str) -> float:
+        only = dataclasses.replace(
+            config, match=match, gradient=1.0, features=0.0, bn="none", tv=0.0, l2=0.0, group=0.0
+        )
+        images = noise.to(bench.model.device).requires_grad_()
+        judgement = Objective(bench.model, observation, labels, only)(images, images.detach())
+        return float(torch.autograd.grad(judgement.total, images)[0].norm())
+
+    return dataclasses.replace(config, gradient=config.gradient * pull(like) / max(pull(config.match), 1e-30))
+
+
+def _measure_peer(
+    bench: Bench, row: Row, config: AttackConfig, observation: Observation, pixels: Tensor, labels: Tensor
+) -> Values:
+    """The peer is given the labels that ours restores, so that neither has an advantage from them."""
+    restored = restore_labels(bench.model, observation, config.labels).labels.cpu()
+    result = _run_peer(bench, row, config, observation, restored)
+    return {
+        **_quality(bench, result.pixels[None], result.pixels, restored, observation, pixels, labels),
+        "seconds": result.seconds,
+        "seconds_per_iteration": result.seconds_per_iteration,
+    }
+
+
+def _run_peer(bench: Bench, row: Row, config: AttackConfig, observation: Observation, labels: Tensor) -> PeerResult:
+    name = row.peer or ""
+    return breaching_attack(
+        name, bench.model, observation, labels, config.iterations, seed=config.seed, stop=bench.stop
+    )
+
+
+def _timing(bench: Bench, row: Row, number: int) -> Values:
+    """Seconds an iteration by row: short runs of all attacks in turn, the mean over the rounds."""
+    batch = bench.draw(row, number)
+    pixels = bench.pixels(batch)
+    rows = [other for other in bench.plan.rows if other.name != TIMING]
+    taken: dict[str, list[float | None]] = {other.name: [] for other in rows}
+    for _ in range(TIMED_ROUNDS):
+        for other in rows:
+            config = _shortened(_config(other, number), bench.model.device)
+            observation = _observe(bench, other, number, config, pixels, batch.labels)
+            if other.peer is not None:
+                labels = restore_labels(bench.model, observation, config.labels).labels
+                found = _run_peer(bench, other, config, observation, labels).seconds_per_iteration
+            else:
+                half = TIMED_ITERATIONS // 2
+                stamps = [s.seconds for s in invert(bench.model, observation, config, every=half, stop=bench.stop)]
+                if bench.stop.is_set():
+                    raise Stopped
+                found = (stamps[-1] - stamps[1]) / (TIMED_ITERATIONS - half)
+            taken[other.name].append(found)
+    return {name: metrics.mean(values) for name, values in taken.items()}
+
+
+def _shortened(config: AttackConfig, device: torch.device) -> AttackConfig:
+    """A few iterations that are executed, and register the group, as those of the whole run are."""
+    interval = max(1, round(config.registration_interval * config.iterations))
+    return dataclasses.replace(
+        config,
+        iterations=TIMED_ITERATIONS,
+        stepping=resolve_mode(config.stepping, device, config.iterations * config.seeds),
+        registration_interval=interval / TIMED_ITERATIONS,
+    )
+
+
+def _iip(bench: Bench, images: Tensor, batch: Batch) -> Tensor:
+    """Whether each reconstruction's nearest neighbour in the folder is its own original: (B,) bool."""
+    return metrics.iip(bench.model, images, bench.places(batch), bench.gallery)
+
+
+TASKS: dict[str, Callable[[Bench, Row, int], Values]] = {
+    "labels": labels_task,
+    "ablation": inversion_task,
+    "matching": inversion_task,
+    "identify": identification_task,
+    "batch-size": inversion_task,
+    "defences": inversion_task,
+    "compare": comparison_task,
+}
+"""By evaluation what measures a row on the batch of that number."""

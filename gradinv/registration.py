@@ -19,11 +19,13 @@ METHODS = ("shift", "affine", "flow")
 SMALLEST = 0.25
 """Pixels. A field that moves nothing further is none: resampling would blur, which alone raises PSNR."""
 
-MARGIN = 0.15
-"""Share by which the part of the image that the reference does not explain, 1 − ρ², must fall for a warp to be kept.
+MARGIN, LARGEST_MARGIN = 0.2, 0.6
+"""Share by which the part of the image that the reference does not explain, 1 − ρ², must fall for a warp to be kept:
+MARGIN for a mean displacement of a 64th of the side, more in proportion up to LARGEST_MARGIN.
 
-Fitted to noise alone, a shift or an affine map explains up to about a tenth of it; one pixel of true shift explains
-two thirds at a noise of 0.15, and a third at 0.3 (median of 48 pictures of 64 px)."""
+Fitted to noise alone, a shift or an affine map explains up to about a tenth of it. Reconstructions differ by more than
+noise: fits to them go 2 to 8 of 64 pixels far, explain up to a third, and lower PSNR. A true shift explains more the
+larger it is: of 48 pictures of 64 px 47 or 48 keep one of 1 to 8 px at a noise of 0.15, and 34 to 48 at 0.3."""
 
 LEAST_CORRELATION = 0.5
 """With less similarity than this after the warp, the image and the reference do not show the same."""
@@ -61,8 +63,8 @@ def displacement(images: Tensor, reference: Tensor, method: str) -> Tensor:
     maximises their zero-mean normalised correlation ρ. `flow` adds the bicubic surface over a grid of control points,
     neighbours tied together, to the affine map.
 
-    An image keeps u = 0 unless 1 − ρ² within the overlap falls by MARGIN and ρ reaches LEAST_CORRELATION, and where
-    it moves less than SMALLEST, is not finite, or is smaller than LEAST_SIDE.
+    An image keeps u = 0 unless 1 − ρ² within the overlap falls by MARGIN, by more the further it moves, and ρ reaches
+    LEAST_CORRELATION; also where it moves less than SMALLEST, is not finite, or is smaller than LEAST_SIDE.
     Raises GradinvError for an unknown method, or shapes that differ.
     """
     if method not in METHODS:
@@ -91,7 +93,7 @@ def displacement(images: Tensor, reference: Tensor, method: str) -> Tensor:
         bent = _fit(pyramid[-2:][:1], found, _control_grid(finest), STIFFNESS)
         bent = _better(finest, bent, found, FLOW_MARGIN)
         found = torch.where(similar[:, None, None, None], bent, found)
-    found = _better(finest, found, still, MARGIN, LEAST_CORRELATION)
+    found = _better(finest, found, still, _margin(found), LEAST_CORRELATION)
 
     if found.shape[-2:] != none.shape[-2:]:
         ratio = torch.tensor([width / found.shape[-1], height / found.shape[-2]], dtype=dtype, device=images.device)
@@ -201,9 +203,15 @@ def _correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     return (a * b * weight).sum((1, 2, 3)) / variances.sqrt().clamp(min=1e-9)
 
 
-def _better(level: _Level, new: Tensor, old: Tensor, margin: float = 0.0, least: float = -1.0) -> Tensor:
+def _margin(field: Tensor) -> Tensor:
+    """What each image's field (B, 2, h, w) must explain to be kept, (B,): see MARGIN."""
+    distance = field.square().sum(1).flatten(1).mean(1).sqrt()  # root mean square, pixels
+    return (MARGIN * 64 * distance / max(field.shape[-2:])).clamp(MARGIN, LARGEST_MARGIN)
+
+
+def _better(level: _Level, new: Tensor, old: Tensor, margin: Tensor | float = 0.0, least: float = -1.0) -> Tensor:
     """Image by image the new field where, with ρ within the overlap of both fields, 1 − ρ² falls by the share `margin`
-    at least and ρ exceeds `least`, and the field is no runaway; elsewhere the old one."""
+    (B,) at least and ρ exceeds `least`, and the field is no runaway; elsewhere the old one."""
     mask = _overlap(new) * _overlap(old)
     before = _correlation(_look(level.images, old), level.reference, mask)
     after = _correlation(_look(level.images, new), level.reference, mask)

@@ -12,6 +12,7 @@ from gradinv.consensus import consensus
 from gradinv.images import to_pixels
 from gradinv.metrics import psnr
 from gradinv.paths import ASSETS
+from gradinv.recording import MemoryStore, Recording
 from gradinv.registration import METHODS
 from gradinv.types import GradinvError, Preprocessing
 
@@ -81,6 +82,21 @@ def test_registration_undoes_rotations(registration: str, count: int) -> None:
 def test_registration_never_costs_where_nothing_moved(registration: str, noise: float, count: int) -> None:
     seeds, originals = copies(count, 0, 0, noise)
     assert (psnr(consensus(seeds, registration), originals) > psnr(consensus(seeds), originals) - 0.05).all()
+
+
+@pytest.mark.parametrize("registration", METHODS)
+@pytest.mark.parametrize("run", ["four", "lazy", "registered", "resnet50"])
+def test_registration_never_costs_where_reconstructions_differ_without_being_displaced(
+    run: str, registration: str
+) -> None:
+    """Seeds as runs leave them: fits to their differences go several pixels far and explain a little."""
+    recording = Recording.open(MemoryStore.unpack(ASSETS / "runs" / f"{run}.zip"))
+    originals, count = recording.originals(), recording.run["config"]["seeds"]
+    images = [recording.images(f"seed{index}") for index in range(count)]
+    assert originals is not None
+    seeds = torch.stack([image for image in images if image is not None])
+    assert len(seeds) == count > 1
+    assert (psnr(consensus(seeds, registration), originals) > psnr(consensus(seeds), originals) - 0.02).all()
 
 
 def test_two_large_shifts_meet_in_the_middle() -> None:

@@ -1,33 +1,9 @@
-"""The laboratory: page set-up and navigation. Everything on a page is in gradinv.web."""
+"""The server, for `streamlit run app.py`. What it shows is gradinv/web/pages.py."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from gradinv.paths import ASSETS
-from gradinv.web import batch, defences, how, lessons_labels, live, replay, tour
-from gradinv.web.guard import keep_finite
+from gradinv.web import server
 
-st.set_page_config(
-    page_title="gradinv: what a shared gradient gives away",
-    page_icon=str(ASSETS / "icon.svg"),
-    layout="wide",
-    menu_items={
-        "About": "gradinv inverts shared gradients into the pictures behind them. It is made to show a risk, with "
-        "openly licensed pictures or your own."
-    },
-)
-st.logo(str(ASSETS / "icon.svg"), size="large")
-st.html(ASSETS / "style.css")
-pages = [
-    st.Page(live.page, title="Live", icon=":material/play_circle:", url_path="live", default=True),
-    st.Page(replay.page, title="Replay", icon=":material/movie:", url_path="replay"),
-    st.Page(lessons_labels.page, title="Labels", icon=":material/label:", url_path="labels"),
-    st.Page(batch.page, title="Who was in the batch?", icon=":material/person_search:", url_path="batch"),
-    st.Page(defences.page, title="Defences", icon=":material/shield:", url_path="defences"),
-    st.Page(how.page, title="How it works", icon=":material/menu_book:", url_path="how"),
-]
-page = st.navigation(pages, position="top")
-keep_finite()
-tour.banner(pages, page)
-page.run()
+app = st.App("gradinv/web/pages.py", middleware=server.middleware(), lifespan=server.ready)

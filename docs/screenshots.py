@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from serving import ROOT, chromium, served, settled
+from serving import ROOT, WATCH, chromium, served, settled
 
 SIZES = {1280: (860, 1.5), 390: (844, 1.5)}
 """By width the height of the screen and the pixels of a CSS pixel."""
@@ -35,13 +35,6 @@ LIVE = ("live-start", "live-running", "live-finished")
 REBUILT = "4 of 4 labels read from the gradient alone"
 MAIN = '[data-testid="stMain"]'
 HOUR = 3_600_000  # milliseconds
-WATCH = """() => {
-  window.shifted = 0;
-  const add = list => {
-    for (const shift of list.getEntries()) if (!shift.hadRecentInput) window.shifted += shift.value;
-  };
-  new PerformanceObserver(add).observe({type: 'layout-shift', buffered: true});
-}"""
 MEASURES = """() => [
   performance.getEntriesByName('first-contentful-paint')[0]?.startTime / 1000, performance.now() / 1000, window.shifted
 ]"""
@@ -66,7 +59,7 @@ class Camera:
             reduced_motion="reduce",
         )
         page.set_default_timeout(HOUR)
-        page.add_init_script(f"({WATCH})()")
+        page.add_init_script(WATCH)
         wrong: list[str] = []
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))

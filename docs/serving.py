@@ -26,6 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 READY = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 PAGES = {"live": "", "replay": "replay", "labels": "labels", "batch": "batch", "defences": "defences", "how": "how"}
 """By name the paths of all pages."""
+WATCH = """(() => {
+  window.shifted = 0;
+  const add = list => {
+    for (const shift of list.getEntries()) if (!shift.hadRecentInput) window.shifted += shift.value;
+  };
+  new PerformanceObserver(add).observe({type: 'layout-shift', buffered: true});
+})()"""
+"""For a page to execute before its own scripts: `shifted` says how far its parts moved by themselves since then."""
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _PATHS = ("/usr/bin/chromium", "/snap/bin/chromium", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")

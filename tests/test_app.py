@@ -23,7 +23,7 @@ from gradinv.types import GradinvError
 from gradinv.web import markup, pick, run, shared
 from gradinv.web.pick import FIRST
 
-APP = str(Path(__file__).resolve().parent.parent / "app.py")
+APP = str(Path(__file__).resolve().parent.parent / "gradinv" / "web" / "pages.py")
 PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
 TINY = {"model": "resnet18-tiny", "seeds": "1", "iterations": "1"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving import PAGES, chromium, served, settled
+from serving import PAGES, WATCH, chromium, served, settled
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -97,6 +97,7 @@ class Visit:
     def __init__(self, browser: Any, width: int = 1280, scheme: str = "light") -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         self.page.set_default_timeout(PATIENCE)
+        self.page.add_init_script(WATCH)
         self.troubles: list[str] = []
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
@@ -181,6 +182,7 @@ def test_the_page_fits_can_be_read_and_says_what_its_pictures_show(
     visit = Visit(browser, width, scheme).open(f"{server}/{PAGES[name]}?model=resnet18-tiny&noise=1e-3&reveal=true")
     visit.page.wait_for_selector(".gi-knowledge" if name == "live" else '[data-testid="stExpander"]')  # drawn last
     visit.settle()
+    assert visit.page.evaluate("() => window.shifted") < 0.1
     main = '[data-testid="stMain"]'
     assert visit.page.evaluate(f"() => document.querySelector('{main}').scrollWidth") <= width
     assert visit.page.evaluate("() => [...document.images].filter(image => !image.hasAttribute('alt')).length") == 0

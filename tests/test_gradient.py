@@ -254,7 +254,7 @@ def test_what_it_carries_of_bn_statistics_is_said(model: Model) -> None:
 
 
 def visit(**address: str) -> AppTest:
-    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
+    app = AppTest.from_file(str(ROOT / "gradinv" / "web" / "pages.py"), default_timeout=PATIENCE)
     for name, value in address.items():
         app.query_params[name] = value
     return app.run()

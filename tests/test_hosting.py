@@ -222,10 +222,11 @@ def test_the_health_check_fails_where_nobody_answers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
-def test_the_health_check_notices_an_app_that_cannot_be_imported(tmp_path: Path, broken: bool) -> None:
+def test_the_health_check_notices_a_page_that_fails(tmp_path: Path, broken: bool) -> None:
     copied(tmp_path)
     if broken:
-        (tmp_path / "gradinv" / "labels.py").unlink()
+        with (tmp_path / "gradinv" / "web" / "pages.py").open("a") as page:
+            page.write("import gradinv.missing\n")
     variables = environment()
     settings = {name: variables[name] for name in variables if name not in ("PATH", "STREAMLIT_SERVER_PORT")}
     with served(tmp_path, **settings, PYTHONPATH=str(tmp_path), OMP_NUM_THREADS="1") as server:
@@ -236,6 +237,17 @@ def test_the_health_check_notices_an_app_that_cannot_be_imported(tmp_path: Path,
         assert healthy is not broken, server.said()
         assert ("ModuleNotFoundError" in server.said()) is broken
     assert every("EXPOSE") == [variables["STREAMLIT_SERVER_PORT"]]
+
+
+@pytest.mark.slow
+def test_a_server_that_lacks_something_does_not_start(tmp_path: Path) -> None:
+    copied(tmp_path)
+    (tmp_path / "gradinv" / "labels.py").unlink()
+    with (
+        pytest.raises(RuntimeError, match=r"No module named .gradinv\.labels."),
+        served(tmp_path, PYTHONPATH=str(tmp_path)),
+    ):
+        pass
 
 
 def test_uploads_work_in_the_frame_of_a_space_and_other_hosts_keep_the_stricter_cookie(tmp_path: Path) -> None:

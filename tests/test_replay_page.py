@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -28,10 +29,10 @@ from gradinv.inversion import invert
 from gradinv.models import Model, tiny_classes
 from gradinv.paths import ASSETS
 from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording
-from gradinv.sources import find, gallery
+from gradinv.sources import Credit, find, gallery
 from gradinv.types import GradinvError
 from gradinv.victim import observe
-from gradinv.web import replay
+from gradinv.web import markup, replay
 
 BUNDLED = sorted((ASSETS / "runs").glob("*.zip"))
 CONFIG = AttackConfig(seeds=2, iterations=4, group=0.0, registration="lazy")
@@ -290,30 +291,36 @@ def test_damaged_description_is_one_sentence(installed: dict[str, Recording], tm
 
 
 def test_first_page_moves(installed: dict[str, Recording]) -> None:
-    html = replay.moving()
-    sources = [part.split('"')[0] for part in html.split('src="')[1:]]
-    pictures = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    shown = replay.moving()
+    assert shown is not None
+    sources = re.findall(r"!\[([^\]]+)\]\(data:image/webp;base64,([^)]+)\)", "".join(shown))
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source))) for _, source in sources]
     moving, still, originals = pictures
     assert moving.n_frames > 1 and still.n_frames == originals.n_frames == 1
     assert {picture.size for picture in pictures} == {(3 * 128, 128)}
-    assert 'class="gi-plays"' in html and 'class="gi-still"' in html and html.count("alt=") == 3
     moving.seek(moving.n_frames - 1)
     assert (from_grid(moving, 3) - from_grid(still, 3)).abs().mean() < 0.03
 
 
 def test_first_page_credits_what_it_shows(installed: dict[str, Recording]) -> None:
-    html = replay.moving()
+    shown = replay.moving()
+    assert shown is not None
     for name in PICTURES:
         credit = find(gallery(), name).credit
-        assert credit is not None and credit.author in html and credit.licence in html
+        assert credit is not None and credit.author in shown[2] and credit.licence in shown[2]
     restored = installed["four"].run["labels"]["restored"]
     right = sum((Counter(restored) & Counter(installed["four"].run["labels"]["true"])).values())
-    assert f"gave away {right} of their 3 classes" in html
+    assert f"gave away {right} of their 3 classes" in shown[2]
+
+
+def test_a_name_is_no_markdown() -> None:
+    credit = Credit("[a](b) *c* $d$ <e>", "CC0", "javascript:f", "https://example.org/a_(b)")
+    assert markup.credit_words(credit) == r"[\[a\]\(b\) \*c\* \$d\$ \<e\>](<https://example.org/a_(b)>), CC0"
 
 
 def test_first_page_does_without_a_recorded_run(installed: dict[str, Recording], tmp_path: Path) -> None:
     (tmp_path / "assets" / "runs" / "four.zip").unlink()
-    assert replay.moving() == ""
+    assert replay.moving() is None
 
 
 # --- the page

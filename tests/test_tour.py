@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 
 from gradinv.web import batch, defences, how, lessons, lessons_labels, live, replay, tour
 
-APP = str(Path(__file__).resolve().parent.parent / "app.py")
+APP = str(Path(__file__).resolve().parent.parent / "gradinv" / "web" / "pages.py")
 PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
 PAGES = {
     "Live": live,

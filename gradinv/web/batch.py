@@ -14,7 +14,7 @@ from gradinv.jobs import sentence
 from gradinv.models import Model, load_model
 from gradinv.sources import from_path
 from gradinv.types import GradinvError
-from gradinv.web import lessons, markup, shared
+from gradinv.web import head, lessons, markup, shared
 from gradinv.web.guard import guarded
 from gradinv.web.lessons import Candidate, Pool
 
@@ -26,10 +26,11 @@ TICK = 1.0  # seconds between two looks at how far the folder is
 def page() -> None:
     """Everything on the page."""
     with guarded():
-        st.html(
-            '<header class="gi-lead"><h1>Who was in the batch?</h1><p>An attacker who has a pile of pictures need not '
-            "rebuild anything. It solves the last layer’s gradient for what the network sees in each picture of the "
-            "batch, and looks up which pictures look like that to the network.</p></header>"
+        head.lead(
+            "Who was in the batch?",
+            "An attacker who has a pile of pictures need not rebuild anything. It solves the last layer’s gradient "
+            "for what the network sees in each picture of the batch, and looks up which pictures look like that to "
+            "the network.",
         )
         choice = lessons.controls()
         texts = lessons.defences()
@@ -46,7 +47,8 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.markdown(f"**The client’s batch**: {markup.count(len(places), 'picture')}, which the attack never sees")
         shown = st.toggle("Reveal", False, key="reveal", bind="query-params")
-    st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
+    with st.container(key="strip"):
+        st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
     found = lessons.attacked(choice.network, pool.name, places, texts, choice.seed, pool)
     similarity, ranked = (part.tolist() for part in pool.gallery.match(found.features, TOP))
     st.header("What the server finds", anchor=False)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gradinv import figures
 from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.types import Gradients
-from gradinv.web import lessons, markup, replay
+from gradinv.web import head, lessons, markup, replay
 from gradinv.web.guard import guarded
 from gradinv.web.lessons import Attack, Pool
 from gradinv.web.markup import Row, Tile
@@ -38,10 +38,10 @@ class Distortion:
 def page() -> None:
     """Everything on the page."""
     with guarded():
-        st.html(
-            '<header class="gi-lead"><h1>What does a defence hide, and what does it cost?</h1><p>A client can change '
-            "its gradient before it shares it. Move the sliders: what the attacker still gets at once stands before "
-            "what the server, which only wants a good average, loses.</p></header>"
+        head.lead(
+            "What does a defence hide, and what does it cost?",
+            "A client can change its gradient before it shares it. Move the sliders: what the attacker still gets "
+            "at once stands before what the server, which only wants a good average, loses.",
         )
         choice = lessons.controls()
         texts = lessons.defences()
@@ -87,6 +87,21 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
         st.header("What the attacker still gets", anchor=False)
         shown = st.toggle("Show the truth", True, key="truth", bind="query-params")
+    with st.container(key="attacked"):
+        _compared(choice, texts, pool, places, shown)
+    st.caption(
+        f"The pictures are searched among {len(pool.candidates)}. Below the guesses: how similar the recovered "
+        "features are to the picture’s own (cosine), and whether that picture is the best match. What is painted of "
+        "the features comes from a **learned prior**, a network trained on 100,000 public pictures. The page Live "
+        "rebuilds in earnest."
+    )
+    for one, other in replay.defended():
+        notes = " ".join(parse(text).note for text in other.defences)
+        replay.link(f"A whole attack, recorded without a defence and with one: {notes}", one.name, other.name)
+
+
+def _compared(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: tuple[int, ...], shown: bool) -> None:
+    """What is read and painted of the gradient, without a defence and behind it."""
     both = {
         text: lessons.attacked(choice.network, pool.name, places, own, choice.seed, pool)
         for text, own in {"No defence": (), "Defended": texts}.items()
@@ -107,15 +122,6 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
         tiles.append(_guesses(text, uris, found, features, first, places))
     st.markdown(table(("", "Labels right", "Pictures found", "Residual of the features"), rows), unsafe_allow_html=True)
     st.markdown(markup.board(tiles), unsafe_allow_html=True)
-    st.caption(
-        f"The pictures are searched among {len(pool.candidates)}. Below the guesses: how similar the recovered "
-        "features are to the picture’s own (cosine), and whether that picture is the best match. What is painted of "
-        "the features comes from a **learned prior**, a network trained on 100,000 public pictures. The page Live "
-        "rebuilds in earnest."
-    )
-    for one, other in replay.defended():
-        notes = " ".join(parse(text).note for text in other.defences)
-        replay.link(f"A whole attack, recorded without a defence and with one: {notes}", one.name, other.name)
 
 
 def _originals(pool: Pool, places: Sequence[int], shown: bool) -> Row:

@@ -23,7 +23,7 @@ from gradinv.objective import batch_statistics, bn_distance, l2_distance, paper_
 from gradinv.prior import preview
 from gradinv.sources import Credit, find, gallery
 from gradinv.victim import observe
-from gradinv.web import live, markup, pick, settings
+from gradinv.web import head, live, markup, pick, settings
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 
@@ -196,11 +196,11 @@ def _priors(model: Model, name: str, pixels: Tensor) -> Priors:
 def page() -> None:
     """The whole page."""
     with guarded():
-        st.html(
-            '<header class="gi-lead"><h1>How it works</h1><p>From a gradient back to the pictures behind it, in six '
-            "steps. Every picture below was computed on this server by the code that runs the attack, from four "
-            "photographs of the gallery and a small trained network. The equations carry the paper’s numbers.</p>"
-            "</header>"
+        head.lead(
+            "How it works",
+            "From a gradient back to the pictures behind it, in six steps. Every picture below was computed on "
+            "this server by the code that runs the attack, from four photographs of the gallery and a small "
+            "trained network. The equations carry the paper’s numbers.",
         )
         shown = example()
         with st.container(key="how-steps"):

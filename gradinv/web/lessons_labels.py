@@ -15,7 +15,7 @@ from torch import Tensor
 from gradinv.figures import COLOURS, NEUTRAL
 from gradinv.labels import METHODS, restore_labels
 from gradinv.types import GradinvError
-from gradinv.web import lessons, markup, shared
+from gradinv.web import head, lessons, markup, shared
 from gradinv.web.guard import guarded
 
 SURE = 0.99  # a plain method's confidence from which `auto` ends at its reading, at once
@@ -38,10 +38,10 @@ class Reading:
 def page() -> None:
     """Everything on the page."""
     with guarded():
-        st.html(
-            '<header class="gi-lead"><h1>Which labels does a gradient give away?</h1><p>Before any picture is rebuilt, '
-            "the gradient of the last layer says which classes are in the batch, and how often. Move the sliders: "
-            "everything here is computed at once, from that one layer.</p></header>"
+        head.lead(
+            "Which labels does a gradient give away?",
+            "Before any picture is rebuilt, the gradient of the last layer says which classes are in the batch, "
+            "and how often. Move the sliders: everything here is computed at once, from that one layer.",
         )
         choice = lessons.controls()
         _lesson(choice, lessons.samples(choice.network))
@@ -57,7 +57,8 @@ def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.markdown(f"**{markup.count(len(places), 'picture')} of {_classes(len(true))}** in the batch")
         shown = st.toggle("Show the truth", True, key="truth", bind="query-params")
-    st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
+    with st.container(key="strip"):
+        st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
     order = by_minimum(gradient)
     right = sum(label in true for label in order[: len(places)])
     told = {label: true[label] for label in true} if shown else None

@@ -15,7 +15,7 @@ from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.objective import bn_targets
 from gradinv.types import GradinvError
-from gradinv.web import gradient, markup, pick, replay, run, settings, shared, tour
+from gradinv.web import gradient, head, markup, pick, replay, run, settings, shared, tour
 from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded
 from gradinv.web.pick import Batch
@@ -50,10 +50,10 @@ def page() -> None:
 
 
 def _set_up() -> None:
-    st.html(
-        '<header class="gi-lead"><h1>What does a shared gradient give away?</h1><p>In federated learning, a client '
-        "keeps its pictures and shares only the gradient that they cause. Choose the pictures, see what the server "
-        "receives, and watch it turn the gradient back into pictures.</p></header>"
+    head.lead(
+        "What does a shared gradient give away?",
+        "In federated learning, a client keeps its pictures and shares only the gradient that they cause. Choose "
+        "the pictures, see what the server receives, and watch it turn the gradient back into pictures.",
     )
     _lead()
     brought = gradient.held() if pick.shares() else None
@@ -82,7 +82,9 @@ def _set_up() -> None:
 def _lead() -> None:
     """What leaks, at a glance: a recorded run that moves before anyone has done anything."""
     if moving := replay.moving():
-        st.html(moving)
+        with st.container(key="moving"):
+            for part in moving:
+                st.markdown(part)
         with st.container(horizontal=True, vertical_alignment="center", key="lead-ways"):
             tour.entrance()
             st.page_link(

@@ -88,6 +88,23 @@ def credit_line(credit: Credit) -> str:
     return f"{author}, {_link(credit.licence_url, credit.licence)}{changed}"
 
 
+def plain(text: str) -> str:
+    """A text as Markdown shows it letter by letter."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>$:~&-])", r"\\\1", text)
+
+
+def credit_words(credit: Credit) -> str:
+    """As `credit_line`, in Markdown."""
+    changed = ", cropped" if "crop" in credit.changes else ""
+    return f"{_words(credit.source, credit.author)}, {_words(credit.licence_url, credit.licence)}{changed}"
+
+
+def _words(address: str | None, text: str) -> str:
+    if address is None or not address.startswith("https://"):
+        return plain(text)
+    return f"[{plain(text)}](<{address}>)"
+
+
 def credits(pictures: Iterable[tuple[str, Credit]]) -> str:
     """A list of all authors and licences."""
     lines = "".join(f"<li>{escape(title)}: {credit_line(credit)}</li>" for title, credit in pictures)

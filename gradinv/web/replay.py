@@ -20,7 +20,7 @@ from gradinv.paths import ASSETS
 from gradinv.recording import Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import markup
+from gradinv.web import head, markup
 from gradinv.web.guard import guarded
 
 FIRST = "four"
@@ -137,9 +137,10 @@ def page() -> None:
 
 def _page() -> None:
     runs = library()
-    st.html(
-        '<header class="gi-lead"><h1>Recorded runs</h1><p>Each began with noise and had nothing but a shared gradient '
-        "to go by. Guess what the pictures are before you reveal the originals.</p></header>"
+    head.lead(
+        "Recorded runs",
+        "Each began with noise and had nothing but a shared gradient to go by. Guess what the pictures are before "
+        "you reveal the originals.",
     )
     if not runs:
         raise GradinvError("No recorded run is installed; record some with: python assets/runs/record.py.")
@@ -249,27 +250,24 @@ def _made(run: Bundled) -> str:
     )
 
 
-def moving() -> str:
-    """HTML for the first page: a recorded run that moves by itself, beside the originals; empty where there is none."""
+def moving() -> tuple[str, str, str] | None:
+    """Markdown for the first page: a recorded run that moves by itself, what it was made from, and what that shows.
+
+    The run is followed by its last picture, for those who want nothing to move. None where there is no such run.
+    """
     if FIRST not in library():
-        return ""
+        return None
     run = library()[FIRST]
     animation, still, originals = _animation()
     true, restored = run.classes
-    names, right = escape(", ".join(true)), sum(a == b for a, b in zip(true, restored, strict=True))
-    leaks = (
-        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the rough "
-        "look of each picture."
-    )
-    credits = "; ".join(f"{escape(title)}: {markup.credit_line(credit)}" for title, credit in run.pictures)
+    names, right = markup.plain(", ".join(true)), sum(a == b for a, b in zip(true, restored, strict=True))
+    credits = "; ".join(f"{markup.plain(title)}: {markup.credit_words(credit)}" for title, credit in run.pictures)
     return (
-        '<div class="gi-moving"><figure>'
-        f'<img class="gi-plays" src="{animation}" alt="Pictures emerge from noise: {names}" width="512" height="128">'
-        f'<img class="gi-still" src="{still}" alt="The rebuilt pictures: {names}" width="512" height="128">'
-        "<figcaption>What the server rebuilds from the gradient</figcaption></figure><figure>"
-        f'<img src="{originals}" alt="The originals: {names}" width="512" height="128">'
-        "<figcaption>What the client kept to itself</figcaption></figure>"
-        f"<p>{leaks}<small>{credits}.</small></p></div>"
+        f"![Pictures emerge from noise: {names}]({animation})![The rebuilt pictures: {names}]({still})\n\n"
+        "What the server rebuilds from the gradient",
+        f"![The originals: {names}]({originals})\n\nWhat the client kept to itself",
+        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the rough "
+        f"look of each picture.\n\n{credits}.",
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 import streamlit as st
@@ -15,7 +14,7 @@ from gradinv.jobs import Inversion, JobState, Pictures, Progress, Shared, manage
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, settings, summary
+from gradinv.web import head, markup, pick, settings, summary
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
@@ -151,10 +150,9 @@ def _head(state: JobState) -> None:
         if config.start == "decoder":
             what += ", started from the guess of a learned prior"
         origin = "" if work.originals is not None else "The gradient was brought here; nobody here has its pictures. "
-        st.html(
-            '<header class="gi-lead gi-run"><h1>From the gradient back to the pictures</h1>'
-            f"<p>{escape(facts.model)}, batch of {_size(work)}, {what}. {origin}This page’s address is the link to "
-            "this run.</p></header>"
+        head.lead(
+            "From the gradient back to the pictures",
+            f"{facts.model}, batch of {_size(work)}, {what}. {origin}This page’s address is the link to this run.",
         )
         with st.container(horizontal=True, width="content"):
             st.button("Present (P)", icon=":material/present_to_all:", key="present", on_click=_present, args=(True,))

@@ -1,0 +1,91 @@
+"""What the server does beside running the pages: it answers once all is loaded, and styles Streamlit's document."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from gradinv.paths import ASSETS
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_FONTS = Path(st.__file__).parent / "static" / "static" / "media"
+_HEADINGS = "SourceSerif*Roman*.woff2"
+
+
+def middleware() -> list[Any]:
+    """For `st.App`."""
+    return [importlib.import_module("starlette.middleware").Middleware(Styled)]  # comes with Streamlit
+
+
+class Styled:
+    """ASGI middleware that puts the style sheet into Streamlit's document, and has the headings' font loaded at once.
+
+    Both would else come after the first parts of a page, and these would move. At the end of the body, the style sheet
+    wins over rules of Streamlit's that are as specific.
+    """
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+        self._head = b"".join(
+            f'<link rel="preload" href="./static/media/{font.name}" as="font" type="font/woff2" crossorigin>'.encode()
+            for font in _FONTS.glob(_HEADINGS)
+        )
+        self._style = b"<style>" + (ASSETS / "style.css").read_bytes() + b"</style>"
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        if scope["type"] != "http" or b"text/html" not in headers.get(b"accept", b""):
+            await self._app(scope, receive, send)
+            return
+        start: Message = {}
+        body = b""
+
+        async def answer(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                styled = self._styled(body)
+                # Those of the file say another length, and let browsers keep a document with an older style sheet.
+                stale = (b"content-length", b"etag", b"last-modified")
+                kept = [(name, value) for name, value in start["headers"] if name.lower() not in stale]
+                await send({**start, "headers": [*kept, (b"content-length", str(len(styled)).encode())]})
+                await send({"type": "http.response.body", "body": styled})
+
+        # Whole and uncompressed.
+        left_out = (b"accept-encoding", b"if-none-match", b"if-modified-since", b"range")
+        asked = [(name, value) for name, value in scope["headers"] if name not in left_out]
+        await self._app({**scope, "headers": asked}, receive, answer)
+
+    def _styled(self, document: bytes) -> bytes:
+        return document.replace(b"</head>", self._head + b"</head>", 1).replace(b"</body>", self._style + b"</body>", 1)
+
+
+@asynccontextmanager
+async def ready(app: object) -> AsyncIterator[None]:
+    """No visitor waits for imports, which take seconds: until they are done, the server does not answer.
+
+    What the first page shows first is made in the meantime between then and the first visit.
+    """
+    # Here, since Streamlit wants its server to be there when they are imported.
+    replay, settings, shared = (importlib.import_module(f"gradinv.web.{n}") for n in ("replay", "settings", "shared"))
+    importlib.import_module("gradinv.web.live")
+
+    def prepare() -> None:
+        replay.moving()
+        shared.model(settings.MODEL)
+
+    threading.Thread(target=prepare, name="gradinv-ready", daemon=True).start()
+    yield

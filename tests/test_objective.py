@@ -282,6 +282,22 @@ def test_statistics_cover_every_bn_layer_and_leave_no_hook(small_model):
     assert not small_model.network.bn1._forward_pre_hooks
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 5, 2), (1, 2, 1, 1)], ids=str)
+def test_statistics_are_mean_and_biased_variance_with_both_derivatives(shape):
+    layer = torch.nn.Sequential(torch.nn.BatchNorm2d(shape[1]).double().eval())
+    values = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def moments(values):
+        with batch_statistics(layer) as (means, variances):
+            layer(values)
+        return means["0"], variances["0"]
+
+    variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(moments(values), (mean, variance))
+    assert torch.autograd.gradcheck(moments, values.requires_grad_())
+    assert torch.autograd.gradgradcheck(moments, values)
+
+
 # Each of the three ways in which the network's results enter the terms, alone and together.
 PARTED = [
     {"match": "l2"},

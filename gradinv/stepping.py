@@ -76,11 +76,11 @@ class Stepper:
     def _prepare(self, images: Tensor, group: Tensor) -> None:
         """Records the evaluation; what the recording gives is compared where it counts, on other images, since it may
         hold a value that depends on these."""
-        tape = Tape()
+        tape = Tape(packed=self.mode == "packed")
         try:
             stepped = evaluate(self._objective, images, group, tape)
             results = [stepped.gradient, *stepped.raw.values(), stepped.distance]
-            program = tape.program(results, packed=self.mode == "packed")
+            program = tape.program(results)
         except Exception as error:  # Whatever it is: where autograd fails as well, that is what the caller gets to see.
             self._give_up(f"the evaluation cannot be recorded ({_one_line(error)})")
             return

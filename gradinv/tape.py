@@ -4,7 +4,7 @@ A gradient through a gradient makes autograd compute much that nobody asks for: 
 that stay fixed, constants anew in every step, additions of zeros. So an evaluation is recorded, below autograd, as the
 list of ATen operations that it consists of; what the results do not need is dropped, and a flat Python function is
 generated that runs the rest. Its numbers are autograd's to the last bit: all operations that are left are the same,
-unless weights are packed.
+unless it is for packed weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -29,6 +30,8 @@ Program = Callable[[Tensor, Tensor], Sequence[Tensor]]
 _LARGEST_CONSTANT = 1 << 20
 # Smaller tensors are not worth a search for memory to reuse.
 _LEAST_REUSED = 1 << 12
+# The library computes the channels of a pixel in vectors of so many floats, at the most.
+_VECTOR = 16
 
 # Operations that exist in a form that writes to its first argument, elementwise, so with the same result.
 _IN_PLACE = {
@@ -141,11 +144,14 @@ def _replace(tree: Any, kind: type, by: Callable[[Any], Any]) -> Any:
 class Tape(TorchDispatchMode):
     """Records the operations that reach ATen from one thread while it is open; they run as usual.
 
-    Tensors are known by identity as long as they live. The tape keeps none of them alive but those from outside.
+    Tensors are known by identity as long as they live. The tape keeps none of them alive but those from outside. One
+    that is `packed`, where `can_pack()`, makes programs with constant weights in the library's layout and with strided
+    convolutions to few channels in phases, whose results are the same to rounding.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, packed: bool = False) -> None:
         super().__init__()
+        self._for_packed = packed
         self._nodes: list[_Node] = []
         self._inputs: list[_Value] = []
         self._known = WeakTensorKeyDictionary()
@@ -180,6 +186,9 @@ class Tape(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._for_packed and (phases := _in_phases(func, args)) is not None:
+            with self:
+                return phases()
         values = _replace((args, kwargs), Tensor, self._value)
         result = func(*args, **kwargs)
         several = not isinstance(result, Tensor)
@@ -206,17 +215,69 @@ class Tape(TorchDispatchMode):
         self._nodes.append(node)
         return result
 
-    def program(self, results: Sequence[Tensor], *, packed: bool = False) -> Program:
-        """A function of the inputs that runs what was recorded, as far as these results need it, and returns them.
-
-        With constant weights `packed`, where `can_pack()`, its results are the same to rounding.
-        """
+    def program(self, results: Sequence[Tensor]) -> Program:
+        """A function of the inputs that runs what was recorded, as far as these results need it, and returns them."""
         outputs = [self._value(tensor) for tensor in results]
         nodes, outputs = _without_writes(_needed(self._nodes, outputs), outputs, self._inputs)
         nodes, outputs = _simplified(nodes, outputs, self._inputs)
-        nodes = _needed(_packed(nodes) if packed else nodes, outputs)
+        nodes = _needed(_packed(nodes) if self._for_packed else nodes, outputs)
         nodes = _reusing(nodes, outputs, self._inputs)
         return _generated(nodes, outputs, self._inputs)
+
+
+def _in_phases(func: Any, args: Sequence[Any]) -> Callable[[], Any] | None:
+    """What a strided transposed convolution to few channels is replaced by, as a first layer's gradient with respect
+    to the images is one; None for any other operation.
+
+    The library fills its vectors with the channels of a pixel, and three of them would leave most of it idle.
+    """
+    if func is aten.convolution.default:
+        given, weight, bias, (step, *steps), padding, dilation, transposed, added, groups = args
+        if not transposed or bias is not None:
+            return None
+        corners = zip(given.shape[2:], (step, *steps), padding, weight.shape[2:], added, strict=True)
+        sides = [(side - 1) * stride - 2 * pad + taps + more for side, stride, pad, taps, more in corners]
+        others = None
+    elif func is aten.convolution_backward.default:
+        given, inputs, weight, _, (step, *steps), padding, dilation, transposed, _, groups, mask = args
+        if transposed or not mask[0]:
+            return None
+        sides, others = list(inputs.shape[2:]), [False, *mask[1:]]
+    else:
+        return None
+    few = weight.ndim == 4 and weight.shape[1] * step**2 <= _VECTOR
+    plain = {*steps} == {step} and {*dilation} == {1} and groups == 1
+    if step == 1 or not few or not plain or any(side % step for side in sides):
+        return None
+
+    def run() -> Any:
+        found = _unstrided(given, weight, step, padding, sides)
+        return found if others is None else (found, *func(*args[:-1], others)[1:])
+
+    return run
+
+
+def _unstrided(given: Tensor, weight: Tensor, step: int, padding: Sequence[int], sides: Sequence[int]) -> Tensor:
+    """The transposed convolution of what is given (B, C, h, w) with weights (C, c, m, n), whose stride s divides the
+    sides of the result (B, c, H, W): one of stride 1 to s² times the channels.
+
+    In each direction the result at s·i + a is Σ given[i + (a + p − k) / s] · weight[k] over those taps k for which this
+    is a whole number: for each phase a < s a convolution with every s-th tap, in reverse.
+    """
+    front = [-pad % step for pad in padding]  # zeros before the first tap, so that phase a has the taps a, a + s, …
+    count = [-(-(taps + more) // step) for taps, more in zip(weight.shape[2:], front, strict=True)]
+    back = [step * n - taps - more for n, taps, more in zip(count, weight.shape[2:], front, strict=True)]
+    (m, n), (rows, columns) = count, (side // step for side in sides)
+    phases = F.pad(weight, (front[1], back[1], front[0], back[0])).view(*weight.shape[:2], m, step, n, step)
+    phases = phases.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(-1, len(weight), m, n)
+    # So many more before the first pixel, and after the last, as the taps reach.
+    reach = [(pad + more) // step for pad, more in zip(padding, front, strict=True)]
+    before = [n - 1 - to for n, to in zip(count, reach, strict=True)]
+    after = [side // step - have + to for side, have, to in zip(sides, given.shape[2:], reach, strict=True)]
+    margin = [max(0, *pair) for pair in zip(before, after, strict=True)]
+    top, left = (more - wanted for more, wanted in zip(margin, before, strict=True))
+    found = F.conv2d(given, phases, padding=margin)
+    return F.pixel_shuffle(found[:, :, top : top + rows, left : left + columns], step)
 
 
 def _tracks(node: _Node) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from gradinv import tape
@@ -132,6 +133,67 @@ def test_packed_covers_every_convolution_with_constant_weights():
     assert watch.operations["mkldnn._convolution_transpose_pointwise.default"] >= 3
     # Those in groups, and those of the double backward whose weights are the images' gradients.
     assert watch.operations["aten.convolution.default"] > 0
+
+
+@pytest.mark.parametrize(
+    ("step", "taps", "padding", "given"),
+    [
+        (2, (7, 7), (3, 3), (8, 8)),
+        (2, (3, 3), (1, 1), (4, 6)),
+        (2, (1, 1), (0, 0), (4, 4)),
+        (2, (5, 2), (2, 0), (3, 4)),
+        (3, (7, 4), (2, 3), (5, 4)),
+        (4, (4, 4), (0, 0), (2, 2)),
+    ],
+    ids=str,
+)
+def test_a_stride_in_phases_is_the_transposed_convolution(step, taps, padding, given):
+    generator = torch.Generator().manual_seed(0)
+    values, weight = (torch.randn(shape, generator=generator) for shape in ((2, 5, *given), (5, 1, *taps)))
+    for added in itertools.product(range(step), repeat=2):
+        corners = zip(given, padding, taps, added, strict=True)
+        sides = [(side - 1) * step - 2 * pad + tap + more for side, pad, tap, more in corners]
+        if any(side % step for side in sides):
+            continue
+        expected = F.conv_transpose2d(values, weight, stride=step, padding=padding, output_padding=added)
+        found = tape._unstrided(values, weight, step, padding, sides)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        return
+    pytest.fail("no side of the result is divided by the stride")
+
+
+@needs_packs
+@pytest.mark.parametrize("channels", [3, 5])
+@pytest.mark.parametrize("first", ["Conv2d", "ConvTranspose2d"])
+def test_strides_to_few_channels_are_taken_in_phases(first, channels):
+    """As a first layer's derivative with respect to the images, and as one with a stride of its own."""
+    torch.manual_seed(0)
+    network = (
+        torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7, stride=2, padding=3), torch.nn.Tanh())
+        if first == "Conv2d"
+        else torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1),
+            torch.nn.Tanh(),
+            torch.nn.ConvTranspose2d(8, channels, 3, stride=2, padding=1, output_padding=1, bias=channels == 5),
+        )
+    )
+
+    def total(images: Tensor) -> Tensor:
+        loss = network(images).pow(3).sum()
+        gradients = torch.autograd.grad(loss, list(network.parameters()), create_graph=True)
+        return sum(g.square().sum() for g in gradients)
+
+    objective = judging(total)
+    stepper = Stepper(objective, "packed")
+    for seed in range(3):
+        images = pictures(seed, size=16)
+        assert_close(stepper(*images), evaluate(objective, *images))
+    assert stepper.mode == "packed"
+    with Watch() as watch:
+        stepper(*images)
+    in_phases = watch.operations.get("aten.pixel_shuffle.default", 0)
+    # Five channels and a stride of two fill a vector of the library's, and a bias is added to whole channels.
+    assert (in_phases > 0) == (first == "Conv2d" or channels == 3)
 
 
 @needs_packs

@@ -29,7 +29,7 @@ from gradinv.models import Model, load_model
 from gradinv.recording import Recording
 from gradinv.types import GradinvError, Observation
 
-PATIENCE = 30.0  # seconds after which a wait counts as hung; nothing depends on how fast it is
+PATIENCE = 240.0  # seconds after which a wait counts as hung; nothing depends on how fast it is
 
 
 @dataclass(eq=False)

@@ -27,6 +27,7 @@ from gradinv.sources import ImageFolder
 SCRIPT = ASSETS / "models" / "train.py"
 COLOURS = {"n01440764": (200, 40, 40), "n01443537": (40, 200, 40), "n02129165": (40, 40, 200)}
 SIZE = 40
+PATIENCE = 900.0  # seconds after which something hangs; nothing depends on how fast it is
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THRE
 
 def run(arguments: list[str]) -> str:
     """What the script prints when it is run as a process, which must succeed."""
-    done = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

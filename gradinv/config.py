@@ -54,7 +54,7 @@ class AttackConfig:
     )
     bn_weight: float = _option(0.1, "weight of the BN term, α_BN", least=0)
     bn_form: str = _option(
-        "raw", "raw distances as in the paper, or each relative to its target", choices=("raw", "relative")
+        "raw", "raw distances as in the paper, or each relative to the target's spread", choices=("raw", "relative")
     )
     tv: float = _option(1e-4, "weight of total variation, α_tv", least=0)
     tv_form: str = _option(

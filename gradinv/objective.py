@@ -476,18 +476,19 @@ def bn_distance(means: Mapping[str, Tensor], variances: Mapping[str, Tensor], ta
 def relative_bn_distance(
     means: Mapping[str, Tensor], variances: Mapping[str, Tensor], target: BatchNormStatistics
 ) -> Tensor:
-    """The mean over layers of ‖μ − μ_t‖/‖μ_t‖ + ‖σ² − σ²_t‖/‖σ²_t‖; a scalar.
+    """The mean over layers of ‖μ − μ_t‖/‖σ_t‖ + ‖σ² − σ²_t‖/‖σ_t²‖; a scalar.
 
     Scale-free, because at small sizes the raw sum is ruled by the deep layers, whose maps give few samples a channel.
-    A target of zeros (one image on a 1×1 map has no variance) has no scale: such a layer is left out.
+    Means are told in standard deviations: those of the first layer are nearly zero over natural images, and relative
+    to themselves those of any one batch are 3 to 10 times off, which would rule all other layers and pull the batch's
+    colours to grey. A layer whose target has no variance (of one image on a 1×1 map) has no scale and is left out.
     """
 
-    def relative(found: Tensor, wanted: Tensor) -> Tensor:
-        scale = vector_norm(wanted)
-        return vector_norm(found - wanted) * torch.where(scale > 0, 1 / scale, 0)
+    def in_units(difference: Tensor, unit: Tensor) -> Tensor:
+        return vector_norm(difference) * torch.where(unit > 0, 1 / unit, 0)
 
-    parts = [relative(mean, target.mean[name]) for name, mean in means.items()]
-    parts += [relative(var, target.var[name]) for name, var in variances.items()]
+    parts = [in_units(mean - target.mean[name], target.var[name].sum().sqrt()) for name, mean in means.items()]
+    parts += [in_units(var - target.var[name], vector_norm(target.var[name])) for name, var in variances.items()]
     return torch.stack(parts).sum() / len(means)
 
 

@@ -87,13 +87,23 @@ def test_bn_distances_by_hand():
     target = BatchNormStatistics({"bn": torch.tensor([3.0, 4.0])}, {"bn": torch.tensor([2.0, 0.0])})
     means, variances = {"bn": torch.tensor([0.0, 0.0])}, {"bn": torch.tensor([3.0, 0.0])}
     assert bn_distance(means, variances, target).item() == pytest.approx(5 + 1)
-    assert relative_bn_distance(means, variances, target).item() == pytest.approx(5 / 5 + 1 / 2)
+    assert relative_bn_distance(means, variances, target).item() == pytest.approx(5 / 2**0.5 + 1 / 2)
 
 
 def test_a_layer_without_variance_has_no_relative_distance():
     target = BatchNormStatistics({"bn": torch.tensor([2.0])}, {"bn": torch.tensor([0.0])})
     distance = relative_bn_distance({"bn": torch.tensor([1.0])}, {"bn": torch.tensor([0.3])}, target)
-    assert distance.item() == pytest.approx(0.5)
+    assert distance.item() == 0
+
+
+def test_a_mean_near_zero_rules_no_relative_distance():
+    """As that of a first layer over natural images is."""
+    target = BatchNormStatistics(
+        {"near": torch.tensor([1e-3]), "far": torch.tensor([1.0])},
+        {name: torch.tensor([1.0]) for name in ("near", "far")},
+    )
+    means, variances = {"near": torch.tensor([0.5]), "far": torch.tensor([1.5])}, target.var
+    assert relative_bn_distance(means, variances, target).item() == pytest.approx(0.5, abs=1e-3)
 
 
 def test_features_and_group_by_hand():

@@ -92,7 +92,8 @@ def lpips(images: Tensor, originals: Tensor) -> Tensor:
         raise GradinvError(f"LPIPS needs images of at least {LPIPS_LEAST} × {LPIPS_LEAST} pixels.")
     network = _lpips_network()
     if isinstance(network, GradinvError):
-        raise network
+        # Not itself: each time it was raised, what is kept would hold the frames of who asked, with their networks.
+        raise GradinvError(str(network))
     with torch.no_grad():
         return torch.cat(
             [

@@ -252,6 +252,9 @@ def test_lpips_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         metrics.lpips(images, images)
     measured = metrics.measure(images, images.flip(3))
     assert measured["lpips"] == [None, None] and None not in measured["fft2d"]
+    # What is kept of the reason is not what was raised, which holds the frames of all who asked, and what they held.
+    kept = metrics._lpips_network()
+    assert isinstance(kept, GradinvError) and kept.__traceback__ is None
 
 
 @pytest.mark.usefixtures("unknown_network")

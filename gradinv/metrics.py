@@ -6,6 +6,7 @@ Everything here takes pixels in [0, 1] of shape (B, 3, H, W) and answers one val
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import sys
 import warnings
@@ -26,12 +27,6 @@ from gradinv.types import GradinvError
 
 SSIM_WINDOW = 7  # pixels a side of the uniform window
 LPIPS_LEAST = 31  # pixels a side that AlexNet's layers need
-
-LPIPS_ABSENT = (
-    "LPIPS was not measured: it needs images of at least 31 px, pip install 'gradinv[metrics]', and AlexNet's weights, "
-    "which are downloaded on first use."
-)
-"""What stands beside an LPIPS that is None."""
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
@@ -103,6 +98,18 @@ def lpips(images: Tensor, originals: Tensor) -> Tensor:
         ).double()
 
 
+def lpips_absent(side: int) -> str:
+    """What stands beside an LPIPS that is None, of images of so many pixels a side: the first of its needs that fails
+    here."""
+    if side < LPIPS_LEAST:
+        need = f"images of at least {LPIPS_LEAST} px"
+    elif importlib.util.find_spec("lpips") is None:
+        need = "the package lpips, which pip install 'gradinv[metrics]' brings"
+    else:
+        need = "AlexNet's weights, which are downloaded on first use"
+    return f"LPIPS was not measured: it needs {need}."
+
+
 @cache
 def _lpips_network() -> nn.Module | GradinvError:
     """The network, or why it cannot be had: what was not there is not looked for once more by this process."""
@@ -156,7 +163,7 @@ def measure(images: Tensor, originals: Tensor, names: Sequence[str] = tuple(MEAS
     """The named metrics per image as JSON can hold them: `{"psnr": […], "ssim": […], "fft2d": […], "lpips": […]}`.
 
     What is not a finite number is None: the PSNR of identical images is infinite, that of diverged ones undefined. So
-    is an LPIPS that cannot be had (`LPIPS_ABSENT` says why).
+    is an LPIPS that cannot be had (`lpips_absent` says why).
     """
     values = {name: MEASURES[name](images, originals) for name in names if name != "lpips"}
     if "lpips" in names:

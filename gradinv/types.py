@@ -149,7 +149,7 @@ class Observation:
             metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
         except Exception as error:  # the reader raises half a dozen types for what is damaged
             raise GradinvError(
-                f"Cannot read an observation from {path}: it is no complete safetensors file ({error!s:.80})."
+                f"Cannot read an observation from {path}: it is no complete safetensors file."
             ) from error
         try:
             facts = json.loads(metadata["observation"])

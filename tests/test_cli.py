@@ -237,7 +237,15 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     done = process("invert", "lion", *QUICK, "--out", "file/run", cwd=tmp_path)
     assert done.returncode == 2
-    assert one_sentence(done.stderr) == "Nothing can be written to file/run (not a directory); choose another folder."
+    said = f"Nothing can be written to file/run, since {tmp_path / 'file'} is a file; name another with --out."
+    assert one_sentence(done.stderr) == said and done.stdout == ""
+
+
+def test_an_output_folder_without_permission(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "is write-protected; name another with --out" in fails(capsys, "invert", "lion", *QUICK, "--out", "a/b")
 
 
 def test_more_seeds_than_memory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -563,7 +571,10 @@ def test_progress_without_originals_has_no_psnr(saved: str, monkeypatch: pytest.
 def test_an_observation_that_something_contradicts(
     saved: str, args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sentence in fails(capsys, "invert", "--observation", saved, *QUICK[4:], *args)
+    assert cli.main(["invert", "--observation", saved, *QUICK[4:], *args]) == 2
+    captured = capsys.readouterr()
+    # What cannot be used is not described.
+    assert sentence in one_sentence(captured.err) and captured.out == ""
     assert not Path("runs").exists()
 
 
@@ -956,12 +967,12 @@ def test_an_lpips_that_cannot_be_had_is_a_dash_with_its_reason(
     assert cli.main(["invert", "lion", *QUICK, "--out", "run"]) == 0
     output = capsys.readouterr().out
     row = next(line for line in output.splitlines() if line.startswith("0  lion")).split()
-    assert row[-1] == "–" and row[-2] != "–" and metrics.LPIPS_ABSENT in output
+    assert row[-1] == "–" and row[-2] != "–" and "LPIPS was not measured: it needs " in output
     monkeypatch.setattr(metrics, "lpips", lambda images, originals: torch.full((len(images),), 0.25))
     assert cli.main(["invert", "lion", *QUICK, "--out", "other"]) == 0
     output = capsys.readouterr().out
     row = next(line for line in output.splitlines() if line.startswith("0  lion")).split()
-    assert row[-1] == "0.250" and metrics.LPIPS_ABSENT not in output
+    assert row[-1] == "0.250" and "LPIPS was not measured" not in output
 
 
 def test_ctrl_c_while_torch_is_imported_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import os
 import signal
 import threading
 from collections import Counter
@@ -156,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
             return _follow(args, ranks)
         say = speaker(args)
         task = _begun(args, say) if args.resume is None else _resumed(args, say)
+        _check(task)
         _describe(say, task)
         if args.save_observation is None:
             return _invert(args, task, say, ranks)
@@ -382,9 +384,6 @@ def _beside_resume(args: argparse.Namespace) -> str:
 
 def _save(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -> int:
     """Write the observation and end."""
-    from gradinv.checks import check_observation
-
-    check_observation(task.model, task.observation)
     task.observation.save(Path(args.save_observation).expanduser())
     say(
         f"What the server receives is in {args.save_observation}; invert it with: gradinv invert --observation "
@@ -447,18 +446,20 @@ def _choose_mode(args: argparse.Namespace, config: AttackConfig) -> str:
 
 
 def _choose_folder(name: str | None) -> Path | None:
-    """The folder that was asked for. Raises GradinvError where something is in it already."""
+    """The folder that was asked for. Raises GradinvError where something is in it already, or it cannot be written."""
     from gradinv.types import GradinvError
 
-    if name is None:
-        return None
-    path = Path(name).expanduser()
+    path = Path("runs" if name is None else name).expanduser()
     try:
-        if path.is_dir() and any(path.iterdir()):
+        if name is not None and path.is_dir() and any(path.iterdir()):
             raise GradinvError(f"The folder {path} is not empty; name another with --out, or remove it first.")
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except OSError as error:
         raise GradinvError(f"The folder {path} cannot be used ({error.strerror}); name another with --out.") from error
-    return path
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "is write-protected" if there.is_dir() else "is a file"
+        raise GradinvError(f"Nothing can be written to {path}, since {there} {reason}; name another with --out.")
+    return None if name is None else path
 
 
 def every(args: argparse.Namespace, config: AttackConfig) -> int:
@@ -576,6 +577,15 @@ def _find_class(text: str, model: Model) -> int:
     near = difflib.get_close_matches(wanted, names, n=3)
     hint = f"did you mean {listed(near, 'or')}?" if near else "name another, or take another model."
     raise GradinvError(f"{model.name} has no class {text!r}; {hint}")
+
+
+def _check(task: _Task) -> None:
+    """Raises GradinvError where there is nothing to describe: the observation is damaged or lacks statistics."""
+    from gradinv.checks import check_observation
+    from gradinv.objective import bn_targets
+
+    check_observation(task.model, task.observation)
+    bn_targets(task.model, task.observation, task.config)
 
 
 def _describe(say: Callable[[str], None], task: _Task) -> None:

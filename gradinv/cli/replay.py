@@ -99,7 +99,7 @@ def _image_table(recording: Recording) -> str:
     if extra:
         footer += f"\n{listed([name.upper() for name in extra], 'and')}: distances of the consensus, smaller is nearer"
     if "lpips" in extra and not any(isinstance(value, float) for value in measured["consensus"]["lpips"]):
-        footer += f"\n{metrics.LPIPS_ABSENT}"
+        footer += f"\n{metrics.lpips_absent(run['model']['image_size'])}"
     return table(header, formatted, numbers=range(3, len(header))) + "\n" + footer + note
 
 

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 Status = Literal["queued", "running", "done", "stopped", "failed"]
 FINISHED: frozenset[Status] = frozenset({"done", "stopped", "failed"})
+MEASURABLE = 10  # steps from which a run tells how fast the next one will be
 
 
 @dataclass(frozen=True)
@@ -476,6 +477,7 @@ class Inversion:
         if last is not None:
             # Once more, now that everything is recorded.
             publish(self._progress(last, pace, recorder.curves, store))
+            _measured(model.name, self.config, last.step * self.cost // self.config.iterations, last.seconds, last.step)
         return "done" if recorder.run["status"] == "done" else "stopped"
 
     def _progress(
@@ -514,6 +516,22 @@ class Inversion:
         )
 
 
+_paces: dict[tuple[str, str], float] = {}
+
+
+def _measured(model: str, config: AttackConfig, cost: int, seconds: float, steps: int) -> None:
+    """Remember how fast a run was. The first steps of one are slower than the rest, so that few tell nothing."""
+    if steps >= MEASURABLE:
+        _paces[model, config.layers] = seconds / cost
+
+
+def estimate(model: str, config: AttackConfig, cost: int) -> float | None:
+    """About how many seconds a run takes, by the last one here of the same network that matched the same layers; None
+    before there was any. `cost` is the run's."""
+    pace = _paces.get((model, config.layers))
+    return None if pace is None else pace * cost
+
+
 _manager: JobManager | None = None
 _guard = threading.Lock()
 
@@ -536,3 +554,4 @@ def reset() -> None:
             atexit.unregister(_manager.close)
             _manager.close()
             _manager = None
+        _paces.clear()

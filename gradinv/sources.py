@@ -28,6 +28,52 @@ from gradinv.types import GradinvError
 SAMPLES_URL = "https://raw.githubusercontent.com/EliSchwartz/imagenet-sample-images/master/"
 """Where the public ImageNet sample set is published; GRADINV_SAMPLES_URL names another place."""
 
+EVERYDAY: dict[str, tuple[tuple[int, int], ...]] = {
+    "fish": ((0, 6), (389, 397)),
+    "bird": ((7, 24), (80, 100), (127, 146)),
+    "newt": ((25, 29),),
+    "frog": ((30, 32),),
+    "turtle": ((33, 37),),
+    "lizard": ((38, 48),),
+    "crocodile": ((49, 50),),
+    "snake": ((52, 68),),
+    "spider": ((72, 77),),
+    "crab": ((118, 121), (125, 125)),
+    "dog": ((151, 268), (273, 275)),
+    "wolf": ((269, 272),),
+    "fox": ((277, 280),),
+    "cat": ((281, 293),),
+    "bear": ((294, 297), (388, 388)),
+    "beetle": ((300, 307),),
+    "insect": ((300, 326),),
+    "butterfly": ((321, 326),),
+    "rabbit": ((330, 332),),
+    "rodent": ((333, 338),),
+    "horse": ((339, 339),),
+    "pig": ((341, 343),),
+    "cow": ((345, 347),),
+    "sheep": ((348, 349),),
+    "antelope": ((351, 353),),
+    "ape": ((365, 369),),
+    "monkey": ((365, 384),),
+    "lemur": ((383, 384),),
+    "elephant": ((385, 386),),
+    "panda": ((387, 388),),
+    "aeroplane": ((404, 404), (895, 895)),
+    "boat": ((472, 472), (484, 484), (554, 554), (576, 576), (625, 625), (814, 814), (871, 871), (914, 914)),
+    "car": ((436, 436), (468, 468), (511, 511), (609, 609), (627, 627), (656, 656), (661, 661), (751, 751), (817, 817)),
+    "taxi": ((468, 468),),
+    "truck": ((555, 555), (569, 569), (675, 675), (717, 717), (864, 864), (867, 867)),
+    "rocket": ((744, 744), (812, 812)),
+    "food": ((924, 939), (943, 943), (945, 945), (947, 957), (959, 965)),
+    "fruit": ((948, 957),),
+    "drink": ((966, 967), (969, 969)),
+    "coffee": ((967, 967),),
+    "flower": ((985, 986),),
+}
+"""Everyday words, each with the classes that it is one for: from the first to the last in ImageNet's order, which has
+kindred classes beside each other."""
+
 _WNID = re.compile(r"n\d{8}")
 _SUFFIXES = (".jpeg", ".jpg", ".png")
 # Networks take at most 1024 px, so nothing is gained by keeping a visitor's picture larger than that.
@@ -196,8 +242,8 @@ class ImageFolder:
         return tuple(sorted((ImageClass(wnid, class_name(wnid)) for wnid in wnids), key=lambda c: (c.name, c.wnid)))
 
     def search(self, text: str) -> list[ImageClass]:
-        """The classes whose name or WordNet id contains every word of the text; all for an empty one."""
-        return [item for item in self.classes if _matches(text, item.name, item.wnid)]
+        """The classes whose name, everyday name or WordNet id contains every word of the text; all for an empty one."""
+        return [item for item in self.classes if _matches(text, item.name, everyday(item.wnid), item.wnid)]
 
     def pictures(self, wnid: str) -> list[Picture]:
         """The pictures of one class, by file name. Raises GradinvError for a class without a folder."""
@@ -338,8 +384,15 @@ def known(pictures: Iterable[Picture], model: Model) -> list[Picture]:
 
 
 def search(pictures: Iterable[Picture], text: str) -> list[Picture]:
-    """Those whose class name, title or WordNet id contains every word of the text; all for an empty one."""
-    return [picture for picture in pictures if _matches(text, picture.name, picture.title, picture.wnid or "")]
+    """Those whose class name, title, everyday name or WordNet id contains every word of the text; all for an empty one.
+
+    A word may be a plural.
+    """
+    return [
+        picture
+        for picture in pictures
+        if _matches(text, picture.name, picture.title, everyday(picture.wnid or ""), picture.wnid or "")
+    ]
 
 
 def draw(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], str | None]:
@@ -357,6 +410,22 @@ def draw(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Pictu
 def class_name(wnid: str | None) -> str:
     """ImageNet's name of a WordNet id; the id itself where ImageNet's 1000 classes lack it, empty for None."""
     return _names().get(wnid, wnid) if wnid else ""
+
+
+def everyday(wnid: str) -> str:
+    """What people call ImageNet's class of a WordNet id in everyday speech, in one or more words; often nothing."""
+    return _everyday().get(wnid, "")
+
+
+@cache
+def _everyday() -> dict[str, str]:
+    classes = imagenet_classes()
+    words: dict[str, list[str]] = {}
+    for word, ranges in EVERYDAY.items():
+        for first, last in ranges:
+            for item in classes[first : last + 1]:
+                words.setdefault(item.wnid, []).append(word)
+    return {wnid: " ".join(found) for wnid, found in words.items()}
 
 
 @cache
@@ -399,7 +468,11 @@ def _draw(
 
 
 def _matches(text: str, *fields: str) -> bool:
-    return all(any(word in field.casefold() for field in fields) for word in text.casefold().split())
+    for word in text.casefold().split():
+        forms = {word, word.removesuffix("s")} if len(word) > 3 else {word}
+        if not any(form in field.casefold() for form in forms for field in fields):
+            return False
+    return True
 
 
 def _read_table(path: Path) -> tuple[dict[str, str], ...]:

@@ -153,7 +153,14 @@ def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_relo
     assert other.page.locator(RECONSTRUCTION).first.get_attribute("src") == shown
     with page.expect_download() as download:
         page.get_by_role("button", name="Everything").click()
-    assert download.value.suggested_filename == "gradinv-6.zip"
+    assert download.value.suggested_filename == "gradinv-resnet18-tiny-goldfish-pizza-step-6.zip"
+
+    # After another choice, the browser's Back leads to the run.
+    page.get_by_role("button", name="New run").click()
+    page.get_by_role("button", name="Rebuild the pictures").wait_for()
+    visit.settle()
+    page.go_back()
+    page.get_by_text("Finished after 6 of 6 iterations").wait_for()
     assert visit.troubles == other.troubles == []
 
 

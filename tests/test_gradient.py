@@ -280,8 +280,7 @@ def test_nothing_can_be_started_before_a_gradient_is_there_and_bad_ones_are_one_
     bring(app, b"\x89PNG\r\n\x1a\n" + bytes(99), "cat.safetensors")
     assert not app.exception and not app.error
     (said,) = (item.value for item in app.warning)
-    assert said.startswith("Cannot read an observation from cat.safetensors: it is no complete safetensors file (")
-    assert said.endswith(").") and "\n" not in said
+    assert said == "Cannot read an observation from cat.safetensors: it is no complete safetensors file."
     assert app.button(key="start").disabled
 
 

@@ -315,7 +315,7 @@ def test_first_page_credits_what_it_shows(installed: dict[str, Recording]) -> No
 
 def test_a_name_is_no_markdown() -> None:
     credit = Credit("[a](b) *c* $d$ <e>", "CC0", "javascript:f", "https://example.org/a_(b)")
-    assert markup.credit_words(credit) == r"[\[a\]\(b\) \*c\* \$d\$ \<e\>](<https://example.org/a_(b)>), CC0"
+    assert markup.credit_words(credit) == r"[\[a\](b) \*c\* \$d\$ \<e\>](<https://example.org/a_(b)>), CC0"
 
 
 def test_first_page_does_without_a_recorded_run(installed: dict[str, Recording], tmp_path: Path) -> None:

@@ -89,6 +89,15 @@ def test_back_leads_back_and_end_ends_it_on_the_page(visit: Open) -> None:
     assert step(app.run()) == ""
 
 
+def test_what_a_step_set_up_does_not_outlast_the_tour(visit: Open) -> None:
+    app = press(press(press(press(press(visit(), "begin"), "next"), "next"), "next"), "next")
+    assert address(app) == {"clip": "1", "tour": "5"}
+    assert address(press(app, "end")) == {} and app.session_state["clip"] == lessons.OFF
+    app = press(press(press(press(press(visit(), "begin"), "next"), "next"), "next"), "next")
+    app.query_params["clip"] = "0.3"  # by the visitor's hand
+    assert address(press(app.run(), "end")) == {"clip": "0.3"} and "clip" not in app.session_state
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "4", "99", "two", "", "1e3", "nan", "²", "<b>", "9" * 300])
 def test_a_number_that_is_not_the_pages_shows_the_pages_own_step(visit: Open, number: str) -> None:
     app = visit(tour=number)

@@ -229,7 +229,7 @@ def held() -> Gradient | None:
 def card(visitor: str) -> None:
     """What was brought, or that nothing has been yet."""
     if notice := st.session_state.pop("gradient_notice", None):
-        st.warning(notice)
+        st.warning(markup.plain(notice))
     brought = held()
     if brought is None:
         st.info("No gradient yet. Bring one below, or take the sample.")
@@ -237,8 +237,8 @@ def card(visitor: str) -> None:
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="gradient"):
         pictures = markup.count(brought.batch_size, "picture")
         st.markdown(
-            f":material/share: **{brought.name}**, {megabytes(brought.size)}: the mean gradient of {pictures} of "
-            f"{brought.side} × {brought.side} px on {brought.model}, taken in {brought.mode} mode. "
+            f":material/share: **{markup.plain(brought.name)}**, {megabytes(brought.size)}: the mean gradient of "
+            f"{pictures} of {brought.side} × {brought.side} px on {brought.model}, taken in {brought.mode} mode. "
             f"{STATISTICS[brought.leaks]} Nobody here has the pictures, so nothing can be compared with them."
         )
         st.button(
@@ -289,7 +289,7 @@ def panel(network: Model, pictures: Sequence[str], visitor: str) -> None:
 
 def _take(file: UploadedFile, visitor: str) -> None:
     name = shorten(
-        "".join(letter for letter in file.name if letter.isalnum() or letter in " .-"), NAME, placeholder="…"
+        "".join(letter for letter in file.name if letter.isalnum() or letter in " ._-"), NAME, placeholder="…"
     )
     try:
         with st.spinner("Reading the gradient"):

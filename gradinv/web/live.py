@@ -10,12 +10,12 @@ import torch
 from gradinv import figures
 from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
-from gradinv.jobs import Inversion, Originals, manager
+from gradinv.jobs import Inversion, Originals, estimate, manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.objective import bn_targets
 from gradinv.types import GradinvError
-from gradinv.web import gradient, head, markup, pick, replay, run, settings, shared, tour
+from gradinv.web import command, gradient, head, markup, pick, replay, run, settings, shared, tour
 from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded
 from gradinv.web.pick import Batch
@@ -72,6 +72,9 @@ def _set_up() -> None:
         _check(network, batch, config)
     except GradinvError as error:
         problem = str(error)
+    if config is not None and batch is not None and problem is None:
+        with st.expander("The same on the command line"):
+            st.code(command.line(network, batch, st.session_state.preset, config), "sh", wrap_lines=True)
     _start_bar(network, batch, config, problem)
     # Last, since it computes: everything else is on the page by then.
     with received:
@@ -185,12 +188,16 @@ def _start_bar(
         if problem is None and config is not None and batch is not None:
             size = batch.batch_size if isinstance(batch, Gradient) else len(batch.members)
             whose = "a gradient of " if isinstance(batch, Gradient) else ""
+            cost = size * network.preprocessing.size**2 * config.iterations * config.seeds
+            seconds = estimate(network.name, config, cost)
+            told = "time not measured yet" if seconds is None else markup.about(seconds)
             st.markdown(
                 f"**{whose}{markup.count(size, 'picture')}** · {network.name} · "
-                f"{markup.count(config.seeds, 'seed')} × {markup.count(config.iterations, 'iteration')}"
+                f"{markup.count(config.seeds, 'seed')} × {markup.count(config.iterations, 'iteration')} · {told}",
+                help="By the last run of this network on this machine; more visitors at once take longer.",
             )
         else:
-            st.markdown(f":material/error: {problem}")
+            st.markdown(f":material/error: {markup.plain(problem or '')}")
         pressed = st.button(
             "Rebuild the pictures",
             type="primary",
@@ -202,7 +209,7 @@ def _start_bar(
             try:
                 st.query_params["job"] = manager().submit(_work(network, batch, config), run.visitor())
             except GradinvError as error:
-                st.error(str(error))
+                st.error(markup.plain(str(error)))
             else:
                 st.rerun()
 

@@ -90,7 +90,7 @@ def credit_line(credit: Credit) -> str:
 
 def plain(text: str) -> str:
     """A text as Markdown shows it letter by letter."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>$:~&-])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>$~|&]|:(?=\w)|^[#+-])", r"\\\1", text)
 
 
 def credit_words(credit: Credit) -> str:
@@ -168,13 +168,13 @@ def knowledge(known: Sequence[str], hidden: Sequence[str]) -> str:
     )
 
 
-def results(rows: Sequence[Sequence[str]], mean: Sequence[str]) -> str:
-    """The final table: per picture class, restored label, PSNR and SSIM of the seeds' mean, consensus and baseline."""
+def results(rows: Sequence[Sequence[str]], mean: Sequence[str], kinds: Sequence[str]) -> str:
+    """The final table: per picture class, restored label, PSNR and SSIM of each of the `kinds` and of the baseline."""
+    under = "".join(f"<th>{escape(kind)}</th>" for kind in (*kinds, "constant colour"))
     head = (
-        '<thead><tr><th rowspan="2">Class</th><th rowspan="2">Restored label</th><th colspan="3">PSNR in dB</th>'
-        '<th colspan="3">SSIM</th></tr><tr>'
-        + "<th>mean of seeds</th><th>consensus</th><th>constant colour</th>" * 2
-        + "</tr></thead>"
+        '<thead><tr><th rowspan="2">Class</th><th rowspan="2">Restored label</th>'
+        f'<th colspan="{len(kinds) + 1}">PSNR in dB</th><th colspan="{len(kinds) + 1}">SSIM</th></tr>'
+        f"<tr>{under}{under}</tr></thead>"
     )
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     foot = "<tfoot><tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in mean) + "</tr></tfoot>"
@@ -223,6 +223,17 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def about(seconds: float) -> str:
+    """An estimate of seconds, as exact as it can be meant."""
+    if seconds < 10:
+        return "some seconds"
+    if seconds < 55:
+        return f"about {5 * round(seconds / 5)} s"
+    if seconds < 3570:
+        return f"about {max(1, round(seconds / 60))} min"
+    return f"about {seconds / 3600:.1f} h"
 
 
 def decibel(value: float | None) -> str:

@@ -171,9 +171,9 @@ def panel(network: Model, visitor: str) -> Batch | Gradient | None:
 def _strip(network: Model) -> Batch:
     found = batch(network)
     if notice := st.session_state.pop("notice", None):
-        st.warning(notice)
+        st.warning(markup.plain(notice))
     for problem in found.problems:
-        st.warning(problem)
+        st.warning(markup.plain(problem))
     if len(found.members) + len(found.problems) == 0:
         st.info("The batch is empty. Choose pictures below, or draw some at random.")
     with st.container(horizontal=True, key="batch-strip", gap="small"):
@@ -200,7 +200,7 @@ def _card(member: Member, network: Model) -> None:
         )
         if item.picture.wnid is None:
             st.selectbox(
-                f"Class of {item.picture.title}",
+                f"Class of {markup.plain(item.picture.title)}",
                 range(len(network.classes)),
                 index=None,
                 placeholder="as predicted",
@@ -257,13 +257,12 @@ def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> 
             problems.append(str(error))
     by_key = {picture.key: picture for picture in pictures if picture.key in thumbnails}
     for problem in problems:
-        st.warning(problem)
+        st.warning(markup.plain(problem))
     st.session_state[key] = [item.id for item in chosen() if item.source == source and item.id in by_key]
 
     def describe(name: str) -> str:
         picture = by_key[name]
-        title = "".join(letter for letter in picture.title if letter not in "[]()`*_$<>:")
-        return f"![{title}]({thumbnails[name]}) {picture.name}"
+        return f"![{markup.plain(picture.title)}]({thumbnails[name]}) {picture.name}"
 
     def sync() -> None:
         picked = st.session_state[key]
@@ -288,7 +287,12 @@ def _gallery(network: Model) -> None:
     pictures = gallery(network)
     with st.container(horizontal=True, vertical_alignment="bottom", key="gallery-tools"):
         text = st.text_input(
-            "Search by class or title", key="gallery_search", icon=":material/search:", width=300, live=True
+            "Search",
+            key="gallery_search",
+            placeholder="tabby, cat, food …",
+            icon=":material/search:",
+            width=300,
+            live=True,
         )
         _draw_row("Draw at random", lambda count, seed: draw(pictures, count, seed), "gallery")
     if found := search(pictures, text or ""):

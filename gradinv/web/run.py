@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
+NAMED = 4  # pictures in a download's name
 BESIDE = 5  # pictures beside which the charts still fit
 
 # Keys that press what the page shows at that moment: its own, since Streamlit keeps R for itself.
@@ -39,6 +41,7 @@ if (!window.gradinvKeys) {
 DISTANCE = "Distance of the gradients"
 DISTANCE_ALT = "One minus the cosine similarity of each seed’s gradient and the shared one by step, and their mean"
 CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
+ALONE = "from the gradient"
 ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 
 
@@ -113,14 +116,17 @@ def _present(begin: bool) -> None:
 
 def _leave(state: JobState | None) -> None:
     """Back to the choice, with this run's pictures and settings."""
-    st.query_params.pop("job", None)
-    _present(False)
-    st.session_state.pop("recording", None)
+    for name in ("revealed", "recording"):
+        st.session_state.pop(name, None)
+    restored: dict[str, str] = {}
     if state is not None:
         work, facts = _work(state)
         if not pick.begun() and work.originals is not None:
             pick.choose(facts.chosen)
-        settings.restore(facts.model, facts.preset, work.config)
+        restored = settings.restore(facts.model, facts.preset, work.config)
+    kept = {name: value for name, value in st.query_params.to_dict().items() if name not in ("job", "present", "hide")}
+    # At once: each change of the address is a step for the browser's Back, which is to lead to the run.
+    st.query_params.from_dict({**kept, **restored})
 
 
 def _work(state: JobState) -> tuple[Inversion, Facts]:
@@ -242,7 +248,7 @@ def _quality(state: JobState, progress: Progress | None) -> list[tuple[str, str]
         return [("distance of the gradients", "–" if distance is None else markup.number(distance))]
     psnr = metrics.mean(pictures.psnr) if pictures is not None else None
     return [
-        ("PSNR of the consensus", markup.decibel(psnr)),
+        ("PSNR of the consensus" if work.config.seeds > 1 else "PSNR", markup.decibel(psnr)),
         ("of a constant colour", markup.decibel(facts.mean_baseline)),
     ]
 
@@ -312,9 +318,14 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
         ]
         rows.append(Row("Originals", originals, "what the client kept"))
     seeds = work.config.seeds
+    # A single seed is its own consensus.
+    whole, note = ("Consensus", CONSENSUS[work.config.registration == "lazy"]) if seeds > 1 else ("Rebuilt", ALONE)
     if pictures is None:
+        # What will stand below the pictures has its place.
+        first = [Tile(None, "Not there yet", "\u00a0", "" if own is None else "\u00a0")] * _size(work)
         waiting = [Tile(None, "Not there yet")] * _size(work)
-        return [*rows, Row("Consensus", waiting), *(Row(f"Seed {seed + 1}", waiting) for seed in range(seeds))]
+        each = [Row(f"Seed {seed + 1}", waiting) for seed in range(seeds)] if seeds > 1 else []
+        return [*rows, Row(whole, first, note), *each]
     names = [facts.classes[label] for label in pictures.restored]
     right: Sequence[bool | None] = [None] * len(names)
     if own is not None:
@@ -325,8 +336,8 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
         Tile(uri, f"Reconstruction of {name}", name, _decibel(value), None if hidden else mark)
         for uri, name, value, mark in zip(pictures.consensus, names, pictures.psnr, right, strict=True)
     ]
-    rows.append(Row("Consensus", consensus, CONSENSUS[work.config.registration == "lazy"]))
-    for seed, uris in enumerate(pictures.seeds):
+    rows.append(Row(whole, consensus, note))
+    for seed, uris in enumerate(pictures.seeds if seeds > 1 else ()):
         tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
         rows.append(Row(f"Seed {seed + 1}", tiles))
     return rows
@@ -397,7 +408,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
         *_quality(state, progress),
     ]
     st.markdown(markup.facts(numbers), unsafe_allow_html=True)
-    store, name = progress.store, f"gradinv-{progress.step}"
+    store, name = progress.store, _file_name(_work(state)[1], recorded, progress)
     with st.container(horizontal=len(progress.pictures.psnr) > BESIDE):
         st.download_button(
             "Everything: pictures, curves, settings (zip)",
@@ -436,6 +447,14 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
             width="stretch",
             on_click="ignore",
         )
+
+
+def _file_name(facts: Facts, recorded: Recording, progress: Progress) -> str:
+    """What downloads are called, but for their kind: the network, the batch by its first pictures, the step."""
+    names = ["-".join(re.findall(r"\w+", title)) for title in facts.titles[:NAMED]]
+    if (more := recorded.run["client"]["batch_size"] - len(names)) > 0:
+        names.append(f"and-{more}-more" if names else markup.count(more, "picture").replace(" ", "-"))
+    return "-".join(["gradinv", facts.model, *names, f"step-{progress.step}"])
 
 
 def _summary(state: JobState, progress: Progress, recorded: Recording, numbers: Sequence[tuple[str, str]]) -> bytes:
@@ -497,8 +516,10 @@ def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequenc
 def _numbers(work: Inversion, facts: Facts, measured: Any, restored: Sequence[int], hidden: bool) -> str:
     """The final table as HTML; `measured` is what run.json has under metrics of a run with originals."""
     labels = work.originals.labels if work.originals is not None else ()
-    columns = metrics.columns(measured)
-    digits = [1, 1, 1, 3, 3, 3]
+    several = work.config.seeds > 1
+    columns, digits = metrics.columns(measured), [1, 1, 1, 3, 3, 3]
+    if not several:  # the mean of the seeds is the consensus
+        columns, digits = [columns[place] for place in (1, 2, 4, 5)], [1, 1, 3, 3]
     names = [
         (f"picture {place + 1}", "hidden") if hidden else (facts.classes[true], facts.classes[found])
         for place, (true, found) in enumerate(zip(labels, restored, strict=True))
@@ -510,7 +531,7 @@ def _numbers(work: Inversion, facts: Facts, measured: Any, restored: Sequence[in
     right = sum(a == b for a, b in zip(labels, restored, strict=True))
     mean = ["Mean", f"{right} of {len(rows)} right"]
     mean += [_number(metrics.mean(c), d) for c, d in zip(columns, digits, strict=True)]
-    return markup.results(rows, mean)
+    return markup.results(rows, mean, ("mean of seeds", "consensus") if several else ("rebuilt",))
 
 
 def _number(value: float | None, digits: int) -> str:

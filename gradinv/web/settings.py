@@ -13,7 +13,7 @@ from gradinv.models import MODELS, fitted_file
 from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
 
-MODEL = "resnet50-tiny"
+MODEL, PRESET = "resnet50-tiny", "demo"
 PRESETS = {
     "demo": "Demo: what was measured to work best with the bundled networks on a CPU.",
     "paper": "Paper: the constants of the CVPR 2021 paper, for large images and a GPU; on a CPU take fewer iterations.",
@@ -59,7 +59,7 @@ def _origin(name: str) -> str:
 
 def panel(model: str) -> AttackConfig:
     """Seeds, iterations, preset and BN assumption, the rest in an expander. Raises GradinvError for what cannot be."""
-    preset = _told("Preset", PRESETS, "demo", "preset", on_change=_restore_defaults)
+    preset = _told("Preset", PRESETS, PRESET, "preset", on_change=_restore_defaults)
     base = AttackConfig.preset(preset, model)
     left, middle, right = st.columns([1, 1, 2])
     seeds = left.number_input(
@@ -145,18 +145,18 @@ def _shares(text: str) -> tuple[float, ...]:
 
 def _restore_defaults() -> None:
     """A preset, and a preset for another model, brings its own values."""
-    _fill(AttackConfig.preset(st.session_state.get("preset", "demo"), st.session_state.model))
+    _fill(AttackConfig.preset(st.session_state.get("preset", PRESET), st.session_state.model))
 
 
-def restore(model: str, preset: str, config: AttackConfig) -> None:
-    """Set every widget as it was for a run. To be called before they are drawn."""
+def restore(model: str, preset: str, config: AttackConfig) -> dict[str, str]:
+    """Set every widget as it was for a run; → what the address has to say of that. Before they are drawn."""
     st.session_state.model, st.session_state.preset = model, preset
     _fill(config)
     # What a widget is set to, and not by hand, it does not write into the address.
-    given, usual = _values(config), _values(AttackConfig.preset(preset, model))
+    given = {"model": model, "preset": preset, **_values(config)}
+    usual = {"model": MODEL, "preset": PRESET, **_values(AttackConfig.preset(preset, model))}
     changed = {key: value for key, value in given.items() if value != usual[key]}
-    texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in changed.items()}
-    st.query_params.update({"model": model, "preset": preset, **texts})
+    return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in changed.items()}
 
 
 def _fill(config: AttackConfig) -> None:

@@ -14,6 +14,7 @@ from html import escape
 import streamlit as st
 
 from gradinv.web import markup
+from gradinv.web.lessons import OFF
 
 PARAMETER, ON = "tour", "touring"  # in the address, and in the session
 CARRIED = ("job", "present")  # from step to step: the run that the visitor has begun, and the large type
@@ -21,13 +22,15 @@ CARRIED = ("job", "present")  # from step to step: the run that the visitor has 
 
 @dataclass(frozen=True)
 class Step:
-    """A step on the page of that title: what to know, one thing to do there, and the address that sets the page up."""
+    """A step on the page of that title: what to know, one thing to do there, and the address that sets the page up;
+    of that `undone` says what the page's widgets have instead after the tour."""
 
     page: str
     title: str
     words: str
     task: str
     address: Mapping[str, str] = field(default_factory=dict)
+    undone: Mapping[str, str] = field(default_factory=dict)
 
 
 STEPS = (
@@ -71,6 +74,7 @@ STEPS = (
         "Move Gaussian noise to the right until no picture is found, and see below how large the error of the gradient "
         "is by then.",
         {"clip": "1"},
+        {"clip": OFF},
     ),
     Step(
         "How it works",
@@ -129,7 +133,8 @@ def banner(pages: Sequence[st.Page], page: st.Page) -> None:
                 on_click=_present,
                 args=(not presenting,),
             )
-        st.button("End", icon=":material/close:", type="tertiary", key="tour-end", on_click=_end, args=(page,))
+        if st.button("End", icon=":material/close:", type="tertiary", key="tour-end"):
+            _end(page)
         if st.button("Back", icon=":material/arrow_back:", shortcut="B", key="tour-back", disabled=number == 1):
             _go(pages, number - 1)
         if st.button(
@@ -161,6 +166,7 @@ def _go(pages: Sequence[st.Page], number: int) -> None:
     """To a step; beyond the last one to the first page, without the tour."""
     if number > len(STEPS):
         st.session_state.pop(ON, None)
+        _undo({})
         st.switch_page(_page(pages, STEPS[0]))
     step = STEPS[number - 1]
     carried = {name: st.query_params[name] for name in CARRIED if name in st.query_params}
@@ -182,8 +188,22 @@ def _present(begin: bool) -> None:
         st.query_params.pop("present", None)
 
 
+def _undo(address: dict[str, str]) -> None:
+    """Take out of an address, and of what its pages remember, what the steps had set up and nobody has changed."""
+    for step in STEPS:
+        for name, value in step.undone.items():
+            given = step.address[name]
+            if address.get(name, st.session_state.get(name, given)) == given:
+                address.pop(name, None)
+                st.session_state[name] = value
+
+
 def _end(page: st.Page) -> None:
-    """On the page where it ends, what was carried for others has no use."""
+    """On the page where it ends, what was carried for others has no use, nor what the step itself had set up."""
     st.session_state.pop(ON, None)
+    address = st.query_params.to_dict()
     for name in (PARAMETER, *(CARRIED if page.title != OWN.page else ())):
-        st.query_params.pop(name, None)
+        address.pop(name, None)
+    _undo(address)
+    # A widget's own name cannot be taken out of the address, but for by going there anew.
+    st.switch_page(page, query_params=address)

@@ -44,7 +44,8 @@ class Limits:
 
     cost               batch size × pixels of an image × iterations × seeds of one job
     gradient           bytes of a gradient that a visitor brings; the server also takes no more than its maxUploadSize
-    gradients          bytes of all such gradients that are held, of all visitors together
+    gradients          bytes of all such gradients that are held, of all visitors together; as many again of files that
+                       are just being sent
     waiting            jobs in the queue
     retained           finished jobs that are kept, of all visitors together
     retained_bytes     what these may hold

@@ -24,7 +24,8 @@ _HEADINGS = "SourceSerif*Roman*.woff2"
 
 def middleware() -> list[Any]:
     """For `st.App`."""
-    return [importlib.import_module("starlette.middleware").Middleware(Styled)]  # comes with Streamlit
+    wrapped = importlib.import_module("starlette.middleware").Middleware  # comes with Streamlit
+    return [wrapped(Styled), wrapped(Bounded)]
 
 
 class Styled:
@@ -71,6 +72,32 @@ class Styled:
 
     def _styled(self, document: bytes) -> bytes:
         return document.replace(b"</head>", self._head + b"</head>", 1).replace(b"</body>", self._style + b"</body>", 1)
+
+
+class Bounded:
+    """ASGI middleware that refuses uploads where all visitors' together would take more than the server may hold.
+
+    The pages let a file go once they have read it, but whoever sends some by hand could have them held for as long as
+    the visit lasts.
+    """
+
+    ADDRESS = "/_stcore/upload_file/"
+    FULL = b"This server holds as many files of visitors as it can; try again in a few minutes."
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "PUT" and self.ADDRESS in scope["path"]:
+            uploads, jobs = (importlib.import_module(f"gradinv.{name}") for name in ("web.uploads", "jobs"))
+            told = dict(scope["headers"]).get(b"content-length", b"")
+            size = int(told) if told.isdigit() else st.get_option("server.maxUploadSize") * 2**20
+            if uploads.held() + size > jobs.manager().limits.gradients:
+                kind = [(b"content-type", b"text/plain"), (b"content-length", str(len(self.FULL)).encode())]
+                await send({"type": "http.response.start", "status": 413, "headers": kind})
+                await send({"type": "http.response.body", "body": self.FULL})
+                return
+        await self._app(scope, receive, send)
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 import streamlit as st
+from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.typing import UploadedFile
@@ -17,6 +18,14 @@ def keep_in_memory() -> None:
     """
     parser = importlib.import_module("starlette.formparsers").MultiPartParser  # comes with Streamlit
     parser.spool_max_size = (st.get_option("server.maxUploadSize") + 1) * 2**20
+
+
+def held() -> int:
+    """Bytes of all files that visitors have sent and no page has let go yet."""
+    files = runtime.get_instance().uploaded_file_mgr
+    if not isinstance(files, MemoryUploadedFileManager):
+        return 0
+    return sum(len(file.data) for own in list(files.file_storage.values()) for file in list(own.values()))
 
 
 def let_go(file: UploadedFile) -> None:

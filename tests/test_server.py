@@ -1,0 +1,70 @@
+"""What the server puts around Streamlit: the style sheet in its document, and a bound on what is being sent to it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from gradinv.paths import ASSETS
+from gradinv.web import server, uploads
+
+PAGE = b"<html><head><title>x</title></head><body><div></div></body></html>"
+UPLOAD = "/_stcore/upload_file/session/file"
+
+
+def asked(
+    middleware: type[server.Styled | server.Bounded], method: str, path: str, **headers: str
+) -> tuple[dict[str, Any], bytes]:
+    """The start and the body of an answer around an application that sends a page, in parts."""
+    sent: list[Any] = []
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+        told = [(b"content-length", str(len(PAGE)).encode()), (b"etag", b"1"), (b"content-type", b"text/html")]
+        await send({"type": "http.response.start", "status": 200, "headers": told})
+        await send({"type": "http.response.body", "body": PAGE[:20], "more_body": True})
+        await send({"type": "http.response.body", "body": PAGE[20:]})
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is to be read here")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "path": path, "headers": given}
+    asyncio.run(middleware(application)(scope, receive, send))
+    told = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    asked_on = dict(seen[0]["headers"]) if seen else {}
+    facts = {"status": sent[0]["status"], "told": told, "asked on": asked_on}
+    return facts, b"".join(part["body"] for part in sent[1:])
+
+
+def test_a_page_comes_with_its_style_and_the_font_of_its_headings() -> None:
+    facts, body = asked(
+        server.Styled, "GET", "/replay", accept="text/html,*/*", accept_encoding="gzip", range="bytes=0-"
+    )
+    style = (ASSETS / "style.css").read_bytes()
+    assert body.endswith(b"<style>" + style + b"</style></body></html>")
+    assert body.count(b'as="font"') == 1 and body.index(b'as="font"') < body.index(b"</head>")
+    assert facts["told"] == {"content-type": "text/html", "content-length": str(len(body))}
+    assert facts["asked on"] == {b"accept": b"text/html,*/*"}
+
+
+def test_whatever_is_no_page_passes_as_it_is() -> None:
+    facts, body = asked(server.Styled, "GET", "/static/js/index.js", accept="*/*", accept_encoding="gzip")
+    assert body == PAGE and facts["told"]["etag"] == "1" and b"accept-encoding" in facts["asked on"]
+
+
+@pytest.mark.parametrize(("size", "status"), [("20", 200), ("21", 413), ("", 413)])
+def test_uploads_beyond_what_is_held_for_all_are_refused_unread(
+    size: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "held", lambda: 1024 * 2**20 - 20)
+    facts, body = asked(server.Bounded, "PUT", UPLOAD, content_length=size)
+    assert facts["status"] == status
+    assert (body == server.Bounded.FULL) is (status == 413)
+    assert asked(server.Bounded, "GET", "/replay", content_length="99")[0]["status"] == 200

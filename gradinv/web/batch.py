@@ -52,24 +52,25 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
     found = lessons.attacked(choice.network, pool.name, places, texts, choice.seed, pool)
     similarity, ranked = (part.tolist() for part in pool.gallery.match(found.features, TOP))
     st.header("What the server finds", anchor=False)
-    st.markdown(
-        markup.facts(
-            [
-                ("searched", markup.count(len(pool.candidates), "picture")),
-                ("time to read the gradient", f"{found.seconds:.1f} s"),
-                ("residual of the features", markup.number(found.residual)),
-                *(
-                    [
-                        ("labels right", f"{lessons.right(found.labels, pool.labels(places))} of {len(places)}"),
-                        ("pictures found", f"{lessons.found([row[0] for row in ranked], places)} of {len(places)}"),
-                    ]
-                    if shown
-                    else []
-                ),
-            ]
-        ),
-        unsafe_allow_html=True,
-    )
+    with st.container(key="search-facts"):
+        st.markdown(
+            markup.facts(
+                [
+                    ("searched", markup.count(len(pool.candidates), "picture")),
+                    ("time to read the gradient", f"{found.seconds:.1f} s"),
+                    ("residual of the features", markup.number(found.residual)),
+                    *(
+                        [
+                            ("labels right", f"{lessons.right(found.labels, pool.labels(places))} of {len(places)}"),
+                            ("pictures found", f"{lessons.found([row[0] for row in ranked], places)} of {len(places)}"),
+                        ]
+                        if shown
+                        else []
+                    ),
+                ]
+            ),
+            unsafe_allow_html=True,
+        )
     st.markdown(trust(found.residual))
     prior = st.toggle(
         "Paint what a learned prior makes of the features",
@@ -80,7 +81,8 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
     )
     painted = lessons.painted(choice.network, pool.name, places, texts, choice.seed, found.features) if prior else None
     names = [network.class_name(label) for label in found.labels.tolist()]
-    st.markdown(lineup(pool, names, ranked, similarity, places if shown else None, painted), unsafe_allow_html=True)
+    with st.container(key="lineup"):
+        st.markdown(lineup(pool, names, ranked, similarity, places if shown else None, painted), unsafe_allow_html=True)
     st.caption(
         f"For each picture of the batch: the class that was read, and the {TOP} pictures whose features are most "
         "similar (cosine), the most similar one large. Nothing is optimised in pixels."

@@ -19,13 +19,13 @@ METHODS = ("shift", "affine", "flow")
 SMALLEST = 0.25
 """Pixels. A field that moves nothing further is none: resampling would blur, which alone raises PSNR."""
 
-MARGIN, LARGEST_MARGIN = 0.2, 0.6
+MARGIN, MARGINS = 0.24, (0.2, 0.6)
 """Share by which the part of the image that the reference does not explain, 1 − ρ², must fall for a warp to be kept:
-MARGIN for a mean displacement of a 64th of the side, more in proportion up to LARGEST_MARGIN.
+MARGIN for each 64th of the side that it moves on average, within the bounds MARGINS.
 
 Fitted to noise alone, a shift or an affine map explains up to about a tenth of it. Reconstructions differ by more than
 noise: fits to them go 2 to 8 of 64 pixels far, explain up to a third, and lower PSNR. A true shift explains more the
-larger it is: of 48 pictures of 64 px 47 or 48 keep one of 1 to 8 px at a noise of 0.15, and 34 to 48 at 0.3."""
+larger it is: of 48 pictures of 64 px 47 or 48 keep one of 1 to 8 px at a noise of 0.15, and 32 to 48 at 0.3."""
 
 LEAST_CORRELATION = 0.5
 """With less similarity than this after the warp, the image and the reference do not show the same."""
@@ -206,7 +206,7 @@ def _correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
 def _margin(field: Tensor) -> Tensor:
     """What each image's field (B, 2, h, w) must explain to be kept, (B,): see MARGIN."""
     distance = field.square().sum(1).flatten(1).mean(1).sqrt()  # root mean square, pixels
-    return (MARGIN * 64 * distance / max(field.shape[-2:])).clamp(MARGIN, LARGEST_MARGIN)
+    return (MARGIN * 64 * distance / max(field.shape[-2:])).clamp(*MARGINS)
 
 
 def _better(level: _Level, new: Tensor, old: Tensor, margin: Tensor | float = 0.0, least: float = -1.0) -> Tensor:

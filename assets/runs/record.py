@@ -101,7 +101,7 @@ RUNS = (
     Run(
         "registered",
         "Eight seeds, aligned",
-        "The same eight attempts, aligned to each other before they are averaged.",
+        "The same eight attempts, aligned to each other before they are averaged; nothing lies far from its place.",
         options=(*GROUP, "affine"),
     ),
     Run(

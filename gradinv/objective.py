@@ -212,8 +212,7 @@ class Objective:
             self._add("features", config.features, lambda e: feature_distance(e.features, recovered.features))
         matching = MATCHING[config.match]
         self._add("gradient", config.gradient, lambda e: matching(e.gradients, self._target, self._squares))
-        if config.bn != "none" and config.bn_weight > 0:
-            targets = bn_targets(model, observation, config)
+        if config.bn_weight > 0 and (targets := bn_targets(model, observation, config)) is not None:
             distance = BN_FORMS[config.bn_form]
             self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))
         variation = TV_FORMS[config.tv_form]
@@ -543,8 +542,13 @@ TV_FORMS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def bn_targets(model: Model, observation: Observation, config: AttackConfig) -> BatchNormStatistics:
-    """What the BN statistics of the images are matched to. Raises GradinvError where the client did not share it."""
+def bn_targets(model: Model, observation: Observation, config: AttackConfig) -> BatchNormStatistics | None:
+    """What the BN statistics of the images are matched to, None for nothing.
+
+    Raises GradinvError where the client did not share it.
+    """
+    if config.bn == "none":
+        return None
     if config.bn == "approx":
         return running_statistics(model.network)
     if config.bn == "inferred":

@@ -4,8 +4,8 @@
         --base '{"iterations": 300}' '{}' '{"tv": 0.3}' '{"bn": "none"}'
 
 DIR is an image folder in ImageNet layout. A batch takes one picture of each of K classes, both drawn from the later
-half of each class's sorted files; what is reported (--report) comes from the earlier half. Settings that the
-CSV already holds for a batch are not run again. Without settings it only prints the table of what the CSV holds.
+half of each class's sorted files; what is reported, by `gradinv evaluate`, comes from the earlier half. Settings that
+the CSV already holds for a batch are not run again. Without settings it only prints the table of what the CSV holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIELDS = ["model", "batch_size", "batch", "setting", "iterations", "seeds", "psn
           "constant_psnr", "constant_ssim", "distance", "seconds"]  # fmt: skip
 
 
-def draw(model, folder: Path, size: int, batch: int, reported: bool):
+def draw(model, folder: Path, size: int, batch: int):
     """Pixels (K, 3, S, S) and labels (K,) of one batch."""
     import torch
     from PIL import Image
@@ -33,13 +33,12 @@ def draw(model, folder: Path, size: int, batch: int, reported: bool):
     pixels = []
     for label in labels:
         files = sorted((folder / model.classes[label].wnid).iterdir())
-        half = files[: len(files) // 2] if reported else files[len(files) // 2 :]
-        path = rng.choice(half)
+        path = rng.choice(files[len(files) // 2 :])
         pixels.append(to_pixels(Image.open(path).convert("RGB"), model.preprocessing))
     return torch.stack(pixels), torch.tensor(labels)
 
 
-def measure(task: tuple[str, str, int, int, str, dict, bool]) -> dict:
+def measure(task: tuple[str, str, int, int, str, dict]) -> dict:
     """Run one setting on one batch; → one row of the CSV."""
     import torch
 
@@ -49,10 +48,10 @@ def measure(task: tuple[str, str, int, int, str, dict, bool]) -> dict:
     from gradinv.models import load_model
     from gradinv.victim import observe
 
-    name, folder, size, batch, setting, changes, reported = task
+    name, folder, size, batch, setting, changes = task
     torch.set_num_threads(1)
     model = load_model(name, device="cpu")
-    pixels, labels = draw(model, Path(folder), size, batch, reported)
+    pixels, labels = draw(model, Path(folder), size, batch)
     config = AttackConfig.preset("demo", name, **changes)
     observation = observe(model, pixels, labels, share_bn=config.bn == "exact")
     *_, last = invert(model, observation, config)
@@ -88,7 +87,6 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first batch")
     parser.add_argument("--base", default="{}", help="JSON object that every setting starts from")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--report", action="store_true", help="the reported half of the pictures (not for tuning)")
     options = parser.parse_args()
     if options.settings:
         run(options)
@@ -108,9 +106,7 @@ def run(options: argparse.Namespace) -> None:
         setting = json.dumps(changes, sort_keys=True)
         for batch in range(options.first, options.first + options.batches):
             if (options.model, str(options.batch_size), str(batch), setting) not in done:
-                tasks.append(
-                    (options.model, str(options.images), options.batch_size, batch, setting, changes, options.report)
-                )
+                tasks.append((options.model, str(options.images), options.batch_size, batch, setting, changes))
     with options.out.open("a", newline="") as file, multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         writer = csv.DictWriter(file, FIELDS)
         if not done:

@@ -33,6 +33,7 @@ TERMS = {
     "group": "group consistency",
 }
 _STAGES = {"layer1": "stage 1", "layer2": "stage 2", "layer3": "stage 3", "layer4": "stage 4", "fc": "classifier"}
+WHOLE = ("consensus", "rebuilt")  # the curve of several seeds together, and of one alone
 _SMALL = 128  # px a side below which a tile is enlarged
 _POINTS = 160  # a curve at most, when it is drawn live
 
@@ -104,10 +105,11 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go.Figure:
-    """Lines: PSNR of each seed and of the consensus over the steps; dashed, the best constant colour's."""
+    """Lines: PSNR of each seed and of the consensus over the steps, of a single seed one; dashed, the best constant
+    colour's."""
     figure = go.Figure()
     for name, (steps, values) in _psnr(rows).items():
-        whole = name == "consensus"
+        whole = name in WHOLE
         figure.add_scatter(
             x=steps,
             y=values,
@@ -121,7 +123,8 @@ def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go
             y=baseline,
             line={"color": COLOURS[1], "dash": "dash", "width": 2},
             annotation_text="constant colour",
-            annotation_position="bottom right",
+            # Curves begin below the line and end near it.
+            annotation_position="top left",
         )
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="PSNR in dB")
@@ -155,7 +158,7 @@ def live_losses(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]
 def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | None) -> dict[str, Any]:
     """`psnr_curves` as ECharts options for a run of so many steps."""
     series = [
-        _line(name, _thin(points), *((COLOURS[0], 3) if name == "consensus" else (NEUTRAL, 1)))
+        _line(name, _thin(points), *((COLOURS[0], 3) if name in WHOLE else (NEUTRAL, 1)))
         for name, points in _psnr(rows).items()
     ]
     if baseline is not None and math.isfinite(baseline):
@@ -194,7 +197,8 @@ def _terms(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def _psnr(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    found = {**_by_seed(rows, "psnr"), "consensus": _mean_over_seeds(rows, "consensus_psnr")}
+    seeds = _by_seed(rows, "psnr")
+    found = {**seeds, WHOLE[0 if seeds else 1]: _mean_over_seeds(rows, "consensus_psnr")}
     return {name: points for name, points in found.items() if points[0]}
 
 

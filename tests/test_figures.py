@@ -77,12 +77,16 @@ def test_psnr_curves_show_each_seed_the_consensus_and_the_baseline() -> None:
     assert [trace.name for trace in figure.data] == ["seed 1", "seed 2", "consensus"]
     assert [list(trace.y) for trace in figure.data] == [[9.0, 12.0], [11.0, 13.0], [10.0, 14.0]]
     assert figure.layout.shapes[0].y0 == 13.5
-    assert figure.layout.annotations[0].text == "constant colour"
+    (told,) = figure.layout.annotations
+    # At the left and above its line, where no curve strikes it through.
+    assert (told.text, told.xanchor, told.yanchor) == ("constant colour", "left", "bottom")
 
 
 def test_one_seed_is_its_own_consensus_and_drawn_once() -> None:
     rows = [row for row in ROWS if row["seed"] == 0]
-    assert [trace.name for trace in figures.psnr_curves(rows, None).data] == ["consensus"]
+    assert [trace.name for trace in figures.psnr_curves(rows, None).data] == ["rebuilt"]
+    (live,) = figures.live_psnr(rows, 10, None)["series"]
+    assert live["name"] == "rebuilt" and live["lineStyle"]["width"] == 3
 
 
 @pytest.mark.parametrize("baseline", [None, math.inf, math.nan])

@@ -220,7 +220,8 @@ def test_more_pictures_than_classes(tmp_path: Path, capfd: pytest.CaptureFixture
     assert cli.main(args) == 2 and not (tmp_path / "run").exists()
     said = capfd.readouterr()
     assert one_sentence(said.err) == (
-        "Features can be recovered for fewer images than the 2 classes, not for 3; set features=0, errors=predicted."
+        "Features can be recovered for fewer images than the 2 classes, not for 3; "
+        "set features to 0 and errors to predicted."
     )
     # Their classes were not given, so the network's own were taken, which is said.
     assert "a: no class was given; two takes it for class " in said.out
@@ -417,6 +418,13 @@ def test_one_class_for_all_files_and_the_folders_class(tmp_path: Path, capsys: p
     assert output.count("(wrong)") == 1
     assert cli.main(["invert", *files, *QUICK, "--class", "lion", "--out", "named"]) == 0
     assert "The client's batch: lion, lion\n" in capsys.readouterr().out
+
+
+def test_of_a_large_batch_some_classes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(picture(tmp_path / f"{name}.png", seed)) for seed, name in enumerate("abcdefghijklmno")]
+    plain = ["--features", "0", "--errors", "predicted"]
+    assert cli.main(["invert", *files, *QUICK, *plain, "--class", "lion", "--out", "run"]) == 0
+    assert f"The client's batch: {', '.join(['lion'] * 12)} and 3 more\n" in capsys.readouterr().out
 
 
 def test_samples_are_drawn_by_the_seed() -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 RECORDS = 100  # at most so many steps of a run are recorded, unless --every says otherwise
 
+NAMED = 12  # classes of a batch that are named before the work
 REFRESH = 0.5  # seconds between two updates of the progress bar
 
 HELP = "reconstruct pictures from the gradient of their batch"
@@ -596,7 +597,9 @@ def _describe(say: Callable[[str], None], task: _Task) -> None:
     accuracy = "" if model.accuracy is None else f", top-1 {model.accuracy:g} %"
     say(f"{model.name}: {len(model.classes)} classes at {size} × {size} px{accuracy}, on {model.device}")
     if labels is not None:
-        say(f"The client's batch: {', '.join(model.class_name(label) for label in labels)}")
+        names = [model.class_name(label) for label in labels[:NAMED]]
+        more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
+        say(f"The client's batch: {', '.join(names)}{more}")
     for defence in parse_all(task.defences, config.seed):
         say(f"Its defence {defence.text}: {defence.note}")
     if task.defences and (observation.bn is not None or observation.running is not None):

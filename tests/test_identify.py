@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gradinv import cli, gallery
+from gradinv import cli, gallery, sources
+from gradinv.cli import identify
 from gradinv.images import to_pixels
+from gradinv.labels import RestoredLabels
 from gradinv.models import Model, load_model
 from gradinv.paths import ASSETS
 from gradinv.sources import from_path
@@ -104,6 +106,32 @@ def test_a_changed_gradient_is_said_to_be_less_sure(observed: Observation, capsy
     replace(observed, gradients={**observed.gradients, "fc.weight": weight + noise}).save("observation.safetensors")
     assert cli.main(IDENTIFY) == 0
     assert "they are not the client's own" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("observed")
+def test_what_is_not_among_the_pictures_is_said_to_lack(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other").mkdir()
+    for picture in sources.gallery()[:4]:
+        picture.open().save(Path("other") / f"{picture.key}.png")
+    search = [*IDENTIFY[:4], "other", *IDENTIFY[5:]]
+    assert cli.main(search) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "All similarities are below 0.9: none of these pictures seems to be of the batch."
+    )
+    assert cli.main(IDENTIFY) == 0
+    assert "0.9:" not in capsys.readouterr().out
+
+
+def test_single_pictures_that_lack_are_named() -> None:
+    similarity = torch.tensor([[0.9999, 0.5], [0.7, 0.6], [0.89, 0.1]])
+    for rows, said in (
+        ((0, 1), "Nothing is as similar as 0.9 to #1, which seems not to be among these pictures."),
+        ((0, 1, 2), "Nothing is as similar as 0.9 to #1 and #2, which seem not to be among these pictures."),
+        ((0,), ""),
+    ):
+        chosen = RestoredLabels(torch.tensor(LABELS[: len(rows)]), "ilrg", 1.0)
+        found = gallery.Identified(chosen, 0.0, similarity[list(rows)], torch.zeros(len(rows), 2, dtype=torch.int64))
+        assert identify._lacking(found) == said
 
 
 @pytest.mark.usefixtures("observed")

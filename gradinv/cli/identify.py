@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gradinv.cli.say import complain, speaker, table
+from gradinv.cli.say import complain, listed, speaker, table
 
 if TYPE_CHECKING:
     from gradinv.gallery import Gallery, Identified
@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         trust = "they are not the client's own, so what is most similar may be another picture"
     print(f"The features explain the final layer's gradient up to {found.residual:.1e}: {trust}.")
+    if found.residual < EXPLAINED and observation.mode == "eval" and (told := _lacking(found)):
+        print(told)
     return 0
 
 
@@ -152,6 +154,20 @@ def _table(model: Model, gallery: Gallery, found: Identified) -> str:
             path = gallery.paths[place].relative_to(gallery.folder)
             rows.append((*head, rank, f"{similarity:.4f}", path))
     return table(("#", "class", "rank", "similarity", "picture"), rows, numbers=(0, 2, 3))
+
+
+def _lacking(found: Identified) -> str:
+    """Which images of the batch are like no picture that was searched, if any."""
+    from gradinv.gallery import LIKE_ITSELF
+
+    far = [number for number, (_, similarities, _) in enumerate(_rows(found)) if similarities[0] < LIKE_ITSELF]
+    if not far:
+        return ""
+    if len(far) == len(found.similarity):
+        return f"All similarities are below {LIKE_ITSELF:g}: none of these pictures seems to be of the batch."
+    whose = listed([f"#{number}" for number in far], "and")
+    seems = "seems" if len(far) == 1 else "seem"
+    return f"Nothing is as similar as {LIKE_ITSELF:g} to {whose}, which {seems} not to be among these pictures."
 
 
 def _rows(found: Identified) -> Sequence[tuple[int, list[float], list[int]]]:

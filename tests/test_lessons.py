@@ -94,6 +94,7 @@ def test_the_attack_reads_labels_and_features_and_clipping_hides_neither(
 
 def test_repeated_labels_are_read_behind_clipping_although_the_scale_is_lost() -> None:
     network, pool = shared.model("resnet18-tiny"), lessons.samples("resnet18-tiny")
+    assert "counts 4 times: as it is, mirrored, cropped, cropped and mirrored." in pool.counted
     places = pool.draw(8, 2, 0)
     labels, observation = pool.labels(places), clip(lessons.observed_final(network, pool, places), 0.1)
     plain = lessons.readings(network, observation)
@@ -214,7 +215,7 @@ def test_the_servers_folder_is_searched_whole_and_drawn_from_where_classes_are_k
 ) -> None:
     pool = batch.folder_pool(small_model)
     assert [item.label for item in pool.candidates] == [1, 1, 4, None]
-    assert sorted(pool.draw(9, 2, 0)) == [0, 1, 2]
+    assert sorted(pool.draw(9, 2, 0)) == [0, 1, 2] and not pool.counted
     places = pool.draw(2, 1, 0)
     found = lessons.attack(small_model, lessons.observed_final(small_model, pool, places))
     assert sorted(found.labels.tolist()) == [1, 4]

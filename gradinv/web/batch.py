@@ -85,7 +85,7 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
         st.markdown(lineup(pool, names, ranked, similarity, places if shown else None, painted), unsafe_allow_html=True)
     st.caption(
         f"For each picture of the batch: the class that was read, and the {TOP} pictures whose features are most "
-        "similar (cosine), the most similar one large. Nothing is optimised in pixels."
+        f"similar (cosine), the most similar one large. Nothing is optimised in pixels. {pool.counted}"
     )
     lessons.credits(pool)
 

@@ -90,10 +90,10 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
     with st.container(key="attacked"):
         _compared(choice, texts, pool, places, shown)
     st.caption(
-        f"The pictures are searched among {len(pool.candidates)}. Below the guesses: how similar the recovered "
-        "features are to the picture’s own (cosine), and whether that picture is the best match. What is painted of "
-        "the features comes from a **learned prior**, a network trained on 100,000 public pictures. The page Live "
-        "rebuilds in earnest."
+        f"The pictures are searched among {len(pool.candidates)}. {pool.counted} Below the guesses: how similar the "
+        "recovered features are to the picture’s own (cosine), and whether that picture is the best match. What is "
+        "painted of the features comes from a **learned prior**, a network trained on 100,000 public pictures. The "
+        "page Live rebuilds in earnest."
     )
     for one, other in replay.defended():
         notes = " ".join(parse(text).note for text in other.defences)

@@ -119,6 +119,16 @@ class Pool:
         places = [place for first in rounds for label in labels for place in self.by_label[label][first:][:repeats]]
         return tuple(places[:size])
 
+    @property
+    def counted(self) -> str:
+        """One sentence where more is searched than there are pictures; else nothing."""
+        if not any(item.view for item in self.candidates):
+            return ""
+        return (
+            f"Each sample picture whose class the network knows counts {len(VIEWS)} times: as it is, "
+            f"{', '.join(VIEWS[1:])}."
+        )
+
     def labels(self, places: Sequence[int]) -> Tensor:
         """The labels (K,) of pictures that were drawn."""
         return torch.tensor([label for place in places if (label := self.candidates[place].label) is not None])

@@ -117,6 +117,8 @@ def test_searching_the_gallery_keeps_what_was_picked(visit: Open) -> None:
     assert len(grid.options) == 1
     grid.set_value(["penguin"]).run()
     assert address(app, "pictures") == ".".join([*FIRST, "penguin"])
+    app.text_input(key="gallery_search").set_value("submarine").run()
+    assert "the ImageNet folder, the public sample set or an upload." in app.info[0].value
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,8 @@ def test_a_preset_brings_its_own_settings(visit: Open) -> None:
     assert app.number_input(key="seeds").value == 8
     assert app.number_input(key="iterations").value == 20_000
     assert app.selectbox(key="set_match").value == "l2"
+    labels = [app.number_input(key=f"set_{name}").label for name in ("bn_weight", "tv", "tv_luma", "learning_rate")]
+    assert labels == ["BN weight", "TV", "TV luma", "Learning rate"]
 
 
 def test_a_wrong_advanced_setting_is_one_sentence(visit: Open) -> None:
@@ -510,6 +514,8 @@ def test_uploads_are_classified_by_the_model_or_the_visitor_and_bad_ones_are_one
     sound(app)
     said = text(app)
     assert "text.png is not a picture" in said and "no.png is an empty file" in said
+    # Where they were brought, not above the batch.
+    assert [item.type for item in app.main if item.type in ("file_uploader", "warning")] == ["file_uploader", "warning"]
     assert [item.source for item in app.session_state.batch] == ["gallery", "upload"]
     chooser = next(box for box in app.selectbox if box.label == "Class of mine")
     chooser.set_value(7).run()

@@ -281,6 +281,7 @@ def test_nothing_can_be_started_before_a_gradient_is_there_and_bad_ones_are_one_
     assert not app.exception and not app.error
     (said,) = (item.value for item in app.warning)
     assert said == "Cannot read an observation from cat.safetensors: it is no complete safetensors file."
+    assert [item.type for item in app.main if item.type in ("file_uploader", "warning")] == ["file_uploader", "warning"]
     assert app.button(key="start").disabled
 
 

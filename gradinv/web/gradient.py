@@ -228,8 +228,6 @@ def held() -> Gradient | None:
 
 def card(visitor: str) -> None:
     """What was brought, or that nothing has been yet."""
-    if notice := st.session_state.pop("gradient_notice", None):
-        st.warning(markup.plain(notice))
     brought = held()
     if brought is None:
         st.info("No gradient yet. Bring one below, or take the sample.")
@@ -266,6 +264,8 @@ def panel(network: Model, pictures: Sequence[str], visitor: str) -> None:
         key=f"gradient_{turn}",
         max_upload_size=most,
     )
+    if notice := st.session_state.pop("gradient_notice", None):
+        st.warning(markup.plain(notice))
     st.caption(
         "It stays in this server’s memory for as long as the page and its run need it, and is never written to its "
         "disk. The file names its network, and holds neither pictures nor labels."

@@ -170,8 +170,6 @@ def panel(network: Model, visitor: str) -> Batch | Gradient | None:
 
 def _strip(network: Model) -> Batch:
     found = batch(network)
-    if notice := st.session_state.pop("notice", None):
-        st.warning(markup.plain(notice))
     for problem in found.problems:
         st.warning(markup.plain(problem))
     if len(found.members) + len(found.problems) == 0:
@@ -225,6 +223,12 @@ def _remove(identity: str) -> None:
 
 def _keep_only(identities: Sequence[str]) -> None:
     choose([item for item in chosen() if item.id in identities])
+
+
+def _notice() -> None:
+    """What came of the last choice, where it was made: the batch above may be out of sight."""
+    if notice := st.session_state.pop("notice", None):
+        st.warning(markup.plain(notice))
 
 
 def _draw_row(label: str, drawing: Callable[[int, int], tuple[list[Picture], str | None]], source: Source) -> None:
@@ -295,10 +299,14 @@ def _gallery(network: Model) -> None:
             live=True,
         )
         _draw_row("Draw at random", lambda count, seed: draw(pictures, count, seed), "gallery")
+    _notice()
     if found := search(pictures, text or ""):
         _grid(found, "gallery", "Pictures of the gallery", "gallery_grid")
     else:
-        st.info(f"No picture of the gallery that {network.name} knows is called so; search for something else.")
+        st.info(
+            f"No picture of the gallery that {network.name} knows is called so; search for something else, "
+            "or take it from another source: the ImageNet folder, the public sample set or an upload."
+        )
     with st.expander(f"Authors and licences of the {len(pictures)} pictures"):
         st.html(markup.credits((picture.title, picture.credit) for picture in pictures if picture.credit))
 
@@ -309,6 +317,7 @@ def _folder(network: Model) -> None:
         text = st.text_input("Search by class", key="folder_search", icon=":material/search:", width=300, live=True)
         known_ids = [item.wnid for item in network.classes]
         _draw_row("Draw at random", lambda count, seed: images.draw(count, seed, known_ids), "folder")
+    _notice()
     classes = [item for item in images.search(text or "") if network.class_index(item.wnid) is not None]
     if not classes:
         st.info(f"The folder has no class of that name that {network.name} knows; search for something else.")
@@ -342,6 +351,7 @@ def _samples(network: Model) -> None:
             "Add", key="sample-add", icon=":material/add:", disabled=picture is None, on_click=_add, args=(picture,)
         )
         _draw_row("Draw and fetch", lambda count, seed: draw(pictures, count, seed), "samples")
+    _notice()
 
 
 def _add(picture: Picture) -> None:
@@ -368,6 +378,7 @@ def _upload(network: Model) -> None:
         key=f"upload_{turn}",
         max_upload_size=UPLOAD,
     )
+    _notice()
     if not files:
         return
     added, notices = [], []

@@ -29,6 +29,7 @@ START = {
     "decoder": "Decoder: each seed starts from a first guess, painted from the recovered features by a network that "
     "learned from 100,000 public pictures. This is a learned prior, which the paper’s attack does not have.",
 }
+_SHORT = ("bn", "tv")
 # Have widgets of their own, with these keys ("start" is the button).
 _PLAIN = {"seeds": "seeds", "iterations": "iterations", "bn": "bn", "start": "start_from"}
 
@@ -116,7 +117,7 @@ def _advanced(base: AttackConfig) -> dict[str, Any]:
 
 def _widget(item: dataclasses.Field[Any], default: Any) -> Any:
     """One field's widget; → a value of the field's type."""
-    name, told = item.name.replace("_", " ").capitalize(), item.metadata
+    name, told = _label(item.name), item.metadata
     text = told["help"][0].upper() + told["help"][1:]
     common: dict[str, Any] = {"key": f"set_{item.name}", "help": text, "bind": "query-params"}
     if told["choices"]:
@@ -129,6 +130,12 @@ def _widget(item: dataclasses.Field[Any], default: Any) -> Any:
     if isinstance(default, int):
         return int(st.number_input(name, int(least), None, default, **common))
     return float(st.number_input(name, float(least), None, float(default), step=_step(default), format="%g", **common))
+
+
+def _label(name: str) -> str:
+    """A field's name as a reader has it: bn_weight → BN weight."""
+    words = [word.upper() if word in _SHORT else word for word in name.split("_")]
+    return " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
 
 
 def _step(value: float) -> float:

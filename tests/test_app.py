@@ -300,6 +300,8 @@ def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
     # A single seed is its own consensus: neither is said, nor shown twice.
     assert boards[0].count("<img") == 4 and "consensus" not in said and "Seed" not in boards[0]
     assert "2 of 2 right" in said and "constant colour" in said
+    # No picture's PSNR stands without its baseline.
+    assert len(re.findall(r"<small>[\d.]+\u00a0dB \(constant\u00a0[\d.]+\)</small>", boards[0])) == 2
     assert len(app.get("download_button")) == 4
     assert len(app.get("plotly_chart")) == 2
 

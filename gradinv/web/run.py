@@ -42,6 +42,11 @@ DISTANCE = "Distance of the gradients"
 DISTANCE_ALT = "One minus the cosine similarity of each seed’s gradient and the shared one by step, and their mean"
 CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
 ALONE = "from the gradient"
+BASELINE = "PSNR beside a constant colour’s"
+PSNR_ALT = {
+    True: "PSNR of each seed and of the consensus by step, beside that of the best constant colour",
+    False: "PSNR by step, beside that of the best constant colour",
+}
 ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 
 
@@ -268,7 +273,7 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
                 figures.live_psnr(curves, steps, facts.mean_baseline),
                 key="live-psnr",
                 height=225,
-                alt="PSNR of each seed and of the consensus by step, beside that of the best constant colour",
+                alt=PSNR_ALT[work.config.seeds > 1],
             )
     with charts[1]:
         st.markdown("**Terms of the loss**")
@@ -320,9 +325,12 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
     seeds = work.config.seeds
     # A single seed is its own consensus.
     whole, note = ("Consensus", CONSENSUS[work.config.registration == "lazy"]) if seeds > 1 else ("Rebuilt", ALONE)
+    if own is not None:
+        note += f"; {BASELINE}"
     if pictures is None:
         # What will stand below the pictures has its place.
-        first = [Tile(None, "Not there yet", "\u00a0", "" if own is None else "\u00a0")] * _size(work)
+        notes = [""] * _size(work) if own is None else [_quality_of(None, value) for value in facts.baseline]
+        first = [Tile(None, "Not there yet", "\u00a0", text) for text in notes]
         waiting = [Tile(None, "Not there yet")] * _size(work)
         each = [Row(f"Seed {seed + 1}", waiting) for seed in range(seeds)] if seeds > 1 else []
         return [*rows, Row(whole, first, note), *each]
@@ -332,9 +340,12 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
         right = [a == b for a, b in zip(pictures.restored, own.labels, strict=True)]
     if hidden:  # a restored label would end the guessing
         names = [f"picture {place + 1}" for place in range(len(names))]
+    notes = [""] * len(names)
+    if own is not None:
+        notes = [_quality_of(value, constant) for value, constant in zip(pictures.psnr, facts.baseline, strict=True)]
     consensus = [
-        Tile(uri, f"Reconstruction of {name}", name, _decibel(value), None if hidden else mark)
-        for uri, name, value, mark in zip(pictures.consensus, names, pictures.psnr, right, strict=True)
+        Tile(uri, f"Reconstruction of {name}", name, text, None if hidden else mark)
+        for uri, name, text, mark in zip(pictures.consensus, names, notes, right, strict=True)
     ]
     rows.append(Row(whole, consensus, note))
     for seed, uris in enumerate(pictures.seeds if seeds > 1 else ()):
@@ -343,9 +354,10 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
     return rows
 
 
-def _decibel(value: float | None) -> str:
-    """Nothing where there is nothing to compare with."""
-    return "" if value is None else markup.decibel(value)
+def _quality_of(value: float | None, baseline: float | None) -> str:
+    """A picture's PSNR beside its baseline; a narrow tile breaks between the two."""
+    constant = markup.decibel(baseline).removesuffix(" dB")
+    return f"{markup.decibel(value)} (constant {constant})".replace(" ", "\u00a0").replace("\u00a0(", " (")
 
 
 def _finished(state: JobState) -> None:
@@ -380,7 +392,7 @@ def _finished(state: JobState) -> None:
             st.plotly_chart(
                 figures.psnr_curves(curves, facts.mean_baseline),
                 key="psnr",
-                alt="PSNR of each seed and of the consensus by step; dashed, that of the best constant colour",
+                alt=PSNR_ALT[work.config.seeds > 1],
             )
     with right:
         st.markdown("**Terms of the loss by step**")

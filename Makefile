@@ -34,8 +34,8 @@ help:
 app: $(STAMPS)/app
 	$(PY) -m streamlit run app.py --server.address $(ADDRESS) --server.port $(PORT)
 
-# A process for each core, each with a network and the page of its own, which takes 2 to 3 GB: so not for every core of
-# a large machine. By hand, `python -m pytest tests/test_x.py` runs in one process.
+# A process for each core, each with a network and the page of its own: so not for every core of a large machine. By
+# hand, `python -m pytest tests/test_x.py` runs in one process.
 test: lint
 	$(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 

@@ -17,7 +17,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from gradinv import __version__, sources
-from gradinv.checks import estimate_memory
+from gradinv.checks import estimate_memory, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.images import to_pixels
 from gradinv.models import MODELS, Model
@@ -63,7 +63,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: every combination of networks, batch sizes, seeds, steppings and micro-batches.
+    """What is measured: every combination of networks, batch sizes, seeds, steppings, micro-batches and numbers of
+    seeds at a time.
 
     `config` says what an iteration consists of, and `peers` which of `breaching`'s attacks run beside it. In each of
     `rounds` rounds every variant does `iterations` iterations.
@@ -75,6 +76,7 @@ class Plan:
     seeds: tuple[int, ...] = (1,)
     stepping: tuple[str, ...] = ("eager", "auto")
     micro_batches: tuple[int, ...] = (0,)
+    parallel_seeds: tuple[int, ...] = (0,)
     peers: tuple[str, ...] = ()
     rounds: int = 5
     iterations: int = 4
@@ -83,17 +85,21 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Raises GradinvError for what cannot be measured."""
-        for name in ("batch_sizes", "seeds", "stepping", "micro_batches"):
+        for name in ("batch_sizes", "seeds", "stepping", "micro_batches", "parallel_seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise GradinvError(f"{name.replace('_', ' ')} takes one or more different values, not {list(values)}.")
-        for name, least in (("batch_sizes", 1), ("seeds", 1), ("micro_batches", 0)):
+        for name, least in (("batch_sizes", 1), ("seeds", 1), ("micro_batches", 0), ("parallel_seeds", 0)):
             if min(getattr(self, name)) < least:
                 raise GradinvError(f"{name.replace('_', ' ')} takes numbers of at least {least}.")
         if self.rounds < 1 or self.iterations < 1:
             raise GradinvError("At least one round of one iteration has to be timed.")
         if unknown := sorted(set(self.stepping) - set(MODES)):
             raise GradinvError(f"stepping takes {', '.join(MODES)}, not {unknown[0]!r}.")
+
+
+# What a row of the result says of its variant, beside the network.
+_SETTINGS = ("batch_size", "seeds", "stepping", "micro_batch", "parallel_seeds")
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class Variant:
     seeds: int
     stepping: str
     micro_batch: int = 0
+    parallel_seeds: int = 1
 
     @property
     def peer(self) -> bool:
@@ -118,6 +125,7 @@ class Variant:
             seeds=self.seeds,
             stepping="eager" if self.peer else self.stepping,
             micro_batch=self.micro_batch,
+            parallel_seeds=self.parallel_seeds,
             stages=(),
             iterations=10**6,
         )
@@ -168,20 +176,24 @@ def measure(plan: Plan, report: Progress | None = None) -> dict[str, Any]:
             done()
     for variant in variants if plan.profile else ():
         if not variant.peer:
-            again = partial(timed[variant], 1)
+            again = partial(tasks[variant.model, variant.batch_size].countable(variant) or timed[variant], 1)
             facts[variant]["profile"] = profile(again, models[variant.model].device, statistics.median(rates))
     machine = {**describe_machine(models[0].device), "load": load_before}
     return summarise(plan, [model.name for model in models], seconds, rates, facts, matmul.facts, machine)
 
 
 def _variants(plan: Plan, models: Sequence[Model]) -> list[Variant]:
-    """Ours, then the peers; a micro-batch that is no part of the batch is left out."""
+    """Ours, then the peers; a micro-batch that is no part of the batch is left out, and so many seeds at a time are as
+    many as a run takes."""
     found = []
     for place, batch_size in itertools.product(range(len(models)), plan.batch_sizes):
         for seeds, stepping, micro in itertools.product(plan.seeds, plan.stepping, plan.micro_batches):
             if micro < batch_size:
                 mode = resolve_mode(stepping, models[place].device)
-                found.append(Variant(place, batch_size, seeds, mode, micro))
+                for parallel in plan.parallel_seeds:
+                    variant = Variant(place, batch_size, seeds, mode, micro, parallel)
+                    taken = parallel_seeds(models[place], batch_size, variant.applied(plan.config))
+                    found.append(dataclasses.replace(variant, parallel_seeds=taken))
         found += [Variant(place, batch_size, 1, peer) for peer in plan.peers]
     if not found:
         raise GradinvError("No micro-batch is smaller than a batch, so there is nothing to measure; add 0.")
@@ -218,11 +230,10 @@ class _Task:
 
     def facts(self, variant: Variant, ours: _Ours | _Peer) -> dict[str, Any]:
         """What is known of ours without timing it: floating-point operations an iteration, of its own and as the whole
-        batch takes eagerly; whether it had to fall back to autograd; the memory that was estimated. In place of a CUDA
-        graph, which hides what it runs, the recording that it was captured from is counted."""
+        batch takes eagerly; whether it had to fall back to autograd; the memory that was estimated."""
         if isinstance(ours, _Peer):
             return {}
-        own = ours if variant.stepping != "graph" else self.ready(dataclasses.replace(variant, stepping="traced"))
+        own = self.countable(variant) or ours
         eager = dataclasses.replace(variant, stepping="eager", micro_batch=0).applied(self.config)
         images = self.model.preprocessing.normalise(torch.full_like(self._images(), 0.5))
         return {
@@ -231,6 +242,14 @@ class _Task:
             "fell_back": ours.mode != variant.stepping,
             "estimated_memory_mb": estimate_memory(self.model, variant.batch_size, variant.applied(self.config)) / 1e6,
         }
+
+    def countable(self, variant: Variant) -> _Ours | _Peer | None:
+        """What the operations of a variant are counted in, where they cannot be seen in itself: in place of a CUDA
+        graph the recording that it was captured from, in place of several threads one."""
+        seen = dataclasses.replace(variant, parallel_seeds=1)
+        if variant.stepping == "graph":
+            seen = dataclasses.replace(seen, stepping="traced")
+        return None if seen == variant else self.ready(seen)
 
     def _images(self) -> Tensor:
         size = self.model.preprocessing.size
@@ -262,7 +281,8 @@ class _Ours:
 
     def __init__(self, task: _Task, config: AttackConfig) -> None:
         self._run = Run(task.model, task.observation.batch_size, config)
-        self._stepper = Stepper(task.objective(config), config.stepping)
+        parallel = parallel_seeds(task.model, task.observation.batch_size, config)
+        self._stepper = Stepper(task.objective(config), config.stepping, parallel=parallel)
         self._device = task.model.device
         self._steps = itertools.count()
 
@@ -468,29 +488,21 @@ def summarise(
     for variant, taken in seconds.items():
         row = {
             "model": names[variant.model],
-            **{name: getattr(variant, name) for name in ("batch_size", "seeds", "stepping", "micro_batch")},
+            **{name: getattr(variant, name) for name in _SETTINGS},
             "seconds": {**spread(taken), "rounds": list(taken)},
             **facts[variant],
         }
         if flops := row.get("flops"):
             row["flops_per_second"] = spread([flops / one for one in taken])
             row["share"] = spread([flops / one / rate for one, rate in zip(taken, rates, strict=True)])
-        others = [
-            other
-            for other in seconds
-            if other != variant
-            and not variant.peer
-            and (other.model, other.batch_size) == (variant.model, variant.batch_size)
-            and (other.peer or (other.stepping, other.seeds, other.micro_batch) == ("eager", variant.seeds, 0))
-        ]
         row["ratios"] = {
-            other.stepping: spread(
+            name: spread(
                 [
                     (theirs / other.seeds) / (one / variant.seeds)
                     for theirs, one in zip(seconds[other], taken, strict=True)
                 ]
             )
-            for other in others
+            for name, other in _compared(variant, seconds)
         }
         rows.append(row)
     return {
@@ -506,16 +518,28 @@ def summarise(
     }
 
 
+def _compared(variant: Variant, measured: Iterable[Variant]) -> Iterator[tuple[str, Variant]]:
+    """By name what a variant is set against: peers on the same pictures, autograd, and itself one seed at a time."""
+    alone = dataclasses.replace(variant, parallel_seeds=1)
+    eager = dataclasses.replace(alone, stepping="eager", micro_batch=0)
+    for other in measured if not variant.peer else ():
+        if other.peer and (other.model, other.batch_size) == (variant.model, variant.batch_size):
+            yield other.stepping, other
+        elif other != variant and other in (eager, alone):
+            yield "eager" if other == eager else "one seed at a time", other
+
+
 def _fits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each series of three or more batch sizes, seconds = a + b·K."""
     series: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    names = ("model", *_SETTINGS[1:])
     for row in rows:
-        series.setdefault(tuple(row[name] for name in ("model", "seeds", "stepping", "micro_batch")), []).append(row)
+        series.setdefault(tuple(row[name] for name in names), []).append(row)
     fits = []
     for key, members in series.items():
         if len(members) >= 3:
             found = line([row["batch_size"] for row in members], [row["seconds"]["median"] for row in members])
-            fits.append({**dict(zip(("model", "seeds", "stepping", "micro_batch"), key, strict=True)), **found})
+            fits.append({**dict(zip(names, key, strict=True)), **found})
     return fits
 
 

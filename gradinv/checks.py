@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.objective import check_train_mode, matched_parameters, running_statistics
-from gradinv.stepping import resolve_mode
+from gradinv.stepping import PARALLEL, resolve_mode
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -129,6 +130,8 @@ _PER_WEIGHT = 1.5
 _PER_MATCHED = 2
 # What stays of packed weights: once for the convolution and once for the transposed one.
 _PER_PACKED = 2
+# The part of the machine's memory that seeds side by side take at the most, unless a config asks for more.
+_PARALLEL_SHARE = 0.25
 
 _outputs: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
 
@@ -136,20 +139,41 @@ _outputs: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
 def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
     """About how many bytes a run adds to the loaded model, from above.
 
-    Per seed its images, Adam's two moments, the gradient and a snapshot; once, since seeds take turns, the gradients
-    with their double backward, packed weights, and what one evaluation holds of the images that are in the network at
-    a time. Raises GradinvError where the network has no stage of the name that the config matches up to, and for a
-    stepping that cannot be had here.
+    Per seed its images, Adam's two moments, the gradient and a snapshot; for each of the `parallel_seeds` the
+    gradients with their double backward, and what one evaluation holds of the images that are in the network at a
+    time; once, packed weights. Raises GradinvError where the network has no stage of the name that the config matches
+    up to, and for a stepping that cannot be had here.
     """
+    return _estimated(model, batch_size, config, parallel_seeds(model, batch_size, config))
+
+
+def parallel_seeds(model: Model, batch_size: int, config: AttackConfig) -> int:
+    """How many seeds a run works on at a time: what the config says, as far as there are seeds and threads, and one
+    where evaluations cannot run side by side. Left to itself (0) also no more than a quarter of the machine's memory
+    has room for: of that which is free would make rounding depend on what else runs.
+
+    Raises GradinvError as `estimate_memory` does.
+    """
+    if resolve_mode(config.stepping, model.device, config.iterations * config.seeds) not in PARALLEL:
+        return 1
+    most = min(config.seeds, torch.get_num_threads())
+    if config.parallel_seeds > 0:
+        return min(config.parallel_seeds, most)
+    room = _PARALLEL_SHARE * psutil.virtual_memory().total
+    counts = range(most, 1, -1)
+    return next((count for count in counts if _estimated(model, batch_size, config, count) <= room), 1)
+
+
+def _estimated(model: Model, batch_size: int, config: AttackConfig, parallel: int) -> int:
     size = model.preprocessing.size
     image_bytes = 4 * batch_size * 3 * size * size
     weights = {name: parameter.numel() for name, parameter in model.network.named_parameters()}
     matched = matched_parameters(model, config.layers) if config.gradient > 0 else []
+    together = min(config.micro_batch or batch_size, batch_size)
     held = _PER_WEIGHT * sum(weights.values()) + _PER_MATCHED * sum(weights[name] for name in matched)
+    held = parallel * (held + _PER_OUTPUT * outputs_per_image(model) * together)
     if resolve_mode(config.stepping, model.device, config.iterations * config.seeds) == "packed":
         held += _PER_PACKED * sum(weights.values())
-    together = min(config.micro_batch or batch_size, batch_size)
-    held += _PER_OUTPUT * outputs_per_image(model) * together
     return config.seeds * 8 * image_bytes + round(4 * held)
 
 
@@ -172,22 +196,31 @@ def outputs_per_image(model: Model) -> int:
 
 
 def check_memory(model: Model, batch_size: int, config: AttackConfig) -> None:
-    """Raises GradinvError where `estimate_memory` exceeds what is free on the model's device; where taking the images
-    in parts would do, it names the largest such micro-batch."""
+    """Raises GradinvError where `estimate_memory` exceeds what is free on the model's device; where fewer seeds at a
+    time or taking the images in parts would do, it names the most of them."""
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
         free = psutil.virtual_memory().available
 
-    def needed(size: int) -> int:
-        return estimate_memory(model, batch_size, replace(config, micro_batch=size))
-
-    if needed(config.micro_batch) > free:
-        # A client in train mode, of which inferred statistics are, allows none.
-        together = min(config.micro_batch or batch_size, batch_size) if config.bn != "inferred" else 1
-        fitting = next((size for size in range(together - 1, 0, -1) if needed(size) <= free), None)
-        hint = "" if fitting is None else f"set micro_batch to {fitting}, or "
+    needed = estimate_memory(model, batch_size, config)
+    if needed > free:
+        smaller = _with_less_memory(model, batch_size, config)
+        fitting = (advice for advice, less in smaller if estimate_memory(model, batch_size, less) <= free)
+        hint = "".join(f"{advice}, or " for advice in itertools.islice(fitting, 1))
         raise GradinvError(
-            f"{config.seeds} seeds of {batch_size} images need about {needed(config.micro_batch) / 2**30:.1f} GiB and "
+            f"{config.seeds} seeds of {batch_size} images need about {needed / 2**30:.1f} GiB and "
             f"{free / 2**30:.1f} GiB are free; {hint}take fewer seeds or a smaller batch."
         )
+
+
+def _with_less_memory(model: Model, batch_size: int, config: AttackConfig) -> Iterator[tuple[str, AttackConfig]]:
+    """The same run at the cost of time, the fastest first, with what has to be set for it."""
+    parallel = parallel_seeds(model, batch_size, config)
+    for count in range(parallel - 1, 0, -1):
+        yield f"set parallel_seeds to {count}", replace(config, parallel_seeds=count)
+    # A client in train mode, of which inferred statistics are, allows no parts.
+    together = min(config.micro_batch or batch_size, batch_size) if config.bn != "inferred" else 1
+    for size in range(together - 1, 0, -1):
+        also = " and parallel_seeds to 1" if parallel > 1 else ""
+        yield f"set micro_batch to {size}{also}", replace(config, micro_batch=size, parallel_seeds=1)

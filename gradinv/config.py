@@ -109,6 +109,12 @@ class AttackConfig:
         "how many images the network takes at a time, with the same result: less memory, more time (0: all at once)",
         least=0,
     )
+    parallel_seeds: int = _option(
+        0,
+        "how many seeds a CPU works on at a time, each with its share of the threads and with the same result to "
+        "rounding (0: as many as there are threads, where that takes no more than a quarter of the memory)",
+        least=0,
+    )
     labels: str = _option(
         "column-minimum",
         "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected or iLRG (these count "

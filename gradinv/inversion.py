@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradinv.checks import check_memory, check_observation
+from gradinv.checks import check_memory, check_observation, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.labels import RestoredLabels, restore_labels
@@ -59,7 +59,9 @@ def invert(
     if resume is not None:
         run.restore(resume)
     # By the whole run's steps, so that each number of ranks executes them alike.
-    stepper = Stepper(objective, config.stepping, steps=config.iterations * config.seeds)
+    steps = config.iterations * config.seeds
+    parallel = parallel_seeds(model, observation.batch_size, own)
+    stepper = Stepper(objective, config.stepping, steps=steps, parallel=parallel)
     known = _Known(objective.weights, restored, None if objective.recovered is None else objective.recovered.residual)
     stream = _iterate(run, stepper, known, every, interval, stop or threading.Event(), resume)
     return Snapshots(run, stream)

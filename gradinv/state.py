@@ -158,17 +158,13 @@ class Run:
         """
         config = self.config
         self._enter_stage(step)
-        group = self._drawn_to(step)
-        judgements, gradients = [], []
-        for images in self.images:
-            if stop.is_set():
-                break
-            full = upsample(images, self.model.preprocessing.size)
-            judgement = stepper(full, group)
+        full = self.full_size()
+        judgements = stepper.each(full.detach(), self._drawn_to(step), stop)
+        gradient = None
+        if len(judgements) == len(full):
+            gradient = torch.stack([judged.gradient for judged in judgements])
             # Through the upsampling of a coarse stage.
-            gradients.append(torch.autograd.grad(full, images, judgement.gradient)[0])
-            judgements.append(judgement)
-        gradient = torch.stack(gradients) if len(gradients) == len(self.images) else None
+            (gradient,) = torch.autograd.grad(full, self.images, gradient)
         stopped, diverged = self.ranks.any(gradient is None, gradient is not None and not gradient.isfinite().all())
         if stopped or gradient is None:
             return None

@@ -1,10 +1,12 @@
-"""How one evaluation of the objective is executed: by autograd, as a recording of it, or as a CUDA graph."""
+"""How evaluations of the objective are executed: by autograd, recorded or as a CUDA graph, and how many at a time."""
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +20,9 @@ from gradinv.types import GradinvError
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "eager", "traced", "packed", "graph")
+
+# Modes whose evaluations may run side by side: what they run holds nothing that an evaluation changes.
+PARALLEL = ("traced", "packed")
 
 # Recording and checking cost about three evaluations; each one after that takes 0.45 to 0.75 of the time.
 _WORTH_RECORDING = 20
@@ -50,8 +55,11 @@ class Stepper:
     nothing is left behind in the thread or in the objective.
     """
 
-    def __init__(self, objective: Objective, mode: str = "auto", *, steps: int | None = None) -> None:
-        """`auto` becomes what pays for so many evaluations (`steps`; None: many) at the first one.
+    def __init__(
+        self, objective: Objective, mode: str = "auto", *, steps: int | None = None, parallel: int = 1
+    ) -> None:
+        """`auto` becomes what pays for so many evaluations (`steps`; None: many) at the first one. So many in
+        `parallel` `each` runs, as far as the mode is in PARALLEL.
 
         Raises GradinvError for an unknown mode.
         """
@@ -60,22 +68,60 @@ class Stepper:
         self.mode = mode
         self._objective = objective
         self._steps = steps
+        self._parallel = parallel
         self._program: Program | None = None
         self._names: list[str] = []
+        self._workers: ThreadPoolExecutor | None = None
 
     def __call__(self, images: Tensor, group: Tensor) -> Stepped:
         """Judge normalised images (B, 3, S, S) against the observation and the group's consensus, of the same shape.
 
         The shape stays the same from call to call. Raises GradinvError for `graph` where there is no CUDA device.
         """
-        self.mode = resolve_mode(self.mode, images.device, self._steps)
         images, group = images.detach(), group.detach()
-        if self.mode != "eager" and self._program is None:
-            self._prepare(images, group)
-        if self._program is None:
+        program = self._ready(images, group)
+        if program is None:
             return evaluate(self._objective, images, group)
         # Also the first time, so that a run that is resumed has the very numbers of one that was not interrupted.
-        return self._run(self._program, images, group)
+        return self._run(program, images, group)
+
+    def each(self, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Stepped]:
+        """The same for every seed's images (g, B, 3, S, S); where `stop` is set on the way, only for the first few,
+        within one evaluation."""
+        seeds, group = seeds.detach(), group.detach()
+        if min(self._parallel, len(seeds)) > 1 and not stop.is_set():
+            program = self._ready(seeds[0], group)
+            if program is not None and self.mode in PARALLEL:
+                return self._side_by_side(program, seeds, group, stop)
+        found: list[Stepped] = []
+        for images in seeds:
+            if stop.is_set():
+                break
+            found.append(self(images, group))
+        return found
+
+    def _side_by_side(self, program: Program, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Stepped]:
+        if self._workers is None:
+            self._workers = _workers(min(self._parallel, len(seeds)))
+        found: list[Stepped] = []
+        futures = [self._workers.submit(self._run, program, images, group) for images in seeds]
+        try:
+            for future in futures:
+                if stop.is_set():
+                    break
+                found.append(future.result())
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        return found
+
+    def _ready(self, images: Tensor, group: Tensor) -> Program | None:
+        """What to run; None where autograd is to."""
+        self.mode = resolve_mode(self.mode, images.device, self._steps)
+        if self.mode != "eager" and self._program is None:
+            self._prepare(images, group)
+        return self._program
 
     def _prepare(self, images: Tensor, group: Tensor) -> None:
         """Records the evaluation; what the recording gives is compared where it counts, on other images, since it may
@@ -129,6 +175,31 @@ def resolve_mode(mode: str, device: torch.device, steps: int | None = None) -> s
     if steps is not None and steps < _WORTH_RECORDING:
         return "eager"
     return {"cuda": "graph", "cpu": "packed" if can_pack() else "traced"}.get(device.type, "eager")
+
+
+_setting_threads = threading.Lock()
+
+
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads that run torch with an even share each of the caller's threads. They end with the executor."""
+    begun = threading.Barrier(count + 1)
+    with _setting_threads:
+        threads = torch.get_num_threads()
+
+        def begin() -> None:
+            torch.set_num_threads(max(1, threads // count))
+            torch.get_num_threads()  # A thread keeps what it finds at its first look, whatever others set later.
+            begun.wait()
+
+        workers = ThreadPoolExecutor(count, "seeds")
+        try:
+            for _ in range(count):  # Each waits for the others, so that each begins in a thread of its own.
+                workers.submit(begin)
+            begun.wait()
+        finally:
+            begun.abort()  # Where one cannot be started, the others would wait for ever.
+            torch.set_num_threads(threads)
+    return workers
 
 
 def evaluate(objective: Objective, images: Tensor, group: Tensor, tape: Tape | None = None) -> Stepped:

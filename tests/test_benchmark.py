@@ -67,6 +67,25 @@ def test_each_variant_is_counted_as_it_runs(small_model: Model) -> None:
     assert rows[4, 1, "eager"]["flops"] == 2 * rows[2, 1, "eager"]["flops"]
 
 
+def test_seeds_at_a_time_are_counted_and_set_against_one_at_a_time(
+    small_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    result = measure(plan(small_model, batch_sizes=(2,), seeds=(1, 3), parallel_seeds=(1, 0), profile=True))
+    rows = {(row["seeds"], row["stepping"], row["parallel_seeds"]): row for row in result["rows"]}
+    # What a run would not do is not measured, and nothing twice.
+    assert list(rows) == [(1, "eager", 1), (1, "traced", 1), (3, "eager", 1), (3, "traced", 1), (3, "traced", 2)]
+    alone, two = rows[3, "traced", 1], rows[3, "traced", 2]
+    assert two["flops"] == alone["flops"] == 3 * rows[1, "traced", 1]["flops"] > 0
+    assert two["estimated_memory_mb"] > alone["estimated_memory_mb"]
+    assert set(alone["ratios"]) == {"eager"} and set(two["ratios"]) == {"eager", "one seed at a time"}
+    pairs = zip(alone["seconds"]["rounds"], two["seconds"]["rounds"], strict=True)
+    assert two["ratios"]["one seed at a time"] == pytest.approx(spread([one / other for one, other in pairs]))
+    assert sum(entry["flops"] for entry in two["profile"]) == two["flops"]
+    header = rows_table(result).splitlines()[0]
+    assert header.split("  ")[:3] == ["K", "seeds", "at a time"] and "× one seed at a time" in header
+
+
 @pytest.mark.skipif(not tape.can_pack(), reason="packed weights need a CPU with oneDNN")
 def test_packed_weights_are_counted_as_others(small_model: Model) -> None:
     rows = measure(plan(small_model, stepping=("traced", "packed"), batch_sizes=(3,), rounds=1))["rows"]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradinv import checks
-from gradinv.checks import check_memory, estimate_memory, outputs_per_image
+from gradinv.checks import check_memory, estimate_memory, outputs_per_image, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.objective import batch_statistics
@@ -26,9 +26,15 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets how many bytes the machine has free."""
 
     def set_free(count: int) -> None:
-        monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=count))
+        monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=count, total=2**40))
 
     return set_free
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets how many threads torch says it has."""
+    return lambda count: monkeypatch.setattr(torch, "get_num_threads", lambda: count)
 
 
 def test_outputs_by_hand(small_model: Model) -> None:
@@ -95,3 +101,50 @@ def test_no_micro_batch_is_named_for_a_client_in_train_mode(small_model: Model, 
     free(estimate_memory(small_model, 8, config) - 1)
     with pytest.raises(GradinvError, match=r"GiB are free; take fewer seeds"):
         check_memory(small_model, 8, config)
+
+
+# --- several seeds at a time
+
+
+def test_as_many_seeds_at_a_time_as_there_are_threads(small_model: Model, threads: Any) -> None:
+    def chosen(**changes: Any) -> int:
+        return parallel_seeds(small_model, 4, AttackConfig(**changes))
+
+    threads(3)
+    assert [chosen(seeds=seeds) for seeds in (1, 2, 3, 8)] == [1, 2, 3, 3]
+    assert [chosen(parallel_seeds=asked) for asked in (1, 2, 3, 9)] == [1, 2, 3, 3]
+    # Where autograd runs, its hooks on the one network allow no second evaluation.
+    assert chosen(stepping="eager") == chosen(iterations=2) == 1
+    threads(1)
+    assert chosen(parallel_seeds=4) == 1
+
+
+def test_seeds_at_a_time_take_a_quarter_of_the_memory_at_the_most(
+    small_model: Model, threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(4)
+    three = estimate_memory(small_model, 4, AttackConfig(parallel_seeds=3))
+    for total, chosen in ((16 * three, 4), (4 * three, 3), (4 * three - 4, 2), (4, 1)):
+        # Whatever is free, so that the same run gives the same pictures.
+        monkeypatch.setattr(checks.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        assert parallel_seeds(small_model, 4, AttackConfig()) == chosen
+        assert parallel_seeds(small_model, 4, AttackConfig(parallel_seeds=4)) == 4, "what is asked for"
+
+
+def test_each_seed_at_a_time_takes_an_evaluations_memory(small_model: Model, threads: Any) -> None:
+    threads(4)
+    one, two, four = (estimate_memory(small_model, 4, AttackConfig(parallel_seeds=count)) for count in (1, 2, 4))
+    assert four - one == 3 * (two - one) > 3 * 4 * checks._PER_OUTPUT * 4 * outputs_per_image(small_model)
+    assert estimate_memory(small_model, 4, AttackConfig()) == four
+
+
+def test_fewer_seeds_at_a_time_that_would_fit_are_named_first(small_model: Model, threads: Any, free: Any) -> None:
+    threads(4)
+    free(estimate_memory(small_model, 8, AttackConfig(parallel_seeds=2)))
+    with pytest.raises(GradinvError, match=r"are free; set parallel_seeds to 2, or take fewer seeds"):
+        check_memory(small_model, 8, AttackConfig())
+    check_memory(small_model, 8, AttackConfig(parallel_seeds=2))
+    free(estimate_memory(small_model, 8, AttackConfig(parallel_seeds=1, micro_batch=3)))
+    with pytest.raises(GradinvError, match=r"are free; set micro_batch to 3 and parallel_seeds to 1, or take"):
+        check_memory(small_model, 8, AttackConfig())
+    check_memory(small_model, 8, AttackConfig(parallel_seeds=1, micro_batch=3))

@@ -64,6 +64,23 @@ def test_same_config_gives_the_same_images_whatever_the_snapshots(small_model, o
     assert not torch.equal(first.seeds, other.seeds)
 
 
+def test_seeds_side_by_side_give_the_images_of_one_after_the_other(small_model, observation):
+    """Through coarse stages, with noise and a group: to rounding, which the sign of a gradient lets grow."""
+    config = dataclasses.replace(CONFIG, seeds=3, iterations=20, noise=0.2, stages=(0.5, 0.5), group=0.1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        reached = [
+            [*invert(small_model, observation, dataclasses.replace(config, parallel_seeds=count))][-1]
+            for count in (1, 2, 0)
+        ]
+    finally:
+        torch.set_num_threads(before)
+    alone, two, chosen = (snapshot.seeds for snapshot in reached)
+    assert torch.equal(two, chosen)
+    assert (alone - two).abs().mean() < 1e-3
+
+
 def test_a_seed_does_not_depend_on_how_many_others_there_are(small_model, observation):
     config = dataclasses.replace(CONFIG, iterations=5, noise=0.2)
     *_, two = invert(small_model, observation, config)

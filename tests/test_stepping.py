@@ -376,6 +376,101 @@ def test_one_stepper_may_move_between_threads(small_model, small_batch):
     assert stepper.mode == "traced"
 
 
+# --- several seeds at a time
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch takes here, until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def seeds_and_group(count: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.stack([pictures(seed)[0] for seed in range(count)]), pictures(0)[1]
+
+
+@pytest.mark.parametrize("mode", ["eager", "traced", pytest.param("packed", marks=needs_packs)])
+def test_side_by_side_is_one_after_the_other(small_model, small_batch, threads, mode):
+    """With a thread each to the last bit; no worker is started where autograd runs."""
+    threads(1)
+    objective = objective_of(small_model, small_batch)
+    stepper, alone = Stepper(objective, mode, parallel=2), Stepper(objective, mode)
+    seeds, group = seeds_and_group()
+    for scale in (1.0, 0.5):
+        found = stepper.each(scale * seeds, group, threading.Event())
+        assert len(found) == 3
+        for images, result in zip(scale * seeds, found, strict=True):
+            assert_same(result, alone(images, group))
+    assert stepper.mode == mode and (stepper._workers is None) == (mode == "eager")
+
+
+def test_side_by_side_is_at_the_same_time_with_a_share_of_the_threads(small_model, small_batch, threads):
+    threads(4)
+    stepper = Stepper(objective_of(small_model, small_batch), "traced", parallel=2)
+    seeds, group = seeds_and_group(2)
+    stepper.each(seeds, group, threading.Event())
+    program, together, shares = stepper._program, threading.Barrier(2, timeout=60), []
+
+    def watched(images: Tensor, group: Tensor) -> Any:
+        together.wait()  # until both are here
+        shares.append(torch.get_num_threads())
+        return program(images, group)
+
+    stepper._program = watched
+    assert len(stepper.each(seeds, group, threading.Event())) == 2
+    assert shares == [2, 2] and torch.get_num_threads() == 4
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(torch.get_num_threads).result() == 4
+
+
+def test_a_stop_ends_seeds_side_by_side_within_one_evaluation(small_model, small_batch):
+    stepper = Stepper(objective_of(small_model, small_batch), "traced", parallel=2)
+    seeds, group = seeds_and_group(6)
+    stop = threading.Event()
+    assert len(stepper.each(seeds, group, stop)) == 6
+    program, begun, ended = stepper._program, [], []
+
+    def stopping(images: Tensor, group: Tensor) -> Any:
+        begun.append(images)
+        stop.set()
+        try:
+            return program(images, group)
+        finally:
+            ended.append(images)
+
+    stepper._program = stopping
+    assert len(stepper.each(seeds, group, stop)) < 6
+    assert len(begun) == len(ended) < 6, "nothing goes on after it has returned"
+    assert stepper.each(seeds, group, stop) == []
+
+
+def test_what_fails_in_a_worker_is_raised_to_the_caller(small_model, small_batch):
+    stepper = Stepper(objective_of(small_model, small_batch), "traced", parallel=2)
+    seeds, group = seeds_and_group()
+    stepper.each(seeds, group, threading.Event())
+
+    def failing(images: Tensor, group: Tensor) -> Any:
+        raise MemoryError("no room")
+
+    stepper._program = failing
+    with pytest.raises(MemoryError, match="no room"):
+        stepper.each(seeds, group, threading.Event())
+
+
+def test_workers_end_with_the_stepper(small_model, small_batch):
+    before = set(threading.enumerate())
+    stepper = Stepper(objective_of(small_model, small_batch), "traced", parallel=3)
+    stepper.each(*seeds_and_group(), threading.Event())
+    workers = set(threading.enumerate()) - before
+    assert len(workers) == 3
+    del stepper
+    for worker in workers:
+        worker.join(timeout=60)
+        assert not worker.is_alive()
+
+
 def judging(total: Callable[[Tensor], Tensor]) -> Any:
     """An objective that is nothing but this total of the images."""
 

@@ -23,6 +23,7 @@ examples:
   gradinv benchmark --model resnet18-tiny --batch-sizes 4,8,16,32,48 --threads 2 --out speed
   gradinv benchmark --batch-sizes 8 --breaching            beside other people's attacks (needs gradinv[compare])
   gradinv benchmark --batch-sizes 8 --micro-batches 0,4,2  what micro-batches cost in time and save in memory
+  gradinv benchmark --seeds 2,4 --parallel-seeds 1,0       seeds one after the other and side by side
   gradinv benchmark --batch-sizes 8 --profile              what an iteration spends its time on
   gradinv benchmark --model resnet50 --random-weights --device cuda --stepping eager,traced,graph
 
@@ -61,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     )
     options.add_argument(
         "--micro-batches", type=_numbers, default=(0,), metavar="N,N,…", help="images at a time, 0: all (default: 0)"
+    )
+    options.add_argument(
+        "--parallel-seeds",
+        type=_numbers,
+        default=(0,),
+        metavar="N,N,…",
+        help="seeds at a time, 0: as many as a run takes (default: 0)",
     )
     options.add_argument("--breaching", action="store_true", help="also the attacks of breaching on the same gradient")
     options.add_argument("--preset", default="demo", help="paper or demo (default: %(default)s)")
@@ -113,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
             seeds=args.seeds,
             stepping=args.stepping,
             micro_batches=args.micro_batches,
+            parallel_seeds=args.parallel_seeds,
             peers=BREACHING if args.breaching else (),
             rounds=args.rounds,
             iterations=args.iterations,
@@ -187,12 +196,15 @@ def rows_table(result: Mapping[str, Any]) -> str:
     several = len({row["model"] for row in rows}) > 1
     micro = any(row["micro_batch"] for row in rows)
     others = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
-    header = [*(["model"] if several else []), "K", "seeds", "stepping", *(["micro"] if micro else [])]
+    parallel = any(row["parallel_seeds"] > 1 for row in rows)
+    header = [*(["model"] if several else []), "K", "seeds", *(["at a time"] if parallel else []), "stepping"]
+    header += ["micro"] if micro else []
     header += ["ms an iteration", "GFLOP", "GFLOP/s", "share in %", *(f"× {name}" for name in others)]
     header += ["MB", "estimated"]
     lines = []
     for row in rows:
-        cells = [*([row["model"]] if several else []), row["batch_size"], row["seeds"], row["stepping"]]
+        cells = [*([row["model"]] if several else []), row["batch_size"], row["seeds"]]
+        cells += [*([row["parallel_seeds"]] if parallel else []), row["stepping"]]
         cells += [row["micro_batch"] or "all"] if micro else []
         cells += [_in(1e-3, row["seconds"]), figure(row["flops"] / 1e9, 1) if "flops" in row else "–"]
         cells += [_in(1e9, row.get("flops_per_second")), _in(1e-2, row.get("share"))]
@@ -230,6 +242,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     sentences = [
         f"{fit['model']}, {fit['stepping']}"
         + (f", {fit['seeds']} seeds" if fit["seeds"] > 1 else "")
+        + (f", {fit['parallel_seeds']} at a time" if fit["parallel_seeds"] > 1 else "")
         + (f", micro-batches of {fit['micro_batch']}" if fit["micro_batch"] else "")
         + f": {1e3 * fit['a']:.0f} ms + {1e3 * fit['b']:.1f} ms × K, off by up to "
         f"{100 * fit['largest_deviation']:.0f} %."

@@ -141,8 +141,9 @@ def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
 
     Per seed its images, Adam's two moments, the gradient and a snapshot; for each of the `parallel_seeds` the
     gradients with their double backward, and what one evaluation holds of the images that are in the network at a
-    time; once, packed weights. Raises GradinvError where the network has no stage of the name that the config matches
-    up to, and for a stepping that cannot be had here.
+    time; once, packed weights. A CUDA graph keeps its evaluation's memory, and autograd, with which it is compared,
+    takes as much beside it. Raises GradinvError where the network has no stage of the name that the config matches up
+    to, and for a stepping that cannot be had here.
     """
     return _estimated(model, batch_size, config, parallel_seeds(model, batch_size, config))
 
@@ -171,8 +172,10 @@ def _estimated(model: Model, batch_size: int, config: AttackConfig, parallel: in
     matched = matched_parameters(model, config.layers) if config.gradient > 0 else []
     together = min(config.micro_batch or batch_size, batch_size)
     held = _PER_WEIGHT * sum(weights.values()) + _PER_MATCHED * sum(weights[name] for name in matched)
-    held = parallel * (held + _PER_OUTPUT * outputs_per_image(model) * together)
-    if resolve_mode(config.stepping, model.device, config.iterations * config.seeds) == "packed":
+    mode = resolve_mode(config.stepping, model.device, config.iterations * config.seeds)
+    evaluations = 2 if mode == "graph" else parallel
+    held = evaluations * (held + _PER_OUTPUT * outputs_per_image(model) * together)
+    if mode == "packed":
         held += _PER_PACKED * sum(weights.values())
     return config.seeds * 8 * image_bytes + round(4 * held)
 
@@ -195,15 +198,19 @@ def outputs_per_image(model: Model) -> int:
     return _outputs[model]
 
 
+def free_memory(device: torch.device) -> int:
+    """How many bytes a run can take there."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    # What torch keeps of earlier runs it gives to the next one.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
 def check_memory(model: Model, batch_size: int, config: AttackConfig) -> None:
     """Raises GradinvError where `estimate_memory` exceeds what is free on the model's device; where fewer seeds at a
     time or taking the images in parts would do, it names the most of them."""
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-
-    needed = estimate_memory(model, batch_size, config)
+    needed, free = estimate_memory(model, batch_size, config), free_memory(model.device)
     if needed > free:
         smaller = _with_less_memory(model, batch_size, config)
         fitting = (advice for advice, less in smaller if estimate_memory(model, batch_size, less) <= free)

@@ -138,7 +138,7 @@ class Stepper:
         deviation = math.nan
         try:
             if self.mode == "graph":
-                program = _captured(program, images, group)
+                program = _Captured(program, images, group)
             for scale in _COMPARED:
                 others = scale * images.flip(-1), scale * group.flip(-1)
                 deviation = _deviation(self._run(program, *others), evaluate(self._objective, *others))
@@ -225,24 +225,27 @@ def _one_line(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
-def _captured(program: Program, images: Tensor, group: Tensor) -> Program:
-    """The program as a CUDA graph: thousands of small kernels started at once, on buffers that stay where they are."""
-    buffers = images.clone(), group.clone()
-    stream = torch.cuda.Stream(images.device)
-    stream.wait_stream(torch.cuda.current_stream(images.device))
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):  # Libraries choose their kernels and take their workspaces before the capture.
-            program(*buffers)
-    torch.cuda.current_stream(images.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # What other threads do on the device meanwhile is theirs.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
-        results = program(*buffers)
+class _Captured:
+    """A program as a CUDA graph: thousands of small kernels started at once, on buffers that stay where they are."""
 
-    def replay(images: Tensor, group: Tensor) -> Sequence[Tensor]:
-        for buffer, given in zip(buffers, (images, group), strict=True):
+    def __init__(self, program: Program, images: Tensor, group: Tensor) -> None:
+        # The graph knows addresses alone: the constants at them live as long as the program.
+        self._program = program
+        with torch.cuda.device(images.device), torch.no_grad():
+            self._buffers = images.clone(), group.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # Libraries choose their kernels and take their workspaces before the capture.
+                    program(*self._buffers)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # What other threads do on the device meanwhile is theirs.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._results = program(*self._buffers)
+
+    def __call__(self, images: Tensor, group: Tensor) -> Sequence[Tensor]:
+        for buffer, given in zip(self._buffers, (images, group), strict=True):
             buffer.copy_(given)
-        graph.replay()
-        return [result.clone() for result in results]
-
-    return replay
+        self._graph.replay()
+        return [result.clone() for result in self._results]

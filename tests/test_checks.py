@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradinv import checks
-from gradinv.checks import check_memory, estimate_memory, outputs_per_image, parallel_seeds
+from gradinv.checks import check_memory, estimate_memory, free_memory, outputs_per_image, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.objective import batch_statistics
@@ -101,6 +101,25 @@ def test_no_micro_batch_is_named_for_a_client_in_train_mode(small_model: Model, 
     free(estimate_memory(small_model, 8, config) - 1)
     with pytest.raises(GradinvError, match=r"GiB are free; take fewer seeds"):
         check_memory(small_model, 8, config)
+
+
+# --- a GPU, of which nothing is needed here
+
+
+def test_a_graph_is_estimated_with_the_autograd_that_it_is_compared_with(
+    small_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = estimate_memory(small_model, 4, AttackConfig(stepping="eager"))
+    monkeypatch.setattr(checks, "resolve_mode", lambda *_: "graph")
+    images = 8 * 8 * 4 * 4 * 3 * 64  # eight seeds, whose images are there once
+    assert estimate_memory(small_model, 4, AttackConfig()) - images == 2 * (eager - images)
+
+
+def test_what_torch_holds_of_earlier_runs_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 700)
+    assert free_memory(torch.device("cuda")) == 3300
 
 
 # --- several seeds at a time

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import itertools
 import logging
@@ -9,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_map_only
 
 from gradinv import stepping, tape
 from gradinv.config import AttackConfig
+from gradinv.features import recover_features
 from gradinv.objective import Judgement, Objective
 from gradinv.stepping import Stepped, Stepper, evaluate, resolve_mode
 from gradinv.types import GradinvError
@@ -666,6 +670,75 @@ def test_unknown_modes_and_missing_devices_are_one_sentence(small_model, small_b
         Stepper(objective, "fast")
     with pytest.raises(GradinvError, match=r"^stepping=graph needs a CUDA device; take auto, traced or eager\.$"):
         Stepper(objective, "graph")(*pictures(0))
+
+
+class Capture(TorchDispatchMode):
+    """Stands for a CUDA graph where there is no GPU: remembers what ran while it was open, and replays it in the same
+    places. It keeps its own results, and knows of all else only where it lay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Any, Any, list[Tensor]]] = []
+        self.own: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = tree_map_only(Tensor, lambda t: t if id(t) in self.own else weakref.ref(t), (args, kwargs or {}))
+        made = list(tape.leaves([result], Tensor))
+        self.own.update(map(id, made))
+        self.steps.append((func, given, made))
+        return result
+
+    def replay(self) -> None:
+        for func, given, made in self.steps:
+            args, kwargs = tree_map_only(weakref.ref, lambda there: there(), given)
+            for place, value in zip(made, tape.leaves([func(*args, **kwargs)], Tensor), strict=True):
+                if place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+@pytest.mark.parametrize("match", ["l2", "cosine"])
+def test_a_graph_is_replayed_from_memory_that_stays(small_model, small_batch, caplog, monkeypatch, match):
+    """All of it but CUDA's own part: static buffers, constants that live on, results that the next replay leaves."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: graph)
+    monkeypatch.setattr(stepping, "resolve_mode", lambda mode, *_: mode)
+    objective = objective_of(small_model, small_batch, match=match)
+    stepper = Stepper(objective, "graph")
+    results = [(stepper(*pictures(seed)), evaluate(objective, *pictures(seed))) for seed in range(4)]
+    assert stepper.mode == "graph" and not caplog.records
+    for found, expected in results:
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"match": "cosine", "errors": "recovered"}, {"match": "l2", "micro_batch": 2}, {"bn": "approx"}],
+    ids=str,
+)
+def test_an_evaluation_stays_on_its_device_and_waits_for_no_number(small_model, small_batch, monkeypatch, changes):
+    """On a GPU either would stop the capture. Tensors of the meta device have no values and mix with no others."""
+    observation = observe(small_model, *small_batch, share_bn=True)
+    found = recover_features(small_model, observation, small_batch[1])
+    moved = dataclasses.replace(found, features=found.features.to("meta"), errors=found.errors.to("meta"))
+    monkeypatch.setattr("gradinv.objective.recover_features", lambda *_: moved)
+    model = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
+    config = AttackConfig(**{**ALL_TERMS, "bn_form": "relative", "tv_form": "luma-chroma", **changes})
+    objective = Objective(model, observation, small_batch[1], config)
+    assert set(objective.weights) == {"features", "gradient", "bn", "tv", "l2", "group"}
+    images, group = (tensor.to("meta") for tensor in pictures(0))
+    recording = tape.Tape()
+    stepped = evaluate(objective, images, group, recording)
+    program = recording.program([stepped.gradient, *stepped.raw.values(), stepped.distance])
+    for result in [*program(images, group), stepped.gradient, *stepped.raw.values(), stepped.distance]:
+        assert result.is_meta
+    with pytest.raises(RuntimeError):  # so a mixture would have been noticed
+        images + pictures(0)[0]
 
 
 @pytest.mark.gpu

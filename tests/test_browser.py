@@ -150,6 +150,11 @@ def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_relo
     assert page.locator(RECONSTRUCTION).first.get_attribute("src") == shown
     other = Visit(browser).open(page.url)
     other.page.wait_for_selector(RECONSTRUCTION)
+    for visitor in (other, Visit(browser, 390, "dark").open(page.url)):
+        visitor.page.wait_for_selector('[data-testid="stPlotlyChart"]')  # drawn last
+        visitor.settle()
+        assert visitor.page.evaluate("() => window.shifted") < 0.1
+        assert visitor.troubles == []
     assert other.page.locator(RECONSTRUCTION).first.get_attribute("src") == shown
     with page.expect_download() as download:
         page.get_by_role("button", name="Everything").click()

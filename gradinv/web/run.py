@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import streamlit as st
 
@@ -19,6 +19,8 @@ from gradinv.web import head, markup, pick, settings, summary
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
+
+T = TypeVar("T")
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
 NAMED = 4  # pictures in a download's name
@@ -149,9 +151,10 @@ def _size(work: Inversion) -> int:
 def _head(state: JobState) -> None:
     work, facts = _work(state)
     config = work.config
-    st.html(KEYS, unsafe_allow_javascript=True)
-    # The button that began the run is far down on the page before.
-    st.html(markup.TO_TOP.format(state.id), unsafe_allow_javascript=True)
+    with st.container(key="scripts"):
+        st.html(KEYS, unsafe_allow_javascript=True)
+        # The button that began the run is far down on the page before.
+        st.html(markup.TO_TOP.format(state.id), unsafe_allow_javascript=True)
     if presenting():
         st.html('<div class="gi-presenting"></div>')
         st.button("Leave the presentation (P)", type="tertiary", key="present", on_click=_present, args=(False,))
@@ -189,25 +192,32 @@ def _tick(job: str) -> None:
         _timeline(state, progress)
         _board(state, progress.pictures if progress is not None else None, hidden)
         return
-    board, side = _places(_size(work))
-    with side:
-        _status(state, progress)
-    with board:
+
+    def board() -> None:
         hidden = _hide(work)
         with st.container(key="timeline"):
             _timeline(state, progress)
         _board(state, progress.pictures if progress is not None else None, hidden)
-    with side:
+
+    def side() -> None:
+        _status(state, progress)
         _live_charts(state, progress)
 
+    _laid_out(_size(work), board, side)
 
-def _places(batch: int) -> tuple[Any, Any]:
-    """Where the pictures go and where the numbers go: side by side while the batch is small."""
+
+def _laid_out(batch: int, board: Callable[[], T], side: Callable[[], None]) -> T:
+    """Draw the pictures and the numbers: side by side while the batch is small, else the numbers above; → what the
+    former gives. On a phone the pictures come first. From the top down, so that nothing moves what is there already."""
     if batch <= BESIDE:
-        board, side = st.columns([5, 3], gap="large")
-        return board, side
-    side = st.container()
-    return st.container(), side
+        left, right = st.columns([5, 3], gap="large")
+        with left:
+            drawn = board()
+        with right:
+            side()
+        return drawn
+    side()
+    return board()
 
 
 def _timeline(state: JobState, progress: Progress | None) -> None:
@@ -302,14 +312,17 @@ def _reveal() -> None:
 def _board(state: JobState, pictures: Pictures | None, hidden: bool) -> None:
     work, facts = _work(state)
     rows = _rows(work, facts, pictures, hidden)
+    drawn = len(rows)
     if _size(work) == 1 and work.config.seeds > 1:
         # One picture: its seeds stand side by side instead of in a long column.
-        above = len(rows) - work.config.seeds
-        seeds = [replace(row.tiles[0], caption=row.name) for row in rows[above:]]
-        shown = markup.board(rows[:above]) + markup.board([Row("Seeds", seeds)])
+        drawn = len(rows) - work.config.seeds
+        seeds = [replace(row.tiles[0], caption=row.name) for row in rows[drawn:]]
+        shown = markup.board(rows[:drawn]) + markup.board([Row("Seeds", seeds)])
     else:
         shown = markup.board(rows)
-    st.markdown(shown, unsafe_allow_html=True)
+    # Named after what it will hold, for which the style keeps the place.
+    with st.container(key=f"board-{_size(work)}x{min(drawn, 4)}"):
+        st.markdown(shown, unsafe_allow_html=True)
 
 
 def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool) -> list[Row]:
@@ -373,12 +386,13 @@ def _finished(state: JobState) -> None:
     if presenting():
         _replay(state, _hide(work))
         return
-    board, side = _places(_size(work))
-    with side:
-        _outcome(state, progress, recorded)
-    with board:
+
+    def board() -> bool:
         hidden = _hide(work)
         _replay(state, hidden)
+        return hidden
+
+    hidden = _laid_out(_size(work), board, lambda: _outcome(state, progress, recorded))
     st.header("Curves" if work.originals is None else "Numbers", anchor=False)
     _table(work, facts, recorded, progress.pictures.restored, hidden)
     left, right = st.columns(2, gap="large")

@@ -321,7 +321,8 @@ class _Matmul:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._size, self._repeats = MATMUL.get(device.type, MATMUL["cpu"])
-        self.precision = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
+        tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        self.precision = "tf32" if tf32 and torch.backends.cudnn.allow_tf32 else "float32"
         self._factor = torch.rand(self._size, self._size, device=device)
         self()
 
@@ -431,19 +432,23 @@ def _in_own_process(load: Load, config: AttackConfig, variant: Variant) -> int |
 def peak_memory(load: Load, config: AttackConfig, variant: Variant, threads: int) -> int | None:
     """How many bytes a variant adds to the loaded network and its observation at the most, in a process of its own.
 
-    On a GPU what torch allocates there, else the resident memory; None where the system does not tell its peak.
+    On a GPU what torch reserves there, which a CUDA graph's own memory is part of, else the resident memory; None where
+    the system does not tell its peak.
     """
     torch.set_num_threads(threads)
     task = _Task(load(), variant.batch_size, config)
-    gpu = task.model.device.type == "cuda"
-    before = torch.cuda.memory_allocated() if gpu else psutil.Process().memory_info().rss
+    device = task.model.device
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device) if gpu else psutil.Process().memory_info().rss
     run = _Peer(task, variant.stepping) if variant.peer else _Ours(task, variant.applied(config))
     if gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     elif not _reset_resident_peak():
         return None
     run(WARM_UP + 1)
-    return (torch.cuda.max_memory_allocated() if gpu else _resident_peak()) - before
+    return (torch.cuda.max_memory_reserved(device) if gpu else _resident_peak()) - before
 
 
 def _reset_resident_peak() -> bool:

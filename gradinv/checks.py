@@ -149,13 +149,14 @@ def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
 
 
 def parallel_seeds(model: Model, batch_size: int, config: AttackConfig) -> int:
-    """How many seeds a run works on at a time: what the config says, as far as there are seeds and threads, and one
-    where evaluations cannot run side by side. Left to itself (0) also no more than a quarter of the machine's memory
-    has room for: of that which is free would make rounding depend on what else runs.
+    """How many seeds a run works on at a time: what the config says, as far as there are seeds and threads; one where
+    evaluations cannot run side by side, and on a GPU, where they would take turns. Left to itself (0) also no more than
+    a quarter of the machine's memory has room for: of that which is free would make rounding depend on what else runs.
 
     Raises GradinvError as `estimate_memory` does.
     """
-    if resolve_mode(config.stepping, model.device, config.iterations * config.seeds) not in PARALLEL:
+    mode = resolve_mode(config.stepping, model.device, config.iterations * config.seeds)
+    if mode not in PARALLEL or model.device.type != "cpu":
         return 1
     most = min(config.seeds, torch.get_num_threads())
     if config.parallel_seeds > 0:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, memory_exhausted
 
 T = TypeVar("T")
 
@@ -156,6 +156,8 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's own; NCCL's is one, too
+        if memory_exhausted(error) is not None:  # this rank's own
+            raise
         raise GradinvError(
             f"A rank was lost, or did not answer within {TIMEOUT.seconds // 60} minutes; see what torchrun says of it, "
             "and resume the run."

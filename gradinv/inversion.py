@@ -37,7 +37,7 @@ def invert(
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
-    and the run ends. The same config on the same device gives the same images, whatever the snapshots. With `resume`
+    and the run ends. On the CPU the same config gives the same images, whatever the snapshots. With `resume`
     it goes on from there, first yielding that step once more: on the CPU it then gives the very images that it would
     have given uninterrupted.
 

@@ -27,7 +27,7 @@ from gradinv.config import AttackConfig
 from gradinv.inversion import invert
 from gradinv.models import Model
 from gradinv.recording import MemoryStore, Recorder, thinned
-from gradinv.types import GradinvError, Observation, Snapshot
+from gradinv.types import GradinvError, Observation, Snapshot, memory_exhausted
 from gradinv.victim import observe
 
 log = logging.getLogger(__name__)
@@ -319,12 +319,8 @@ def sentence(error: BaseException, what: str = "The run") -> str:
     if isinstance(error, GradinvError):
         return str(error)
     log.error("%s failed", what, exc_info=error)
-    exhausted = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "The GPU ran out of memory; choose fewer pictures or a smaller model."
-    if exhausted or isinstance(error, MemoryError):
-        return "The machine ran out of memory; choose fewer pictures or seeds, or a smaller model."
-    return f"{what} failed unexpectedly ({type(error).__name__}); the server's log says more."
+    unexpected = f"{what} failed unexpectedly ({type(error).__name__}); the server's log says more."
+    return memory_exhausted(error) or unexpected
 
 
 @dataclass(frozen=True, eq=False)

@@ -187,13 +187,19 @@ class Backbone:
 def choose_device(name: str | torch.device = "auto") -> torch.device:
     """`auto` is a CUDA device where one works, else the CPU. Raises GradinvError for what this machine lacks."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and _unusable("cuda") is None else "cpu")
+    if (reason := _unusable(name)) is not None:
+        raise GradinvError(f"The device {name!s} cannot be used here; take cpu or auto.") from reason
+    return torch.device(name)
+
+
+def _unusable(name: str | torch.device) -> Exception | None:
+    """What goes wrong there: a GPU may be too old for this build of torch, which is not told before it computes."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        (torch.ones(1, device=name) + 1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise GradinvError(f"The device {name!s} cannot be used here; take cpu or auto.") from error
-    return device
+        return error
+    return None
 
 
 def load_model(name: str = "auto", *, device: str | torch.device = "auto", image_size: int | None = None) -> Model:

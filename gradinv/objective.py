@@ -210,8 +210,9 @@ class Objective:
             if errors:
                 self._errors = recovered.errors
             self._add("features", config.features, lambda e: feature_distance(e.features, recovered.features))
-        matching = MATCHING[config.match]
-        self._add("gradient", config.gradient, lambda e: matching(e.gradients, self._target, self._squares))
+        # Of these a term holds no more than it needs: with the objective itself, both would outlive the run.
+        matching, target, squares = MATCHING[config.match], self._target, self._squares
+        self._add("gradient", config.gradient, lambda e: matching(e.gradients, target, squares))
         if config.bn_weight > 0 and (targets := bn_targets(model, observation, config)) is not None:
             distance = BN_FORMS[config.bn_form]
             self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))

@@ -42,7 +42,7 @@ from gradinv.images import from_grid, to_grid, to_image
 from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
 from gradinv.paths import write_whole
 from gradinv.state import RunState
-from gradinv.types import GradinvError, Observation, Snapshot, Term
+from gradinv.types import GradinvError, Observation, Snapshot, Term, memory_exhausted
 
 FORMAT = 1
 OBSERVATION = "observation.safetensors"
@@ -421,7 +421,8 @@ class Recorder:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        sentence = str(error) if isinstance(error, GradinvError) else f"{type(error).__name__}: {error}"
+        sentence = str(error) if isinstance(error, GradinvError) else memory_exhausted(error)
+        sentence = sentence or f"{type(error).__name__}: {error}"
         # The first failure is the one to report: on a full disk these would only fail once more.
         with contextlib.suppress(GradinvError):
             self._update(status="failed", error=sentence)
@@ -705,7 +706,7 @@ def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 def _peak_memory_mb(device: torch.device) -> float | None:
     """The most memory used so far in 10⁶ bytes: torch's on a GPU, else the process's resident set since it began."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return torch.cuda.max_memory_reserved(device) / 1e6  # with what a CUDA graph keeps for itself
     try:
         import resource
     except ImportError:  # Windows does not have it

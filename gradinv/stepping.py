@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
@@ -225,24 +226,34 @@ def _one_line(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
+_capturing = threading.Lock()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: libraries keep a workspace for each stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 class _Captured:
     """A program as a CUDA graph: thousands of small kernels started at once, on buffers that stay where they are."""
 
     def __init__(self, program: Program, images: Tensor, group: Tensor) -> None:
         # The graph knows addresses alone: the constants at them live as long as the program.
         self._program = program
-        with torch.cuda.device(images.device), torch.no_grad():
+        with _capturing, torch.cuda.device(images.device), torch.no_grad():
             self._buffers = images.clone(), group.clone()
-            stream = torch.cuda.Stream()
+            stream = _side_stream(images.device)
             stream.wait_stream(torch.cuda.current_stream())
+            # Also around the capture, which does not go back to the old stream where it fails.
             with torch.cuda.stream(stream):
-                for _ in range(3):  # Libraries choose their kernels and take their workspaces before the capture.
+                for _ in range(3):  # Libraries choose their kernels and take the stream's workspaces before.
                     program(*self._buffers)
+                self._graph = torch.cuda.CUDAGraph()
+                # What other threads do on the device meanwhile is theirs.
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                    self._results = program(*self._buffers)
             torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            # What other threads do on the device meanwhile is theirs.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._results = program(*self._buffers)
 
     def __call__(self, images: Tensor, group: Tensor) -> Sequence[Tensor]:
         for buffer, given in zip(self._buffers, (images, group), strict=True):

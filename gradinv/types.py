@@ -27,6 +27,16 @@ class GradinvError(ValueError):
     """Something the user can mend. Its text is one sentence that says what is wrong and what to do."""
 
 
+def memory_exhausted(error: BaseException) -> str | None:
+    """One sentence where memory ran out, the GPU's or the machine's; None for any other error."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text or "ALLOC_FAILED" in text:
+        return "The GPU ran out of memory; choose fewer pictures or a smaller model."
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "The machine ran out of memory; choose fewer pictures or seeds, or a smaller model."
+    return None
+
+
 Gradients: TypeAlias = Mapping[str, Tensor]
 """From parameter name to the gradient of the batch's mean cross-entropy, in the parameter's shape."""
 

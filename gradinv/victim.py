@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +13,18 @@ from torch.nn import functional as F
 from gradinv.models import Model
 from gradinv.objective import batch_statistics, check_train_mode, running_statistics
 from gradinv.types import MODES, BatchNormStatistics, Gradients, GradinvError, Observation
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """While open, matrix products are in float32 also where the environment lets them be in TF32, of which the final
+    layer's gradient, from which labels and features are solved for, would be wrong in the fourth digit."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = False, mode: str = "eval") -> Observation:
@@ -37,10 +51,10 @@ def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = Fa
     # A client's training step updates its copy of the running statistics, as torch does it.
     network = copy.deepcopy(model.network).train() if mode == "train" else model.network.eval()
     normalised = model.preprocessing.normalise(pixels.to(model.device, torch.float32))
-    with batch_statistics(network) as (means, variances):
-        loss = F.cross_entropy(network(normalised), labels.to(model.device))
     parameters = dict(network.named_parameters())
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    with _whole_products(), batch_statistics(network) as (means, variances):
+        loss = F.cross_entropy(network(normalised), labels.to(model.device))
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
     bn = None
     if share_bn:
         bn = BatchNormStatistics(
@@ -69,8 +83,9 @@ def final_gradient(model: Model, features: Tensor, labels: Tensor) -> Gradients:
     """
     layer = model.final_layer
     features, labels = features.to(layer.weight), labels.to(layer.weight.device)
-    errors = F.linear(features, layer.weight, layer.bias).softmax(1) - F.one_hot(labels, layer.out_features)
-    gradients = {f"{model.final}.weight": errors.T @ features / len(labels)}
+    with _whole_products():
+        errors = F.linear(features, layer.weight, layer.bias).softmax(1) - F.one_hot(labels, layer.out_features)
+        gradients = {f"{model.final}.weight": errors.T @ features / len(labels)}
     if layer.bias is not None:
         gradients[f"{model.final}.bias"] = errors.mean(0)
     return gradients

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import weakref
 from types import SimpleNamespace
@@ -120,6 +122,13 @@ def test_what_torch_holds_of_earlier_runs_is_free(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 700)
     assert free_memory(torch.device("cuda")) == 3300
+
+
+def test_seeds_take_turns_on_a_gpu(small_model: Model, threads: Any) -> None:
+    threads(4)
+    elsewhere = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
+    config = AttackConfig(stepping="traced")
+    assert parallel_seeds(small_model, 4, config) == 4 and parallel_seeds(elsewhere, 4, config) == 1
 
 
 # --- several seeds at a time

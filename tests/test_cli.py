@@ -744,6 +744,17 @@ def test_other_threads_than_before_are_said(stopped: str, capsys: pytest.Capture
     assert re.search(r"It ran with threads \d+ and goes on with \d+: the last digits may", capsys.readouterr().out)
 
 
+def test_a_run_of_a_gpu_is_not_resumed_without_one(stopped: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(stopped, "run.json")
+    run = json.loads(path.read_text())
+    run["environment"]["device"] = "cuda:1"
+    path.write_text(json.dumps(run))
+    if not torch.cuda.is_available():
+        assert "is one of a CUDA device, whose random numbers a CPU does not repeat; resume it on" in fails(
+            capsys, "invert", "--resume", stopped
+        )
+
+
 # --- runs that end badly
 
 

@@ -23,7 +23,7 @@ import torch
 from conftest import PLAIN
 
 import gradinv
-from gradinv import cli
+from gradinv import cli, distributed
 from gradinv.distributed import ALONE, Ranks, joined
 from gradinv.inversion import invert
 from gradinv.models import Model
@@ -239,6 +239,13 @@ def after_records(started: subprocess.Popen[str], run: Path, count: int) -> list
 def complaints(errors: str) -> list[str]:
     """What gradinv itself said to the standard error, beside what torchrun says."""
     return [line for line in errors.splitlines() if line.startswith("gradinv: ")]
+
+
+def test_want_of_memory_is_not_taken_for_a_lost_rank() -> None:
+    with pytest.raises(torch.OutOfMemoryError), distributed._connected():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(GradinvError, match=r"^A rank was lost"), distributed._connected():
+        raise RuntimeError("Connection closed by peer")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import io
@@ -580,6 +581,9 @@ def test_at_least_one_worker(folder: Path, small_model: Model, tmp_path: Path) -
     ledger = Ledger(tmp_path / "out", plan(folder), small_model)
     with pytest.raises(GradinvError, match=r"^At least one worker has to do the work, not 0\.$"):
         list(running.measure(ledger, small_model, workers=0))
+    elsewhere = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
+    with pytest.raises(GradinvError, match=r"^Several workers share a CPU; a meta device is for one\.$"):
+        list(running.measure(ledger, elsewhere, workers=2))
 
 
 # --- the comparison
@@ -709,20 +713,32 @@ def test_ctrl_c_while_the_gallery_is_made_loses_nothing(
     assert command(monkeypatch, small_model, *args) == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (GradinvError("The sky is clouded."), "The sky is clouded."),
+        (torch.OutOfMemoryError("CUDA out of memory."), "The GPU ran out of memory; choose fewer pictures or a sm"),
+    ],
+)
 def test_failed_batches_are_listed(
-    folder: Path, small_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    small_model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    sentence: str,
 ) -> None:
     measured = tasks.TASKS["labels"]
 
     def task(bench: Bench, row: Row, batch: int) -> Values:
         if batch == 1:
-            raise GradinvError("The sky is clouded.")
+            raise error
         return measured(bench, row, batch)
 
     monkeypatch.setitem(tasks.TASKS, "labels", task)
     assert command(monkeypatch, small_model, "labels", "--imagenet", str(folder), "--sizes", "1", "--out", "mine") == 1
     captured = capsys.readouterr()
-    assert "K=1 repeated, batch 1: The sky is clouded." in captured.out.splitlines()
+    assert f"K=1 repeated, batch 1: {sentence}" in captured.out
     assert captured.err == "gradinv: 2 of 4 parts failed; the same command tries them again.\n"
 
 

@@ -170,6 +170,8 @@ def test_stopping_what_has_ended_changes_nothing(manager: JobManager) -> None:
         (MemoryError(), "The machine ran out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "The machine ran out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "The GPU ran out of memory"),
+        (RuntimeError("CUDA error: out of memory"), "The GPU ran out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "The GPU ran out of memory"),
         (ZeroDivisionError("division by zero"), "The run failed unexpectedly (ZeroDivisionError)"),
         (SystemExit(1), "The run failed unexpectedly (SystemExit)"),
     ],

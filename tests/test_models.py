@@ -67,6 +67,22 @@ def test_auto_without_a_gpu_takes_the_bundled_resnet50(monkeypatch):
     assert load_model("auto").name == "resnet50-tiny"
 
 
+def test_a_gpu_that_cannot_compute_is_not_taken(monkeypatch):
+    """As one for which this build of torch has no kernels: it is there, and all it is asked fails."""
+    ones = torch.ones
+
+    def failing(*args, device=None, **rest):
+        if device is not None and torch.device(device).type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+        return ones(*args, device=device, **rest)
+
+    monkeypatch.setattr(torch, "ones", failing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(GradinvError, match=r"^The device cuda cannot be used here; take cpu or auto\.$"):
+        choose_device("cuda")
+
+
 def test_own_weights_from_a_pth_and_with_a_wrapper(tmp_path, resnet18):
     torch.save({"state_dict": {f"module.{name}": value for name, value in resnet18.items()}}, tmp_path / "own.pth")
     model = load_model(str(tmp_path / "own.pth"), device="cpu", image_size=32)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -142,7 +144,7 @@ def test_pixel_gradient_agrees_with_numerical_differences(small_model, small_bat
     observation = observe(small_model, pixels, labels, share_bn=True, mode=mode)
     model = double(small_model)
     objective = Objective(model, observation, labels, AttackConfig(**changes))
-    objective._target = {name: value.double() for name, value in objective._target.items()}
+    objective._target.update({name: value.double() for name, value in objective._target.items()})
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
     group = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -392,3 +394,16 @@ def test_exact_statistics_that_nobody_shared_are_refused(small_model, small_batc
     pixels, labels = small_batch
     with pytest.raises(GradinvError, match="did not share its BN statistics"):
         Objective(small_model, observe(small_model, pixels, labels), labels, AttackConfig(bn="exact"))
+
+
+def test_an_objective_goes_when_nobody_holds_it(small_model, small_batch):
+    """Not with the next collection of cycles: it holds a gradient and, through its terms, much of a GPU's memory."""
+    labels = small_batch[1]
+    objective = Objective(small_model, observe(small_model, *small_batch), labels, AttackConfig(features=0.5))
+    known = weakref.ref(objective)
+    gc.disable()
+    try:
+        del objective
+        assert known() is None
+    finally:
+        gc.enable()

@@ -8,9 +8,9 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -700,13 +700,25 @@ class Capture(TorchDispatchMode):
 @pytest.mark.parametrize("match", ["l2", "cosine"])
 def test_a_graph_is_replayed_from_memory_that_stays(small_model, small_batch, caplog, monkeypatch, match):
     """All of it but CUDA's own part: static buffers, constants that live on, results that the next replay leaves."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    main, side = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
+    streams = [main]
+
+    @contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def captured(graph: Any, stream: Any, capture_error_mode: str) -> Any:
+        assert stream is streams[-1] is side, "the stream whose workspaces are there, and which is left in any case"
+        return graph
+
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(stepping, "_side_stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Capture)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: graph)
+    monkeypatch.setattr(torch.cuda, "graph", captured)
     monkeypatch.setattr(stepping, "resolve_mode", lambda mode, *_: mode)
     objective = objective_of(small_model, small_batch, match=match)
     stepper = Stepper(objective, "graph")

@@ -112,3 +112,15 @@ def test_batches_of_a_wrong_shape_are_refused(small_model, shape):
 def test_labels_that_the_model_lacks_are_refused(small_model):
     with pytest.raises(GradinvError, match="between 0 and 5"):
         observe(small_model, torch.zeros(1, 3, 8, 8), torch.tensor([6]))
+
+
+def test_a_clients_products_are_in_float32_whatever_the_environment_allows(small_model, small_batch):
+    """In TF32 the final layer's gradient would not tell the labels and features exactly."""
+    found = []
+    small_model.final_layer.register_forward_hook(lambda *_: found.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        observe(small_model, *small_batch)
+        assert found == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

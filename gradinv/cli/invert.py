@@ -345,7 +345,13 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Task:
         raise GradinvError(f"A resumed run keeps its own pictures and settings; leave {given} out.")
     resumed = Resumption.open(args.resume)
     recorded, environment = resumed.run["model"], resumed.run["environment"]
-    model = load_model(recorded["weights"], device=environment["device"], image_size=recorded["image_size"])
+    device = torch.device(environment["device"]).type  # on any device of the kind
+    if device == "cuda" and not torch.cuda.is_available():
+        raise GradinvError(
+            f"The run in {args.resume} is one of a CUDA device, whose random numbers a CPU does not repeat; resume it "
+            "on a machine with one, or start it again."
+        )
+    model = load_model(recorded["weights"], device=device, image_size=recorded["image_size"])
     if model.sha256 != recorded["sha256"]:
         raise GradinvError(
             f"The weights {recorded['weights']} have changed since the run in {args.resume} (sha256 "

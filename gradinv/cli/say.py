@@ -19,10 +19,12 @@ def speaker(args: argparse.Namespace) -> Callable[[str], None]:
 
 def diagnosis(error: BaseException) -> tuple[str, int]:
     """One sentence and the exit code: 2 for what the user can mend, 1 for what nobody foresaw."""
-    from gradinv.types import GradinvError
+    from gradinv.types import GradinvError, memory_exhausted
 
     if isinstance(error, GradinvError):
         return str(error), 2
+    if (exhausted := memory_exhausted(error)) is not None:
+        return exhausted, 2
     reason = " ".join(str(error).split())
     return f"Unexpected {type(error).__name__}: {reason or 'no reason given'} (--debug shows where).", 1
 

@@ -24,7 +24,7 @@ from gradinv.evaluation.tasks import TASKS
 from gradinv.gallery import Progress
 from gradinv.models import Model, load_model
 from gradinv.peers import Stopped
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, memory_exhausted
 
 
 def measure(
@@ -38,12 +38,15 @@ def measure(
     """Do the tasks that are missing and keep each; yields every one that is done. Ends early where `stop` is set.
 
     With several workers each is a process of its own, with its share of this one's threads. A task that fails with a
-    GradinvError is noted and the others go on. `report` is told how far the gallery is, where one is needed. Raises
-    GradinvError where nothing can be measured, and KeyboardInterrupt where `stop` is set while the gallery is made.
+    GradinvError or for want of memory is noted and the others go on. `report` is told how far the gallery is, where one
+    is needed. Raises GradinvError where nothing can be measured, and KeyboardInterrupt where `stop` is set while the
+    gallery is made.
     """
     stop = stop or threading.Event()
     if workers < 1:
         raise GradinvError(f"At least one worker has to do the work, not {workers}.")
+    if workers > 1 and model.device.type != "cpu":
+        raise GradinvError(f"Several workers share a CPU; a {model.device.type} device is for one.")
     if any(row.peer is not None for row in ledger.plan.rows):
         peers.require_breaching()
     bench = Bench(ledger.plan, model, stop, report)
@@ -77,6 +80,10 @@ def _do(bench: Bench, row: Row, batch: int) -> Values | str:
         return TASKS[bench.plan.command](bench, row, batch)
     except GradinvError as error:
         return str(error)
+    except Exception as error:  # The next task may be smaller; what this one held is let go of with the exception.
+        if (exhausted := memory_exhausted(error)) is None:
+            raise
+        return exhausted
 
 
 _bench: Bench | None = None

@@ -292,12 +292,13 @@ def _in_order(counts: Tensor, evidence: Tensor) -> Tensor:
 
 def _implausible(labels: Tensor, evidence: Tensor) -> bool:
     """Whether many of the labels' classes have no evidence, as where distinct ones are read of a batch in which many
-    repeat: more than a fifth none at all, or more than 0.4 less than the median class has, which tells noise too. (Of
-    64 distinct labels up to 0.2 and 0.34 were seen, of 64 drawn from 20 classes 0.7 and more of both.)
+    repeat: more than a quarter none at all, or more than 0.4 less than the median class has, which tells noise too. (Of
+    64 distinct labels up to 0.2 and 0.34 were seen, of 64 drawn from 200 classes 0.1 to 0.33 and 0.19 to 0.44, of 64
+    from 70 classes 0.31 and 0.36 and more. At a quarter column minimum and iLRG are about equally right.)
     """
     signals = evidence[labels.cpu().unique()]
     return bool(
-        (signals <= 0).sum() > 0.2 * len(labels) or (signals <= evidence.abs().median()).sum() > 0.4 * len(labels)
+        (signals <= 0).sum() > 0.25 * len(labels) or (signals <= evidence.abs().median()).sum() > 0.4 * len(labels)
     )
 
 

@@ -345,7 +345,7 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Task:
         raise GradinvError(f"A resumed run keeps its own pictures and settings; leave {given} out.")
     resumed = Resumption.open(args.resume)
     recorded, environment = resumed.run["model"], resumed.run["environment"]
-    device = torch.device(environment["device"]).type  # on any device of the kind
+    device = environment["device"].partition(":")[0]  # any device of the kind
     if device == "cuda" and not torch.cuda.is_available():
         raise GradinvError(
             f"The run in {args.resume} is one of a CUDA device, whose random numbers a CPU does not repeat; resume it "

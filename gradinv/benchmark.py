@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from gradinv import __version__, sources
-from gradinv.checks import estimate_memory, parallel_seeds
+from gradinv.checks import check_memory, estimate_memory, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.images import to_pixels
 from gradinv.models import MODELS, Model
@@ -140,6 +140,9 @@ def measure(plan: Plan, report: Progress | None = None) -> dict[str, Any]:
         require_breaching()
     models = [load() for load in plan.loads]
     variants = _variants(plan, models)
+    for variant in variants:
+        if not variant.peer:
+            check_memory(models[variant.model], variant.batch_size, variant.applied(plan.config))
     parts = itertools.count(1)
     total = len(variants) * (1 + plan.memory + plan.rounds)
 

@@ -216,10 +216,15 @@ def check_memory(model: Model, batch_size: int, config: AttackConfig) -> None:
         smaller = _with_less_memory(model, batch_size, config)
         fitting = (advice for advice, less in smaller if estimate_memory(model, batch_size, less) <= free)
         hint = "".join(f"{advice}, or " for advice in itertools.islice(fitting, 1))
+        what = f"{_counted(config.seeds, 'seed')} of {_counted(batch_size, 'image')}"
         raise GradinvError(
-            f"{config.seeds} seeds of {batch_size} images need about {needed / 2**30:.1f} GiB and "
+            f"{what} need about {needed / 2**30:.1f} GiB and "
             f"{free / 2**30:.1f} GiB are free; {hint}take fewer seeds or a smaller batch."
         )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _with_less_memory(model: Model, batch_size: int, config: AttackConfig) -> Iterator[tuple[str, AttackConfig]]:

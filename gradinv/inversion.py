@@ -115,7 +115,7 @@ def _iterate(
     steps = run.config.iterations
 
     def snapshot(step: int) -> Snapshot:
-        return _snapshot(run, known, judgements, step, time.perf_counter() - started)
+        return _snapshot(run, stepper, known, judgements, step, time.perf_counter() - started)
 
     yield snapshot(begun)
     for step in range(begun + 1, steps + 1):
@@ -144,6 +144,7 @@ def _start(model: Model, objective: Objective, config: AttackConfig) -> Tensor |
 
 def _snapshot(
     run: Run,
+    stepper: Stepper,
     known: _Known,
     judgements: list[Stepped],
     step: int,
@@ -164,6 +165,8 @@ def _snapshot(
         label_method=known.restored.method,
         label_confidence=known.restored.confidence,
         features_residual=known.residual,
+        stepping=stepper.mode if judgements else "",
+        parallel_seeds=stepper.parallel,
     )
 
 

@@ -329,6 +329,7 @@ class Recorder:
             seconds_per_iteration=snapshot.seconds / snapshot.step if snapshot.step else None,
             recording_seconds=self._spent,
             peak_memory_mb=_peak_memory_mb(self._device),
+            environment={**self.run["environment"], **_executed(snapshot)},
         )
         # A stopped run may end with the state that was recorded last, and a resumed one begins with it.
         if snapshot.step > self._recorded:
@@ -701,6 +702,13 @@ def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     packed = io.BytesIO()
     image.save(packed, kind, **options)
     return packed.getvalue()
+
+
+def _executed(snapshot: Snapshot) -> dict[str, Any]:
+    """How the steps so far were run, where there were any."""
+    if not snapshot.stepping:
+        return {}
+    return {"stepping": snapshot.stepping, "parallel_seeds": snapshot.parallel_seeds}
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:

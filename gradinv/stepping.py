@@ -86,6 +86,11 @@ class Stepper:
         # Also the first time, so that a run that is resumed has the very numbers of one that was not interrupted.
         return self._run(program, images, group)
 
+    @property
+    def parallel(self) -> int:
+        """How many seeds `each` runs at a time, as the mode is now."""
+        return self._parallel if self.mode in PARALLEL else 1
+
     def each(self, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Stepped]:
         """The same for every seed's images (g, B, 3, S, S); where `stop` is set on the way, only for the first few,
         within one evaluation."""

@@ -223,6 +223,8 @@ class Snapshot:
     all matched parameters. `seconds` counts from the start of the run. `labels` are the restored labels, one an image,
     `label_method` is what read them and `label_confidence` how far to trust them, in [0, 1], None where nobody says.
     `features_residual` is what the recovered features leave unexplained, None where the attack does without them.
+    `stepping` and `parallel_seeds` say how the steps were executed, "" where none was yet, and for how many seeds at a
+    time.
     """
 
     step: int
@@ -236,6 +238,8 @@ class Snapshot:
     label_method: str = ""
     label_confidence: float | None = None
     features_residual: float | None = None
+    stepping: str = ""
+    parallel_seeds: int = 1
 
     @property
     def final(self) -> bool:

@@ -106,6 +106,11 @@ def test_a_profile_adds_up(small_model: Model) -> None:
     assert text.splitlines()[0].split()[0] == "operation" and "all others" in text
 
 
+def test_what_does_not_fit_is_refused_before_anything_is_measured(small_model: Model) -> None:
+    with pytest.raises(GradinvError, match=r"^1000000000000 seeds of 1 image need about .* are free; take fewer seeds"):
+        measure(plan(small_model, batch_sizes=(1,), seeds=(10**12,)))
+
+
 # --- what is made of the times
 
 

@@ -755,6 +755,33 @@ def test_a_run_of_a_gpu_is_not_resumed_without_one(stopped: str, capsys: pytest.
         )
 
 
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (
+            ("invert", "--seeds", "two"),
+            "Argument --seeds: a whole number is expected, not 'two'; gradinv invert ",
+        ),
+        (
+            ("invert", "--tv", "much"),
+            "Argument --tv: a number is expected, not 'much'; gradinv invert --help ",
+        ),
+        (("invert", "--tv-form", "odd"), "Argument --tv-form: invalid choice: 'odd' (choose from "),
+        (("benchmark", "--micro-batches", "x"), "Argument --micro-batches: numbers separated by commas are expected"),
+        (("paint",), "Argument COMMAND: invalid choice: 'paint' (choose from "),
+        ((), "The following arguments are required: COMMAND; gradinv --help tells more."),
+    ],
+    ids=" ".join,
+)
+def test_a_mistyped_argument_is_one_sentence(
+    args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(args)
+    assert ended.value.code == 2
+    assert sentence in one_sentence(capsys.readouterr().err)
+
+
 # --- runs that end badly
 
 

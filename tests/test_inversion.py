@@ -15,6 +15,7 @@ from gradinv.consensus import consensus
 from gradinv.inversion import invert
 from gradinv.metrics import constant_colour, pair, psnr
 from gradinv.state import RunState, learning_rate, stage_plan, upsample
+from gradinv.stepping import resolve_mode
 from gradinv.types import BatchNormStatistics, GradinvError
 from gradinv.victim import observe
 
@@ -76,6 +77,8 @@ def test_seeds_side_by_side_give_the_images_of_one_after_the_other(small_model, 
         ]
     finally:
         torch.set_num_threads(before)
+    assert [snapshot.parallel_seeds for snapshot in reached] == [1, 2, 2]
+    assert {snapshot.stepping for snapshot in reached} == {resolve_mode("auto", small_model.device)}
     alone, two, chosen = (snapshot.seeds for snapshot in reached)
     assert torch.equal(two, chosen)
     assert (alone - two).abs().mean() < 1e-3

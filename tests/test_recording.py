@@ -125,6 +125,13 @@ def test_run_json_has_every_field_of_the_design(tmp_path: Path, model: Model, ob
     assert run["peak_memory_mb"] > 10 and run["recording_seconds"] > 0
 
 
+def test_how_steps_were_executed_is_recorded(model: Model, observation: Observation) -> None:
+    made = Recorder(MemoryStore(), config=CONFIG, model=model, observation=observation)
+    last = dataclasses.replace(snapshot(4), stepping="packed", parallel_seeds=2)
+    list(made.follow(iter([snapshot(0), last])))
+    assert (made.run["environment"]["stepping"], made.run["environment"]["parallel_seeds"]) == ("packed", 2)
+
+
 def test_what_read_the_labels_is_recorded_and_replayed(model: Model, observation: Observation) -> None:
     store = MemoryStore()
     sure = dataclasses.replace(snapshot(4), label_method="ilrg", label_confidence=0.75)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from gradinv import __version__
 from gradinv.cli import benchmark, evaluate, head, identify, invert, models, replay
@@ -72,13 +73,20 @@ def _run(args: argparse.Namespace) -> int:
         return complain(*diagnosis(error))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage, which for some commands fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"invalid int value: ('.*')", r"a whole number is expected, not \1", message)
+        message = re.sub(r"invalid float value: ('.*')", r"a number is expected, not \1", message)
+        sys.exit(complain(f"{message[0].upper()}{message[1:]}; {self.prog} --help tells more.", 2))
+
+
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "gradinv", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False
-    )
+    parser = _Parser("gradinv", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gradinv {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object and nothing else to the output")
     common.add_argument(
         "--debug",

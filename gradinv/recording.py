@@ -46,6 +46,7 @@ from gradinv.types import GradinvError, Observation, Snapshot, Term, memory_exha
 
 FORMAT = 1
 OBSERVATION = "observation.safetensors"
+_EXECUTED = ("stepping", "parallel_seeds")
 STATE = "state.safetensors"
 ZIP_LIMIT = 1_000_000_000  # bytes unpacked
 WEBP_LIMIT = 16_383  # pixels a side; a larger mosaic is stored as PNG
@@ -276,6 +277,8 @@ class Recorder:
         done = resumed.state.step
         self._recorded = done
         self._spent = float(resumed.run.get("recording_seconds", 0))
+        before = resumed.run["environment"]  # where no step is left to do, what ran was the old one's
+        self.run["environment"] |= {name: before[name] for name in _EXECUTED if name in before}
         for step, name in _frames(self._store).items():
             if step > done or step not in resumed.steps:
                 self._store.remove(name)
@@ -706,9 +709,7 @@ def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 def _executed(snapshot: Snapshot) -> dict[str, Any]:
     """How the steps so far were run, where there were any."""
-    if not snapshot.stepping:
-        return {}
-    return {"stepping": snapshot.stepping, "parallel_seeds": snapshot.parallel_seeds}
+    return {name: getattr(snapshot, name) for name in _EXECUTED} if snapshot.stepping else {}
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:

@@ -16,7 +16,7 @@ from gradinv.types import GradinvError
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """One option for each field of AttackConfig; those left out keep the preset's value."""
     attack = parser.add_argument_group("settings of the attack (default: the preset's)")
-    execution = parser.add_argument_group("how it is executed, with the same result")
+    execution = parser.add_argument_group("how it is executed (the same result, to rounding)")
     for item in dataclasses.fields(AttackConfig):
         group = execution if item.name in ("stepping", "micro_batch", "parallel_seeds") else attack
         flag = "--" + item.name.replace("_", "-")

@@ -284,8 +284,7 @@ class _Ours:
 
     def __init__(self, task: _Task, config: AttackConfig) -> None:
         self._run = Run(task.model, task.observation.batch_size, config)
-        parallel = parallel_seeds(task.model, task.observation.batch_size, config)
-        self._stepper = Stepper(task.objective(config), config.stepping, parallel=parallel)
+        self._stepper = Stepper(task.objective(config), config.stepping, parallel=config.parallel_seeds)
         self._device = task.model.device
         self._steps = itertools.count()
 

@@ -37,9 +37,9 @@ def invert(
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
-    and the run ends. On the CPU the same config gives the same images, whatever the snapshots. With `resume`
-    it goes on from there, first yielding that step once more: on the CPU it then gives the very images that it would
-    have given uninterrupted.
+    and the run ends. On the CPU the same config gives the same images with as many threads, whatever the
+    snapshots. With `resume` it goes on from there, first yielding that step once more: on the CPU it then gives the
+    very images that it would have given uninterrupted.
 
     Several `ranks` share the seeds: each calls this with the same arguments, goes through all snapshots, which hold
     every seed on each rank, and stops where any of them is told to.

@@ -321,7 +321,7 @@ def _board(state: JobState, pictures: Pictures | None, hidden: bool) -> None:
     else:
         shown = markup.board(rows)
     # Named after what it will hold, for which the style keeps the place.
-    with st.container(key=f"board-{_size(work)}x{min(drawn, 4)}"):
+    with st.container(key=f"board-{_size(work)}x{min(drawn, 4)}rows"):
         st.markdown(shown, unsafe_allow_html=True)
 
 

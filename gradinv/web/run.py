@@ -242,16 +242,18 @@ def _status(state: JobState, progress: Progress | None) -> None:
         args=(state.id,),
     )
     speed = progress.speed if progress is not None else None
-    st.markdown(
-        markup.facts(
-            [
-                ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
-                ("so far", markup.duration(progress.seconds if progress is not None else None)),
-                *_quality(state, progress),
-            ]
-        ),
-        unsafe_allow_html=True,
+    _facts(
+        [
+            ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
+            ("so far", markup.duration(progress.seconds if progress is not None else None)),
+            *_quality(state, progress),
+        ]
     )
+
+
+def _facts(numbers: Sequence[tuple[str, str]]) -> None:
+    with st.container(key="facts"):  # for which the style keeps the place
+        st.markdown(markup.facts(numbers), unsafe_allow_html=True)
 
 
 def _quality(state: JobState, progress: Progress | None) -> list[tuple[str, str]]:
@@ -433,7 +435,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
         ("in all", markup.duration(progress.seconds)),
         *_quality(state, progress),
     ]
-    st.markdown(markup.facts(numbers), unsafe_allow_html=True)
+    _facts(numbers)
     store, name = progress.store, _file_name(_work(state)[1], recorded, progress)
     with st.container(horizontal=len(progress.pictures.psnr) > BESIDE):
         st.download_button(

@@ -42,8 +42,8 @@ def measure(task: tuple[str, str, int, int, str, dict]) -> dict:
     """Run one setting on one batch; → one row of the CSV."""
     import torch
 
+    from gradinv.attack.inversion import invert
     from gradinv.config import AttackConfig
-    from gradinv.inversion import invert
     from gradinv.metrics import constant_colour, pair, psnr, ssim
     from gradinv.models import load_model
     from gradinv.victim import observe

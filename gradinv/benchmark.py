@@ -35,13 +35,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from gradinv import __version__, sources
+from gradinv.attack.objective import Objective
+from gradinv.attack.state import Run
 from gradinv.checks import check_memory, estimate_memory, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.images import to_pixels
 from gradinv.models import MODELS, Model
-from gradinv.objective import Objective
 from gradinv.peers import BREACHING, breaching_attack, require_breaching
-from gradinv.state import Run
 from gradinv.stepping import MODES, Stepper, evaluate, resolve_mode
 from gradinv.tape import PACKED_CONVOLUTIONS
 from gradinv.types import GradinvError

@@ -12,9 +12,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from gradinv.attack.objective import matched_parameters
+from gradinv.batchnorm import check_train_mode, running_statistics
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.objective import check_train_mode, matched_parameters, running_statistics
 from gradinv.stepping import PARALLEL, resolve_mode
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 

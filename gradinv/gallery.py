@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.features import RecoveredFeatures, recover_features
 from gradinv.images import to_pixels
-from gradinv.labels import RestoredLabels, restore_labels
 from gradinv.models import Model, cache_folder
+from gradinv.recovery.final_layer import RecoveredFeatures, recover_features
+from gradinv.recovery.labels import RestoredLabels, restore_labels
 from gradinv.sources import from_path
 from gradinv.types import GradinvError, Observation
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from gradinv import figures, metrics
+from gradinv.attack.inversion import invert
 from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
-from gradinv.inversion import invert
 from gradinv.models import Model
 from gradinv.recording import MemoryStore, Recorder, thinned
 from gradinv.types import GradinvError, Observation, Snapshot, memory_exhausted

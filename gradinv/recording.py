@@ -37,11 +37,11 @@ from PIL import Image
 from torch import Tensor
 
 from gradinv import __version__, metrics
+from gradinv.attack.state import RunState
 from gradinv.config import AttackConfig
 from gradinv.images import from_grid, to_grid, to_image
 from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
 from gradinv.paths import write_whole
-from gradinv.state import RunState
 from gradinv.types import GradinvError, Observation, Snapshot, Term, memory_exhausted
 
 FORMAT = 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradinv.objective import Objective
+from gradinv.attack.objective import Objective
 from gradinv.tape import Program, Tape, can_pack
 from gradinv.types import GradinvError
 

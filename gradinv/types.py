@@ -205,6 +205,54 @@ class Observation:
             ) from error
 
 
+@dataclass(frozen=True, eq=False)
+class SolvedNode:
+    """The activations of one node of the network (see `gradinv.network`), as the gradient gives them away.
+
+    `activation` (B, C, H, W) is what the node holds for each image, at least 0. `cotangent`, of the same shape, is the
+    derivative of the client's loss with respect to the pre-activation, 0 where the unit is off, with the client's own
+    rescaling (`Recovered.scale`) in it; None where it is not known. `method` is "exact" where the gradient's equations
+    alone determine the node, "convex" where the layers' own equations were needed as well.
+
+    `error` is the estimated relative error ‖x − x*‖ / ‖x*‖ of each image (B,), `residual` the share of the equations'
+    right side that is left unexplained. `equations` and `unknowns` are counted per channel of the node. `mended` is
+    the share of the mask's entries, of the node above, that were wrong at first and were set right by the residual.
+    """
+
+    name: str
+    activation: Tensor
+    cotangent: Tensor | None
+    method: str
+    error: Tensor
+    residual: float
+    equations: int
+    unknowns: int
+    mended: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """What the gradient says without a search, in closed form, from the labels down through the layers.
+
+    `labels` (B,) int64 with the `method` that read them and its `confidence`. `features` F (B, D) and `errors`
+    A = p − y (B, N) solve the final layer, up to a share `residual` of its gradient; the client multiplied its gradient
+    by `scale`. They are None where the config asks for none or the final layer does not determine them. All images go
+    in the labels' order. `nodes` are the solved ones, the highest first, `stopped` says in a sentence why there are no
+    more.
+    """
+
+    labels: Tensor
+    method: str
+    confidence: float
+    features: Tensor | None = None
+    errors: Tensor | None = None
+    residual: float | None = None
+    scale: float = 1.0
+    nodes: tuple[SolvedNode, ...] = ()
+    stopped: str = ""
+
+
 @dataclass(frozen=True)
 class Term:
     """One term of the objective at one step: per seed its value before (`raw`) and after (`weighted`) its weight."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv.batchnorm import batch_statistics, check_train_mode, running_statistics
 from gradinv.models import Model
-from gradinv.objective import batch_statistics, check_train_mode, running_statistics
 from gradinv.types import MODES, BatchNormStatistics, Gradients, GradinvError, Observation
 
 

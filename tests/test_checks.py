@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from gradinv import checks
+from gradinv.batchnorm import batch_statistics
 from gradinv.checks import check_memory, estimate_memory, free_memory, outputs_per_image, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.objective import batch_statistics
 from gradinv.types import GradinvError
 
 CONFIG = AttackConfig(seeds=1)

@@ -8,12 +8,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.consensus import consensus
+from gradinv.attack.consensus import consensus
+from gradinv.attack.registration import METHODS
 from gradinv.images import to_pixels
 from gradinv.metrics import psnr
 from gradinv.paths import ASSETS
 from gradinv.recording import MemoryStore, Recording
-from gradinv.registration import METHODS
 from gradinv.types import GradinvError, Preprocessing
 
 SIDE = 64

@@ -24,8 +24,8 @@ from conftest import PLAIN
 
 import gradinv
 from gradinv import cli, distributed
+from gradinv.attack.inversion import invert
 from gradinv.distributed import ALONE, Ranks, joined
-from gradinv.inversion import invert
 from gradinv.models import Model
 from gradinv.recording import Recording
 from gradinv.types import GradinvError, Observation, Snapshot

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import gradinv
 from gradinv import cli, models, peers
+from gradinv.attack.objective import Objective
 from gradinv.config import AttackConfig
 from gradinv.evaluation import plan as plans
 from gradinv.evaluation import running, table, tasks
@@ -34,7 +35,6 @@ from gradinv.evaluation.ledger import Ledger
 from gradinv.evaluation.plan import Plan, Row, Values
 from gradinv.gallery import Gallery
 from gradinv.models import Model
-from gradinv.objective import Objective
 from gradinv.peers import PeerResult
 from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gradinv.features import EXPLAINED, FinalLayer, recover_features
+from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, recover_features
 from gradinv.types import GradinvError, Observation
 from gradinv.victim import observe
 

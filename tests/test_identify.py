@@ -15,9 +15,9 @@ from PIL import Image
 from gradinv import cli, gallery, sources
 from gradinv.cli import identify
 from gradinv.images import to_pixels
-from gradinv.labels import RestoredLabels
 from gradinv.models import Model, load_model
 from gradinv.paths import ASSETS
+from gradinv.recovery.labels import RestoredLabels
 from gradinv.sources import from_path
 from gradinv.types import Observation
 from gradinv.victim import observe

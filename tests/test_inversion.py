@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import PLAIN
 
+from gradinv.attack.consensus import consensus
+from gradinv.attack.inversion import invert
+from gradinv.attack.state import RunState, learning_rate, stage_plan, upsample
 from gradinv.checks import estimate_memory
 from gradinv.config import AttackConfig
-from gradinv.consensus import consensus
-from gradinv.inversion import invert
 from gradinv.metrics import constant_colour, pair, psnr
-from gradinv.state import RunState, learning_rate, stage_plan, upsample
 from gradinv.stepping import resolve_mode
 from gradinv.types import BatchNormStatistics, GradinvError
 from gradinv.victim import observe

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gradinv.labels import METHODS, bias_corrected, column_minimum, ilrg, llg, restore_labels
+from gradinv.recovery.labels import METHODS, bias_corrected, column_minimum, ilrg, llg, restore_labels
 from gradinv.types import GradinvError
 from gradinv.victim import observe
 

@@ -15,9 +15,9 @@ from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
 from gradinv.defenses import clip, gaussian_epsilon, gaussian_sigma, parse
-from gradinv.features import EXPLAINED
 from gradinv.gallery import Gallery, pooled
 from gradinv.models import Model
+from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import Picture
 from gradinv.types import GradinvError
 from gradinv.victim import observe

@@ -8,27 +8,29 @@ import weakref
 import pytest
 import torch
 
-from gradinv.config import AttackConfig
-from gradinv.models import Model
-from gradinv.objective import (
+from gradinv.attack.objective import (
     Objective,
     absolute_variation,
-    batch_statistics,
     bn_distance,
     cosine_distance,
     feature_distance,
-    forward_mode,
     group_distance,
-    inferred_statistics,
     l2_distance,
     layer_cosine_distance,
     luma_chroma_variation,
     matched_parameters,
     paper_variation,
     relative_bn_distance,
+)
+from gradinv.batchnorm import (
+    batch_statistics,
+    forward_mode,
+    inferred_statistics,
     running_statistics,
     samples_per_layer,
 )
+from gradinv.config import AttackConfig
+from gradinv.models import Model
 from gradinv.types import BatchNormStatistics, GradinvError, Preprocessing
 from gradinv.victim import observe
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from gradinv import prior
-from gradinv.features import recover_features
 from gradinv.images import to_pixels
-from gradinv.labels import restore_labels
 from gradinv.metrics import constant_colour, psnr, ssim
 from gradinv.models import Model, load_model
+from gradinv.recovery.final_layer import recover_features
+from gradinv.recovery.labels import restore_labels
 from gradinv.sources import find, gallery
 from gradinv.types import GradinvError, Preprocessing
 from gradinv.victim import observe

@@ -76,7 +76,7 @@ def test_wheel_carries_the_package_and_its_assets() -> None:
     builder = importlib.import_module("hatchling.builders.wheel").WheelBuilder(str(ROOT))
     files = {file.distribution_path for file in builder.recurse_included_files()}
     assert {f"gradinv/assets/models/{info.name}.safetensors" for info in MODELS.values() if info.bundled} <= files
-    assert {"gradinv/assets/samples/goldfish.jpg", "gradinv/assets/SOURCES.md", "gradinv/inversion.py"} <= files
+    assert {"gradinv/assets/samples/goldfish.jpg", "gradinv/assets/SOURCES.md", "gradinv/attack/inversion.py"} <= files
     assert all(name.startswith("gradinv/") for name in files)
 
 

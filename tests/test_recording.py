@@ -22,8 +22,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from gradinv import __version__, metrics, paths
 from gradinv import recording as recording_module
+from gradinv.attack.inversion import Snapshots, invert
 from gradinv.config import AttackConfig
-from gradinv.inversion import Snapshots, invert
 from gradinv.models import ImageClass, Model
 from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, Resumption, gif, thinned
 from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term

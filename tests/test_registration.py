@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv.attack.registration import METHODS, align, displacement, warp
 from gradinv.images import to_pixels
 from gradinv.metrics import psnr
 from gradinv.paths import ASSETS
-from gradinv.registration import METHODS, align, displacement, warp
 from gradinv.types import GradinvError, Preprocessing
 
 SIDE = 64

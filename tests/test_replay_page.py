@@ -23,9 +23,9 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
+from gradinv.attack.inversion import invert
 from gradinv.config import AttackConfig
 from gradinv.images import from_grid
-from gradinv.inversion import invert
 from gradinv.models import Model, tiny_classes
 from gradinv.paths import ASSETS
 from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording

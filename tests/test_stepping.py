@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_map_only
 
 from gradinv import stepping, tape
+from gradinv.attack.objective import Judgement, Objective
 from gradinv.config import AttackConfig
-from gradinv.features import recover_features
-from gradinv.objective import Judgement, Objective
+from gradinv.recovery.final_layer import recover_features
 from gradinv.stepping import Stepped, Stepper, evaluate, resolve_mode
 from gradinv.types import GradinvError
 from gradinv.victim import observe
@@ -738,7 +738,7 @@ def test_an_evaluation_stays_on_its_device_and_waits_for_no_number(small_model, 
     observation = observe(small_model, *small_batch, share_bn=True)
     found = recover_features(small_model, observation, small_batch[1])
     moved = dataclasses.replace(found, features=found.features.to("meta"), errors=found.errors.to("meta"))
-    monkeypatch.setattr("gradinv.objective.recover_features", lambda *_: moved)
+    monkeypatch.setattr("gradinv.attack.objective.recover_features", lambda *_: moved)
     model = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
     config = AttackConfig(**{**ALL_TERMS, "bn_form": "relative", "tv_form": "luma-chroma", **changes})
     objective = Objective(model, observation, small_batch[1], config)

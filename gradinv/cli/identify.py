@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gradinv.checks import check_observation
-    from gradinv.features import EXPLAINED
     from gradinv.gallery import sought
+    from gradinv.recovery.final_layer import EXPLAINED
     from gradinv.types import GradinvError, Observation
 
     say = speaker(args)

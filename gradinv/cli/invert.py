@@ -24,12 +24,12 @@ from gradinv.cli.say import complain, diagnosis, listed, percent, speaker
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradinv.attack.state import RunState
     from gradinv.config import AttackConfig
     from gradinv.distributed import Ranks
     from gradinv.models import Model
     from gradinv.recording import Recorder, Resumption
     from gradinv.sources import Picture
-    from gradinv.state import RunState
     from gradinv.types import Observation, Snapshot
 
 
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
     """The part of every rank but the first: its share of the seeds, without a word or a file of its own."""
-    from gradinv.inversion import invert
+    from gradinv.attack.inversion import invert
     from gradinv.models import load_model
     from gradinv.types import GradinvError
 
@@ -200,7 +200,7 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
 
 def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], ranks: Ranks) -> int:
     from gradinv import metrics
-    from gradinv.inversion import invert
+    from gradinv.attack.inversion import invert
     from gradinv.models import MODELS
     from gradinv.recording import DirectoryStore, Recorder, thinned
 
@@ -588,8 +588,8 @@ def _find_class(text: str, model: Model) -> int:
 
 def _check(task: _Task) -> None:
     """Raises GradinvError where there is nothing to describe: the observation is damaged or lacks statistics."""
+    from gradinv.attack.objective import bn_targets
     from gradinv.checks import check_observation
-    from gradinv.objective import bn_targets
 
     check_observation(task.model, task.observation)
     bn_targets(task.model, task.observation, task.config)

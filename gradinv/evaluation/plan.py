@@ -14,9 +14,9 @@ from typing import Any
 from gradinv import peers
 from gradinv.config import AttackConfig
 from gradinv.defenses import Defence, parse_all
-from gradinv.labels import METHODS as LABEL_METHODS
 from gradinv.models import Model
 from gradinv.prior import has_decoder
+from gradinv.recovery.labels import METHODS as LABEL_METHODS
 from gradinv.types import GradinvError
 
 HALVES = ("report", "tune", "all")

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from gradinv import gallery, metrics
+from gradinv.attack.inversion import invert
+from gradinv.attack.objective import Objective
 from gradinv.config import AttackConfig
 from gradinv.evaluation.bench import Batch, Bench
 from gradinv.evaluation.plan import TIMING, Row, Values
-from gradinv.inversion import invert
-from gradinv.labels import METHODS as LABEL_METHODS
-from gradinv.labels import restore_labels
 from gradinv.models import Model
-from gradinv.objective import Objective
 from gradinv.peers import PeerResult, Stopped, breaching_attack
+from gradinv.recovery.labels import METHODS as LABEL_METHODS
+from gradinv.recovery.labels import restore_labels
 from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError, Observation, Snapshot
 from gradinv.victim import final_gradient, observe

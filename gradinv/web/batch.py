@@ -8,10 +8,10 @@ from html import escape
 
 import streamlit as st
 
-from gradinv.features import EXPLAINED
 from gradinv.gallery import Gallery, Progress
 from gradinv.jobs import sentence
 from gradinv.models import Model, load_model
+from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import from_path
 from gradinv.types import GradinvError
 from gradinv.web import head, lessons, markup, shared

@@ -18,8 +18,8 @@ from streamlit.typing import UploadedFile
 from gradinv import figures
 from gradinv.checks import check_observation
 from gradinv.jobs import Limits, Shared, manager
-from gradinv.labels import restore_labels
 from gradinv.models import MODELS, Model
+from gradinv.recovery.labels import restore_labels
 from gradinv.sources import find, gallery
 from gradinv.types import GradinvError, Observation
 from gradinv.victim import observe

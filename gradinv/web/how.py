@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv import figures
-from gradinv.consensus import consensus
-from gradinv.features import recover_features
+from gradinv.attack.consensus import consensus
+from gradinv.attack.objective import bn_distance, l2_distance, paper_variation
+from gradinv.batchnorm import batch_statistics, running_statistics
 from gradinv.gallery import pooled
 from gradinv.images import to_pixels
-from gradinv.labels import restore_labels
 from gradinv.metrics import ssim
 from gradinv.models import Model, load_model
-from gradinv.objective import batch_statistics, bn_distance, l2_distance, paper_variation, running_statistics
 from gradinv.prior import preview
+from gradinv.recovery.final_layer import recover_features
+from gradinv.recovery.labels import restore_labels
 from gradinv.sources import Credit, find, gallery
 from gradinv.victim import observe
 from gradinv.web import head, live, markup, pick, settings

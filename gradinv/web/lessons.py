@@ -21,12 +21,12 @@ from torch import Tensor
 
 from gradinv import figures, prior
 from gradinv.defenses import parse_all
-from gradinv.features import EXPLAINED, FinalLayer, Fit
 from gradinv.gallery import Gallery, pooled
 from gradinv.images import to_pixels
-from gradinv.labels import bias_corrected, column_minimum, ilrg, llg
 from gradinv.models import Model
 from gradinv.paths import ASSETS
+from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
+from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
 from gradinv.sources import Picture, gallery
 from gradinv.types import Observation
 from gradinv.victim import final_gradient, observe

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from gradinv.figures import COLOURS, NEUTRAL
-from gradinv.labels import METHODS, restore_labels
+from gradinv.recovery.labels import METHODS, restore_labels
 from gradinv.types import GradinvError
 from gradinv.web import head, lessons, markup, shared
 from gradinv.web.guard import guarded

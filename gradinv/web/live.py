@@ -8,12 +8,12 @@ import streamlit as st
 import torch
 
 from gradinv import figures
+from gradinv.attack.objective import bn_targets
 from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
 from gradinv.jobs import Inversion, Originals, estimate, manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
-from gradinv.objective import bn_targets
 from gradinv.types import GradinvError
 from gradinv.web import command, gradient, head, markup, pick, replay, run, settings, shared, tour
 from gradinv.web.gradient import Gradient

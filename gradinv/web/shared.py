@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gradinv import figures
 from gradinv.images import to_pixels
-from gradinv.labels import restore_labels
 from gradinv.models import MODELS, Model, load_model
+from gradinv.recovery.labels import restore_labels
 from gradinv.sources import ImageFolder, Picture, SampleSet
 from gradinv.types import GradinvError
 from gradinv.victim import observe

@@ -10,8 +10,8 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.features import EXPLAINED, FinalLayer
 from gradinv.models import Model
+from gradinv.recovery.final_layer import EXPLAINED, FinalLayer
 from gradinv.types import GradinvError, Observation
 
 CORRECTED = ", corrected"

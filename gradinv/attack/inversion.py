@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradinv.attack.objective import Objective
+from gradinv.attack.state import Run, RunState
 from gradinv.checks import check_memory, check_observation, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
-from gradinv.labels import RestoredLabels, restore_labels
 from gradinv.models import Model
-from gradinv.objective import Objective
 from gradinv.prior import preview
-from gradinv.state import Run, RunState
+from gradinv.recovery.labels import RestoredLabels, restore_labels
 from gradinv.stepping import Stepped, Stepper
 from gradinv.types import Observation, Snapshot, Term
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv.attack.consensus import consensus
 from gradinv.config import AttackConfig
-from gradinv.consensus import consensus
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
 from gradinv.stepping import Stepped, Stepper

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gradinv.attack.registration import displacement, warp
 from gradinv.distributed import ALONE, Ranks
-from gradinv.registration import displacement, warp
 
 
 def consensus(seeds: Tensor, registration: str = "lazy", *, count: int | None = None, ranks: Ranks = ALONE) -> Tensor:

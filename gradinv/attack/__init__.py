@@ -1,0 +1,1 @@
+"""What is searched for: the pixels, by matching what the gradient says of them."""

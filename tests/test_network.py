@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from gradinv.network import STEM, Segment, node_shapes, parts, soft_maximum
+from gradinv.types import GradinvError
+
+
+@pytest.fixture(params=[(BasicBlock, [1, 2, 1, 2]), (Bottleneck, [2, 1, 1, 2])], ids=["basic", "bottleneck"])
+def network(request: pytest.FixtureRequest) -> ResNet:
+    """A random ResNet with running statistics that are not the defaults."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ResNet(*request.param, num_classes=7)
+        network.train()
+        with torch.no_grad():
+            network(torch.randn(8, 3, 64, 64))
+    return network.eval()
+
+
+def hooked(network: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
+    found = []
+    handle = network.get_submodule(name).register_forward_hook(lambda _, __, output: found.append(output))
+    with torch.no_grad():
+        network(images)
+    handle.remove()
+    return found[0]
+
+
+def test_every_node_is_the_networks_own(network):
+    images = torch.randn(2, 3, 64, 64)
+    nodes = parts(network).nodes
+    with torch.no_grad():
+        found = Segment(network, nodes[-1], nodes)(images)
+    assert tuple(found) == nodes
+    assert nodes[0] == STEM and nodes[-1] == "layer4.1"
+    for name, value in found.items():
+        expected = hooked(network, images, name)
+        if ".conv" in name:
+            expected = network.get_submodule(name.replace("conv", "bn"))(expected)
+        torch.testing.assert_close(value.relu(), expected.relu())
+
+
+def test_shapes_are_those_of_a_pass(network):
+    nodes = parts(network).nodes
+    with torch.no_grad():
+        found = Segment(network, nodes[-1], nodes)(torch.randn(1, 3, 96, 96))
+    assert node_shapes(network, 96) == {name: tuple(value.shape[1:]) for name, value in found.items()}
+
+
+def test_a_segment_depends_on_the_parameters_that_it_names(network):
+    for upper in parts(network).nodes:
+        segment = Segment(network, upper)
+        total = segment(torch.randn(1, 3, 64, 64))[upper].square().sum()
+        named = dict(network.named_parameters())
+        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+        needed = {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+        assert set(segment.parameters) == needed
+        assert len(segment.parameters) == len(needed)
+
+
+def test_a_units_slope_and_offset_are_its_batch_normalisation(network):
+    for block in parts(network).blocks:
+        for unit in block.all_units:
+            values = torch.randn(2, unit.conv.out_channels, 3, 3)
+            expected = values * unit.slope.view(-1, 1, 1) + unit.offset.view(-1, 1, 1)
+            torch.testing.assert_close(unit.bn(values), expected)
+
+
+def test_the_soft_maximum_becomes_the_maximum(network):
+    pool, values = parts(network).pool, torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    exact = pool(values)
+    off = [float((soft_maximum(values, pool, beta) - exact).abs().max()) for beta in (1.0, 10.0, 1000.0)]
+    assert off[0] > off[1] > off[2]
+    assert off[2] < 1e-2
+    # One window by hand: the lower right one of a 2 × 2 map holds all four values.
+    four = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    weights = (0.5 * four.flatten()).softmax(0)
+    assert soft_maximum(four, pool, 0.5).item() == pytest.approx(float((weights * four.flatten()).sum()))
+
+
+def test_stages_stand_for_their_last_block(network):
+    assert parts(network).node("layer4") == "layer4.1"
+    assert parts(network).node("layer4.0.conv1") == "layer4.0.conv1"
+
+
+@pytest.mark.parametrize("name", ["layer5", "layer1.9", "conv1", ""])
+def test_unknown_nodes_are_named(network, name):
+    with pytest.raises(GradinvError, match="has no node"):
+        parts(network).node(name)
+
+
+def test_a_node_above_the_cut_is_refused(network):
+    with pytest.raises(GradinvError, match="lies above"):
+        Segment(network, "layer2", ["layer3"])
+
+
+def test_other_networks_are_refused(small_model):
+    with pytest.raises(GradinvError, match="torchvision's ResNets"):
+        parts(small_model.network)

@@ -143,6 +143,11 @@ class AttackConfig:
         ):
             raise GradinvError(f"stages are positive shares of the steps that sum to 1, not {shares!r}.")
 
+    @property
+    def needs_features(self) -> bool:
+        """Whether the attack takes more from the final layer than the labels."""
+        return self.features > 0 or (self.gradient > 0 and self.errors == "recovered") or self.start == "decoder"
+
     @classmethod
     def preset(cls, name: str, model: str | None = None, **changes: Any) -> AttackConfig:
         """The preset of that name (`paper`, `demo`), for a model where it depends on one, with single fields changed.

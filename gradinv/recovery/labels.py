@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.models import Model
-from gradinv.recovery.final_layer import EXPLAINED, FinalLayer
+from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
 from gradinv.types import GradinvError, Observation
 
 CORRECTED = ", corrected"
@@ -35,11 +35,14 @@ class RestoredLabels:
     right labels rounding error, with a wrong one 0.002 to 0.4; noise raises it. Elsewhere (`auto` of more than
     32 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the share of labels that are
     right and says nothing of the batch as a whole: 0.9 times the share on which the other methods agree, on average.
+
+    `fit` is the solution of the final layer with these labels, where the test found one that explains its gradient.
     """
 
     labels: Tensor
     method: str
     confidence: float
+    fit: Fit | None = None
 
 
 @torch.no_grad()
@@ -62,7 +65,7 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
         labels = readings[method]()
         others = _attempted({name: reading for name, reading in readings.items() if name != method})
         layer = _final_layer(model, observation, _QUICK)
-        return RestoredLabels(labels, method, _confidence(labels, layer, others.values()))
+        return _judged(labels, method, layer, others.values())
     tried = _attempted(readings) or {"llg": readings["llg"]()}
     layer = _final_layer(model, observation, _TESTABLE)
     if layer is not None:
@@ -70,13 +73,15 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
         # Whole images, whatever the gradient's scale: true labels sum to K, and little of them is lost to p.
         evidence *= count / evidence.clamp(min=0).sum().clamp(min=torch.finfo(evidence.dtype).tiny)
         order = observation.gradients[f"{model.final}.weight"].min(dim=1).values.cpu().argsort(stable=True)
-        name, labels, residual = _search(layer, tried, evidence, order)
+        name, labels, fit = _search(layer, tried, evidence, order)
         # A search that found no explanation is trusted only where labels repeat and not much is missing.
-        if residual < EXPLAINED or (residual < _CHANGED and _likeliest(model, observation, tried) != "column-minimum"):
-            return RestoredLabels(labels.to(next(iter(tried.values())).device), name, _trust(residual))
+        explained = fit.residual < EXPLAINED
+        if explained or (fit.residual < _CHANGED and _likeliest(model, observation, tried) != "column-minimum"):
+            labels = labels.to(next(iter(tried.values())).device)
+            return RestoredLabels(labels, name, _trust(fit.residual), fit if explained else None)
     name = _likeliest(model, observation, tried)
     others = {key: tried[key] for key in tried if key != name}
-    return RestoredLabels(tried[name], name, _confidence(tried[name], layer, others.values()))
+    return _judged(tried[name], name, layer, others.values())
 
 
 def column_minimum(gradient: Tensor, batch_size: int) -> Tensor:
@@ -212,18 +217,16 @@ def _final_layer(model: Model, observation: Observation, most: int) -> FinalLaye
         return None
 
 
-def _search(
-    layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, order: Tensor
-) -> tuple[str, Tensor, float]:
+def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, order: Tensor) -> tuple[str, Tensor, Fit]:
     """The labels with the smallest residual: the readings, then those that follow from the absent classes, then single
-    moves from the best. → method, labels, residual
+    moves from the best. → method, labels, their fit
 
     evidence: (N,), about how many images each class has; order: (N,), the classes by their smallest gradient.
     """
     # Tests of small batches are cheap: there a reading gets several starts, as a right one may fail at the first.
     quick = len(next(iter(tried.values()))) <= _QUICK
     most, thorough, starts = (80, 6, 2) if quick else (24, 1, 1)
-    tested: dict[tuple[int, ...], tuple[float, str, Tensor, Iterator[Tensor]]] = {}
+    tested: dict[tuple[int, ...], tuple[float, str, Tensor, Iterator[Tensor], Fit]] = {}
 
     def test(name: str, labels: Tensor, starts: int) -> bool:
         """Whether the labels, in any order, explain the gradient."""
@@ -231,7 +234,7 @@ def _search(
         if key in tested:
             return False
         fit = layer.fit(labels, starts=starts)
-        tested[key] = (fit.residual, name, labels, _moves(labels, fit.drift, evidence))
+        tested[key] = (fit.residual, name, labels, _moves(labels, fit.drift, evidence), fit)
         return fit.residual < EXPLAINED
 
     def search() -> None:
@@ -252,7 +255,7 @@ def _search(
         while len(tested) < most:
             open_moves = (
                 (name, moved)
-                for _, name, _, moves in sorted(tested.values(), key=lambda known: known[0])
+                for _, name, _, moves, _ in sorted(tested.values(), key=lambda known: known[0])
                 for moved in moves
                 if tuple(sorted(moved.tolist())) not in tested
             )
@@ -261,8 +264,8 @@ def _search(
                 return
 
     search()
-    residual, name, labels, _ = min(tested.values(), key=lambda known: known[0])
-    return name, labels, residual
+    _, name, labels, _, fit = min(tested.values(), key=lambda known: known[0])
+    return name, labels, fit
 
 
 def _moves(labels: Tensor, drift: Tensor, evidence: Tensor) -> Iterator[Tensor]:
@@ -311,9 +314,12 @@ def _likeliest(model: Model, observation: Observation, tried: Mapping[str, Tenso
     return "column-minimum" if distinct else "ilrg" if "ilrg" in tried else "llg"
 
 
-def _confidence(labels: Tensor, layer: FinalLayer | None, others: Iterable[Tensor]) -> float:
-    """By how well features explain the gradient with these labels, or where that is not tested by what others read."""
-    return _agreement(labels, others) if layer is None else _trust(layer.fit(labels.cpu(), starts=1).residual)
+def _judged(labels: Tensor, method: str, layer: FinalLayer | None, others: Iterable[Tensor]) -> RestoredLabels:
+    """A reading trusted as far as features explain the gradient with it, or where that is not tested as others agree."""
+    if layer is None:
+        return RestoredLabels(labels, method, _agreement(labels, others))
+    fit = layer.fit(labels.cpu(), starts=1)
+    return RestoredLabels(labels, method, _trust(fit.residual), fit if fit.residual < EXPLAINED else None)
 
 
 def _trust(residual: float) -> float:

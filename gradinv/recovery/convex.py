@@ -1,0 +1,458 @@
+"""The input of one residual block where the gradient's equations alone are too few: a convex problem."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradinv.network import Block, Unit
+from gradinv.types import GradinvError
+
+_CORRELATION = 1.0  # pixels of the map over which an activation's correlation falls to 1/e
+_REFRESH = 25  # iterations between two exact residuals
+_PROBE = 0.4  # the twin's share of the iterations
+_LEAST = 50  # iterations before convergence is believed
+
+
+@dataclass(frozen=True, eq=False)
+class ConvexSolution:
+    """The input `x` (B, C, H, W) ≥ 0 of a residual block, with the estimated relative `error` ‖x − x*‖ / ‖x*‖ of each
+    image (B,), 1 where nothing can be said.
+
+    `residual` is the share of the equations' right side that is left unexplained, the larger one of the gradient's
+    and the layers' own. `equations` and `unknowns` are counted per channel of x; of the former only equalities.
+    """
+
+    x: Tensor
+    error: Tensor
+    residual: float
+    iterations: int
+    seconds: float
+    equations: int
+    unknowns: int
+
+
+@torch.no_grad()
+def solve_block_input(
+    block: Block,
+    gradients: Mapping[str, Tensor],
+    cotangents: Mapping[str, Tensor],
+    activations: Mapping[str, Tensor],
+    shape: tuple[int, int, int, int],
+    *,
+    noise: float = 1e-6,
+    tolerance: float = 2e-3,
+    iterations: int = 400,
+    seconds: float = math.inf,
+    stop: Event | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> ConvexSolution:
+    """Solve a block's input x (B, C, H, W) = `shape` from everything that is linear or an inequality in it.
+
+    gradients: of the convolutions' weights, by parameter name; cotangents (B, O, h, w) of the convolutions' outputs,
+    by unit name, for the first unit and the shortcut; activations (B, O, h, w) by node name, of the block's first
+    node, others where they are known, and the block's own. With δ the cotangent, W the weight, per convolution
+
+        ∇W[o, i, u, v] = Σ_{k, pos} δ[k, o, pos] x[k, i, pos · stride + (u, v) − padding]
+        BN(conv1(x)) = h where h > 0, ≤ 0 where h = 0; BN(shortcut(x)) = out − rest(h) where out > 0, ≤ where out = 0
+        x ≥ 0
+
+    where BN is in eval mode. `noise` is the relative error of what is given. The search ends as soon as the second
+    half of the iterations moved x by less than the share `tolerance`, at the latest after that many `iterations` or
+    `seconds`; the estimate of the error comes on top with less than half of that. `stop` ends it within an iteration,
+    with an error of 1 where there was no time to estimate it. `progress` gets the iterations and the residual.
+
+    Of all solutions the likeliest is taken, for activations that vary around a channel's mean and are alike at
+    neighbouring positions. The error is measured on a twin: the same equations, as x itself would meet them, with
+    noise as large as the residual, solved from x plus a random deviation such as activations have; what is left of
+    the deviation is the error, extrapolated to all iterations.
+
+    Raises GradinvError where something needed is missing or has another shape.
+    """
+    started = time.monotonic()
+    problem = _Problem(block, gradients, cotangents, activations, shape, noise)
+    halt = _Halt(stop, started + seconds)
+    search = _Search(problem, problem.targets, problem.start)
+    marks = {0: problem.start}
+    while search.count < iterations and not halt():
+        search.step()
+        if search.count % _REFRESH == 0 or search.count == iterations:
+            search.refresh()
+            marks[search.count] = search.x
+            if progress is not None:
+                progress(search.count, problem.residual(search.x.clamp(min=0)))
+            half = marks[search.count // (2 * _REFRESH) * _REFRESH]
+            moved = float((search.x - half).norm() / search.x.norm().clamp(min=1e-30))
+            if search.count >= _LEAST and moved < tolerance:
+                break
+    search.refresh()
+    x = search.x.clamp(min=0)
+    halt.until = math.inf  # the estimate is what makes the result of use
+    error = _twin(problem, x, search.count, halt, progress)
+    return ConvexSolution(
+        x=problem.maps(x).contiguous(),
+        error=error,
+        residual=problem.residual(x),
+        iterations=search.count,
+        seconds=time.monotonic() - started,
+        equations=problem.equations,
+        unknowns=problem.unknowns,
+    )
+
+
+class _Halt:
+    """Whether to end: on an event, or after a moment of the monotonic clock."""
+
+    def __init__(self, stop: Event | None, until: float) -> None:
+        self._stop = stop
+        self.until = until
+
+    def __call__(self) -> bool:
+        return (self._stop is not None and self._stop.is_set()) or time.monotonic() > self.until
+
+
+class _Layers:
+    """The block's first convolution and its shortcut as linear maps of x, BN's slope in the weights."""
+
+    def __init__(self, unit: Unit, shortcut: Unit | None, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        self._units = (unit, shortcut)
+        self._shape = shape
+        self._weights = [
+            None
+            if part is None
+            else (part.conv.weight.detach().double() * part.slope.double()[:, None, None, None])
+            .to(dtype)
+            .contiguous(memory_format=torch.channels_last)
+            for part in self._units
+        ]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x (B, C, H, W) → both outputs (B, O, h, w), without BN's offsets."""
+        return [
+            x if part is None or weight is None else F.conv2d(x, weight, None, *_geometry(part))
+            for part, weight in zip(self._units, self._weights, strict=True)
+        ]
+
+    def transposed(self, outputs: list[Tensor]) -> Tensor:
+        """The transposed map: two tensors (B, O, h, w) → (B, C, H, W)."""
+        total: Tensor | None = None
+        for part, weight, output in zip(self._units, self._weights, outputs, strict=True):
+            if part is None or weight is None:
+                term = output
+            else:
+                stride, padding, dilation = _geometry(part)
+                rest = [
+                    side - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+                    for side, out, s, p, d, k in zip(
+                        self._shape[2:], output.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+                    )
+                ]
+                term = F.conv_transpose2d(output, weight, None, stride, padding, rest, 1, dilation)
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    def power(self) -> float:
+        """The mean of the squared norms of all equations' rows."""
+        powers = [
+            torch.ones(1, dtype=torch.float64) if w is None else w.double().square().sum((1, 2, 3)).cpu()
+            for w in self._weights
+        ]
+        return float(torch.cat(powers).mean())
+
+
+class _Problem:
+    """The equations, and the Gaussian that the gradient's make of x.
+
+    x is kept as a matrix (n, C), n = B·H·W. Before anything is known its columns are m + √v N(0, R) with a mean m of
+    their own and R = exp(−distance) between the positions of an image. The gradient's equations A x = G (p, C), whose
+    A (p, n) is the same for all channels, up to noise of variance τ v, turn that into a Gaussian with the mean
+    `start` = m + RAᵀ(ARAᵀ + τ)⁻¹(G − A m) and the covariance v T, T = R − RAᵀ(ARAᵀ + τ)⁻¹AR. A search that
+    moves by T only keeps these equations for nothing, and this is what makes it fast: their singular values span many
+    decades, those of the layers' own equations few.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        gradients: Mapping[str, Tensor],
+        cotangents: Mapping[str, Tensor],
+        activations: Mapping[str, Tensor],
+        shape: tuple[int, int, int, int],
+        noise: float,
+    ) -> None:
+        self.shape = shape
+        count, channels, height, width = shape
+        first, shortcut = block.units[0], block.shortcut
+        units = [first] if shortcut is None else [first, shortcut]
+        h = _given(activations, first.name, "activation").double()
+        out = _given(activations, block.name, "activation").double()
+        device = h.device
+        rows, right = [], []
+        for unit in units:
+            delta = _given(cotangents, unit.name, "cotangent").double()
+            if len(delta) != count or delta.shape[1] != unit.conv.out_channels:
+                raise GradinvError(f"The cotangent of {unit.name} has the shape {tuple(delta.shape)}, not the batch's.")
+            rows.append(_gradient_rows(delta, unit, height, width))
+            gradient = _given(gradients, f"{unit.name}.weight", "gradient").to(device).double()
+            right.append(gradient.permute(0, 2, 3, 1).reshape(-1, channels))
+        matrix, known = torch.cat(rows), torch.cat(right)
+        told = matrix.square().sum(1) > 0  # a dead channel says nothing
+        scale = matrix.square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        self._matrix, self._known = matrix[told] / scale, known[told] / scale
+        unknowns = count * height * width
+        self.unknowns = unknowns
+
+        inner = h
+        for unit in block.units[1:-1]:
+            inner = activations[unit.name].double() if unit.name in activations else F.relu(_affine(unit, inner))
+        rest = _affine(block.units[-1], inner)
+        if shortcut is not None:
+            rest = rest + shortcut.offset.double()[:, None, None]
+        self.targets = [h - first.offset.double()[:, None, None], out - rest]
+        self.on = [h > 0, out > 0]
+        self.equations = int(told.sum()) + round(sum(int(on.sum()) for on in self.on) / channels)
+        self.norm = float(torch.stack([h.norm(), out.norm()]).norm().clamp(min=1e-30))
+
+        self.exact = _Layers(first, shortcut, shape, torch.float64)
+        self.quick = _Layers(first, shortcut, shape, torch.float32)
+        self.sign = math.sqrt(self.exact.power())  # x ≥ 0 weighs as much as the other equations
+
+        self._prior = _alike(height, width, device)
+        shared = self._spread(self._matrix.T).T  # A R
+        gram = shared @ self._matrix.T
+        self.tau = 2 * noise**2 * float(gram.diagonal().mean()) + 1e-14
+        gram.diagonal().add_(self.tau)
+        self._factor = torch.linalg.cholesky(gram)
+        self._whitened = torch.linalg.solve_triangular(self._factor, shared, upper=False)
+        self._quick_prior = self._prior.float()
+        self._dense: Tensor | None = None
+        self._quick_whitened = self._whitened.float()
+        if unknowns <= 2 * len(self._matrix):
+            dense = -self._whitened.T @ self._whitened
+            for image in torch.arange(unknowns, device=device).view(count, -1):
+                dense[image[0] : image[-1] + 1, image[0] : image[-1] + 1] += self._prior
+            self._dense = dense.float()
+        mean = _channel_means(shortcut, out, channels).expand(unknowns, channels)
+        self.start = mean + self.explained(self._known - self._matrix @ mean)
+        spread = self.start.var().clamp(min=1e-30)
+        self.ridge = float(noise**2 * (h.square().mean() + out.square().mean()) / 2 / spread)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """(n, C) → (B, C, H, W), channels last."""
+        count, channels, height, width = self.shape
+        return x.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (n, C)."""
+        return x.permute(0, 2, 3, 1).reshape(self.unknowns, self.shape[1])
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """R x: (n, …) → (n, …)."""
+        prior = self._prior if x.dtype == torch.float64 else self._quick_prior
+        return (prior @ x.reshape(self.shape[0], len(prior), -1)).view(x.shape)
+
+    def explained(self, right: Tensor) -> Tensor:
+        """RAᵀ(ARAᵀ + τ)⁻¹ of a right side (p, C) → (n, C)."""
+        return self._whitened.T @ torch.linalg.solve_triangular(self._factor, right, upper=False)
+
+    def covariance(self, x: Tensor) -> Tensor:
+        """T x: (n, C) → (n, C), in float32 quick and rough."""
+        if x.dtype == torch.float64:
+            return self._spread(x) - self._whitened.T @ (self._whitened @ x)
+        if self._dense is not None:
+            return self._dense @ x
+        return self._spread(x) - self._quick_whitened.T @ (self._quick_whitened @ x)
+
+    def deviation(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """A random deviation that the gradient's equations leave open, as large as x varies: (n, C) → (n, C)."""
+        size = like.std(0)
+
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, self.shape[1], generator=generator, dtype=torch.float64).to(like) * size
+
+        factor = torch.linalg.cholesky(self._prior)
+        free = (factor @ normal(self.unknowns).view(self.shape[0], len(factor), -1)).view(like.shape)
+        return free - self.explained(self._matrix @ free + math.sqrt(self.tau) * normal(len(self._matrix)))
+
+    def violations(self, residuals: list[Tensor]) -> list[Tensor]:
+        """Of the layers' residuals and of x what is not allowed: all where the node is on, else what is too high, and
+        what of x is negative."""
+        layers = [torch.where(on, r, r.clamp(min=0)) for on, r in zip(self.on, residuals[:2], strict=True)]
+        return [*layers, residuals[2].clamp(max=0)]
+
+    def forward(self, x: Tensor, targets: list[Tensor]) -> list[Tensor]:
+        """The residuals at x (n, C), in float64."""
+        return [*(p - t for p, t in zip(self.exact(self.maps(x)), targets, strict=True)), self.sign * x]
+
+    def misfit(self, x: Tensor) -> float:
+        """The root mean square of the layers' residuals at x."""
+        wrong = self.violations(self.forward(x, self.targets))[:2]
+        return math.sqrt(sum(float(w.square().sum()) for w in wrong) / max(1, sum(int(on.sum()) for on in self.on)))
+
+    def residual(self, x: Tensor) -> float:
+        """The share of the right sides that x leaves unexplained."""
+        wrong = self.violations(self.forward(x, self.targets))[:2]
+        layers = math.sqrt(sum(float(w.square().sum()) for w in wrong)) / self.norm
+        gradient = float((self._matrix @ x - self._known).norm() / self._known.norm().clamp(min=1e-30))
+        return max(layers, gradient)
+
+
+class _Search:
+    """Conjugate gradients (Polak–Ribière) on ½‖violated equations‖² + ½ρ‖x − start‖² in the metric of T⁻¹.
+
+    x = start + T q. Along a direction the residuals are linear, so that each step costs one forward and one transposed
+    pass and the best length is found exactly. The directions are float32; x and the residuals are brought up to date
+    in float64 by `refresh`.
+    """
+
+    def __init__(self, problem: _Problem, targets: list[Tensor], start: Tensor) -> None:
+        self._problem, self._targets, self._start = problem, targets, start
+        self._sum = torch.zeros_like(start)  # q
+        self._dual = torch.zeros_like(start, dtype=torch.float32)  # the same, for the steps
+        self._gradient: Tensor | None = None
+        self._slope = 0.0
+        self.count = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """x and its residuals from q, exactly."""
+        self.x = self._start + self._problem.covariance(self._sum)
+        self._residuals = [r.float() for r in self._problem.forward(self.x, self._targets)]
+        self._dual = self._sum.float()
+
+    def step(self) -> None:
+        problem = self._problem
+        wrong = problem.violations(self._residuals)
+        gradient = problem.columns(problem.quick.transposed(wrong[:2])) + problem.sign * wrong[2]
+        gradient += problem.ridge * self._dual
+        moved = problem.covariance(gradient)
+        slope = float((gradient * moved).sum())
+        if self._gradient is None:
+            self._direction, self._direction_dual = -moved, -gradient
+        else:
+            turn = max(0.0, (slope - float((self._gradient * moved).sum())) / max(self._slope, 1e-38))
+            self._direction = turn * self._direction - moved
+            self._direction_dual = turn * self._direction_dual - gradient
+        self._gradient, self._slope = gradient, slope
+        change = [*problem.quick(problem.maps(self._direction)), problem.sign * self._direction]
+        length = self._length(change)
+        self._sum += length * self._direction_dual
+        self._dual += length * self._direction_dual
+        for residual, part in zip(self._residuals, change, strict=True):
+            residual.add_(part, alpha=length)
+        self.count += 1
+
+    def _length(self, change: list[Tensor]) -> float:
+        """The step at which the objective is least along the direction: Newton's method, it being piecewise quadratic
+        and convex there."""
+        problem, length = self._problem, 0.0
+        inner = problem.ridge * float((self._dual * self._direction).sum())
+        curve = problem.ridge * float((self._direction_dual * self._direction).sum())
+        for _ in range(4):
+            at = [r + length * c for r, c in zip(self._residuals, change, strict=True)] if length else self._residuals
+            on = [problem.on[0] | (at[0] > 0), problem.on[1] | (at[1] > 0), at[2] < 0]
+            first = sum(float((torch.where(m, a, 0) * c).sum()) for m, a, c in zip(on, at, change, strict=True))
+            second = sum(float(torch.where(m, c, 0).square().sum()) for m, c in zip(on, change, strict=True))
+            more = -(first + inner + length * curve) / max(second + curve, 1e-38)
+            length += more
+            if abs(more) <= 1e-3 * abs(length):
+                break
+        return length
+
+
+def _twin(
+    problem: _Problem, x: Tensor, iterations: int, halt: _Halt, progress: Callable[[int, float], None] | None
+) -> Tensor:
+    """The relative error (B,) of x (n, C) after so many iterations, measured where the answer is known.
+
+    The twin's targets are met by x, up to noise of the size of the residual. Its search starts at x plus a deviation,
+    and ends after a part of the iterations; the rest is a power law through the last two readings.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = problem.shape[0]
+    size = x.view(count, -1).norm(dim=1).clamp(min=1e-30)
+    noise = problem.misfit(x)
+    targets = []
+    for output, target, on in zip(problem.exact(problem.maps(x)), problem.targets, problem.on, strict=True):
+        met = torch.where(on, output, torch.maximum(output, target))
+        targets.append(met + noise * torch.randn(met.shape, generator=generator, dtype=met.dtype).to(met))
+    search = _Search(problem, targets, x + problem.deviation(x, generator))
+    end = max(1, round(_PROBE * iterations))
+    readings = {}
+    while search.count < end:
+        if halt():
+            return torch.ones_like(size)
+        search.step()
+        if search.count in (end // 2, end):
+            search.refresh()
+            readings[search.count] = (search.x.clamp(min=0) - x).view(count, -1).norm(dim=1) / size
+    last = readings[end]
+    middle = readings.get(end // 2, last)
+    power = (torch.log(middle / last.clamp(min=1e-30)) / math.log(2)).clamp(0, 2)
+    return (last * (end / max(1, iterations)) ** power).clamp(max=1)
+
+
+def _given(known: Mapping[str, Tensor], name: str, what: str) -> Tensor:
+    if name not in known:
+        raise GradinvError(f"The {what} of {name} is needed to solve the block's input, and it is not known.")
+    return known[name]
+
+
+def _affine(unit: Unit, x: Tensor) -> Tensor:
+    """BN(conv(x)) in float64, whatever the network's own type: (B, C, H, W) → (B, O, h, w)."""
+    weight = unit.conv.weight.detach().double() * unit.slope.double()[:, None, None, None]
+    return F.conv2d(x, weight, unit.offset.double(), *_geometry(unit), unit.conv.groups)
+
+
+def _geometry(unit: Unit) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Stride, padding and dilation of a unit's convolution."""
+    conv = unit.conv
+    padding = conv.padding
+    assert not isinstance(padding, str)  # torchvision's ResNets give numbers
+    return (conv.stride[0], conv.stride[1]), (padding[0], padding[1]), (conv.dilation[0], conv.dilation[1])
+
+
+def _gradient_rows(delta: Tensor, unit: Unit, height: int, width: int) -> Tensor:
+    """The matrix A of ∇W = A x, ordered (o, u, v) × (k, y, x): δ (B, O, h, w) → (O·k·k, B·H·W)."""
+    stride, padding, dilation = _geometry(unit)
+    kernel = unit.conv.kernel_size
+    count, channels, rows, columns = delta.shape
+    padded = delta.new_zeros(channels, kernel[0], kernel[1], count, height + 2 * padding[0], width + 2 * padding[1])
+    moved = delta.transpose(0, 1)
+    for u in range(kernel[0]):
+        for v in range(kernel[1]):
+            top, left = u * dilation[0], v * dilation[1]
+            down = slice(top, top + stride[0] * (rows - 1) + 1, stride[0])
+            across = slice(left, left + stride[1] * (columns - 1) + 1, stride[1])
+            padded[:, u, v, :, down, across] = moved
+    inside = padded[..., padding[0] : padding[0] + height, padding[1] : padding[1] + width]
+    return inside.reshape(channels * kernel[0] * kernel[1], -1)
+
+
+def _alike(height: int, width: int, device: torch.device) -> Tensor:
+    """R: how alike an activation is at two positions of a map, (H·W, H·W)."""
+    y, x = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    places = torch.stack([y.flatten(), x.flatten()], 1)
+    return torch.exp(-torch.cdist(places, places) / _CORRELATION).to(device)
+
+
+def _channel_means(shortcut: Unit | None, out: Tensor, channels: int) -> Tensor:
+    """A guess of each channel's mean (C,): through a 1×1 shortcut BN's running mean tells it, an identity block's
+    output is about as large as its input."""
+    if shortcut is None:
+        return out.mean((0, 2, 3))
+    weight = shortcut.conv.weight.detach().double().mean((2, 3))
+    mean = shortcut.bn.running_mean
+    if mean is None:
+        return out.mean().expand(channels)
+    return torch.linalg.lstsq(weight, mean.double()[:, None]).solution[:, 0].clamp(min=0)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from gradinv.network import Block, parts
+from gradinv.recovery.convex import ConvexSolution, solve_block_input
+from gradinv.types import GradinvError
+
+
+@dataclass
+class Known:
+    """A block of a random network with all that is known of it, and its true input."""
+
+    block: Block
+    gradients: dict[str, Tensor]
+    cotangents: dict[str, Tensor]
+    activations: dict[str, Tensor]
+    truth: Tensor
+
+    def solve(self, **changes: object) -> ConvexSolution:
+        shape = tuple(self.truth.shape)
+        return solve_block_input(
+            self.block,
+            self.gradients,
+            self.cotangents,
+            self.activations,
+            shape,
+            **changes,  # type: ignore[arg-type]
+        )
+
+    def errors(self, solution: ConvexSolution) -> Tensor:
+        return (solution.x - self.truth).flatten(1).norm(dim=1) / self.truth.flatten(1).norm(dim=1)
+
+
+@pytest.fixture(scope="module")
+def known() -> Callable[..., Known]:
+    """Makes a block's equations: a ResNet with random weights, pictures that are smooth, everything in double."""
+
+    def make(kind: type[BasicBlock | Bottleneck], name: str, count: int, size: int = 32) -> Known:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = ResNet(kind, [1, 2, 1, 1], num_classes=10).double()
+            pictures = F.interpolate(torch.randn(8 + count, 3, size // 4, size // 4).double(), (size, size))
+            pictures = pictures + 0.3 * torch.randn(pictures.shape).double()
+        network.train()
+        with torch.no_grad():
+            for _ in range(20):
+                network(pictures[:8])
+        network.eval()
+        block = next(block for block in parts(network).blocks if block.name == name)
+        outputs: dict[str, Tensor] = {}
+        nodes: dict[str, Tensor] = {}
+
+        def keep(where: dict[str, Tensor], key: str) -> Callable[..., None]:
+            return lambda module, inputs, output: where.update({key: output.clone().requires_grad_() * 1})
+
+        def convolved(key: str) -> Callable[..., Tensor]:
+            def hook(module: object, inputs: object, output: Tensor) -> Tensor:
+                outputs[key] = output
+                return output.clone()
+
+            return hook
+
+        handles = [unit.conv.register_forward_hook(convolved(unit.name)) for unit in block.all_units]
+        for unit in block.units[:-1]:
+            handles.append(unit.bn.register_forward_hook(keep(nodes, unit.name)))
+        module = network.get_submodule(name)
+        handles.append(module.register_forward_hook(keep(nodes, name)))
+        handles.append(module.register_forward_pre_hook(lambda module, inputs: nodes.update(input=inputs[0].clone())))
+        loss = F.cross_entropy(network(pictures[8:]), torch.arange(count))
+        weights = {f"{unit.name}.weight": unit.conv.weight for unit in block.all_units}
+        found = torch.autograd.grad(loss, [*outputs.values(), *weights.values()])
+        for handle in handles:
+            handle.remove()
+        return Known(
+            block,
+            dict(zip(weights, found[len(outputs) :], strict=True)),
+            dict(zip(outputs, found, strict=False)),
+            {key: value.detach().relu() for key, value in nodes.items() if key in block.nodes},
+            nodes["input"].detach(),
+        )
+
+    return make
+
+
+CASES = [(BasicBlock, "layer2.0"), (BasicBlock, "layer2.1"), (Bottleneck, "layer2.0"), (Bottleneck, "layer2.1")]
+IDS = ["basic strided", "basic identity", "bottleneck strided", "bottleneck identity"]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES, ids=IDS)
+def test_solves_a_block_that_is_determined(known, kind, name):
+    case = known(kind, name, 2)
+    solution = case.solve()
+    assert solution.x.shape == case.truth.shape and solution.x.min() >= 0
+    assert solution.equations > solution.unknowns
+    true = case.errors(solution)
+    assert true.max() < 1e-3
+    assert solution.error.shape == (2,) and solution.error.max() < 3e-3
+    assert solution.residual < 1e-3
+
+
+def test_tells_how_much_noise_costs(known):
+    case = known(BasicBlock, "layer2.0", 2)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in case.cotangents.items():
+        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        case.cotangents[name] = value * (1 + 0.01 * noise)
+    for name, value in case.activations.items():
+        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        case.activations[name] = value * (1 + 0.01 * noise)
+    solution = case.solve(noise=0.01)
+    ratio = solution.error / case.errors(solution)
+    assert ratio.min() > 1 / 3 and ratio.max() < 3
+
+
+def test_claims_little_where_equations_are_too_few(known):
+    case = known(BasicBlock, "layer2.0", 4)
+    for name in ("layer2.0.conv1", "layer2.0.downsample.0"):
+        case.cotangents[name][:, 4:] = 0  # as where few channels are alive
+        case.gradients[f"{name}.weight"][4:] = 0
+    solution = case.solve()
+    assert solution.equations < solution.unknowns
+    true = case.errors(solution)
+    assert true.min() > 0.02
+    ratio = solution.error / true
+    assert ratio.min() > 1 / 3 and ratio.max() < 3
+
+
+def test_an_event_ends_it(known):
+    case = known(BasicBlock, "layer2.0", 2)
+    stop, seen = threading.Event(), []
+
+    def progress(iterations: int, residual: float) -> None:
+        seen.append((iterations, residual))
+        stop.set()
+
+    solution = case.solve(tolerance=0.0, iterations=10**6, stop=stop, progress=progress)
+    assert len(seen) == 1 and solution.iterations == seen[0][0]
+    assert torch.equal(solution.error, torch.ones(2, dtype=torch.float64))
+
+
+def test_ends_in_time(known):
+    case = known(BasicBlock, "layer2.0", 2)
+    started = time.monotonic()
+    solution = case.solve(tolerance=0.0, iterations=10**6, seconds=0.5)
+    assert time.monotonic() - started < 5
+    assert solution.iterations > 0 and solution.error.max() < 1
+
+
+def test_says_what_is_missing(known):
+    case = known(BasicBlock, "layer2.0", 2)
+    del case.cotangents["layer2.0.conv1"]
+    with pytest.raises(GradinvError, match=r"cotangent of layer2\.0\.conv1"):
+        case.solve()

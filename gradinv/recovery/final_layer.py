@@ -140,6 +140,16 @@ class FinalLayer:
                 break
         return self._finish(best, given)
 
+    def refined(self, fit: Fit, labels: Tensor) -> Fit:
+        """The same fit to the last digit that float32 gradients hold: the layers below need it. labels: (B,)."""
+        given = F.one_hot(labels, len(self._bias)).double()
+        state = self._inside(fit.features)
+        if not 0 < state.numel() <= _UNKNOWNS or fit.residual >= EXPLAINED:
+            return fit
+        state, _ = self._descend(state, given, 4, enough=1e-9)
+        refined = self._finish(state, given)
+        return refined if refined.residual < fit.residual else fit
+
     def readings(self, labels: Tensor, present: Tensor, starts: int = 3) -> Iterator[Tensor]:
         """The labels (B,), nearly or entirely right, that follow from the classes that no image has.
 
@@ -221,7 +231,7 @@ class FinalLayer:
                 best, smallest = state, cost
         return best
 
-    def _descend(self, state: Tensor, given: Tensor, limit: int) -> tuple[Tensor, int]:
+    def _descend(self, state: Tensor, given: Tensor, limit: int, enough: float = 1e-6) -> tuple[Tensor, int]:
         """Levenberg-Marquardt until the residual is rounding error or three steps gain little: → Z, steps taken."""
         cost, damping, slow = self._cost(state, given), 1e-2, 0
         for step in range(limit):
@@ -241,7 +251,7 @@ class FinalLayer:
                 return state, step + 1
             slow = slow + 1 if value > 0.98 * cost else 0
             state, cost, damping = trial, value, damping / 8
-            if slow == 3 or cost < (1e-6 * self._scale) ** 2:
+            if slow == 3 or cost < (enough * self._scale) ** 2:
                 return state, step + 1
         return state, limit
 

@@ -315,7 +315,7 @@ def _likeliest(model: Model, observation: Observation, tried: Mapping[str, Tenso
 
 
 def _judged(labels: Tensor, method: str, layer: FinalLayer | None, others: Iterable[Tensor]) -> RestoredLabels:
-    """A reading trusted as far as features explain the gradient with it, or where that is not tested as others agree."""
+    """A reading, trusted as far as features explain the gradient with it, or untested as far as others agree."""
     if layer is None:
         return RestoredLabels(labels, method, _agreement(labels, others))
     fit = layer.fit(labels.cpu(), starts=1)

@@ -1,0 +1,266 @@
+"""One convolution, solved: its input from its gradient and the cotangent of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradinv.network import Unit
+
+# A channel whose equations are left unexplained by so many times the median's share holds a wrong mask entry.
+_STANDS_OUT = 12.0
+# Nothing below this share of a channel's own equations is more than rounding in float32.
+_ROUNDING = 1e-6
+# Equations for each unknown that have to be left when channels are set aside.
+_SPARE = 1.1
+# A ridge, relative to the columns' norms: a column of which nothing is known gets a large σ and no infinity.
+_RIDGE = 1e-14
+# So many of a channel's least certain mask entries are tried: as the only wrong one, as one of two, and all together.
+_SINGLE_FLIPS, _PAIRED_FLIPS, _JOINT_FLIPS = 200, 24, 384
+
+
+@dataclass(frozen=True, eq=False)
+class Equations:
+    """∇W[o, i, u, v] = Σ_{k, p} δ[k, o, p] x[k, i, s·p + (u, v) − padding]: linear in the input x of a convolution.
+
+    `cotangent` δ (B, O, h, w) belongs to its output, `gradient` ∇W is (O, C, m, n), both float64. The matrix is the
+    same for each input channel i: O·m·n equations for B·H·W unknowns.
+    """
+
+    unit: Unit
+    cotangent: Tensor
+    gradient: Tensor
+
+    def count(self, height: int, width: int) -> int:
+        """How many equations there are for each input channel, but no more than places that they touch: those of a
+        1 × 1 convolution of stride 2 say nothing of three places in four."""
+        channels, _, *taps = self.gradient.shape
+        count, touched = channels * taps[0] * taps[1], self.cotangent.shape[0]
+        for side, stride, tap in zip((height, width), self.unit.conv.stride, taps, strict=True):
+            touched *= side if tap >= stride else -(-side // stride)
+        return count if touched == self.cotangent.shape[0] * height * width else min(count, touched)
+
+    def matrix(self, height: int, width: int) -> Tensor:
+        """(O, m·n, B·H·W), by output channel, tap and place."""
+        images, channels, rows, columns = self.cotangent.shape
+        (m, n), stride, pad = self.gradient.shape[2:], self.unit.conv.stride, _padding(self.unit)
+        padded = self.cotangent.new_zeros(channels, m, n, images, height + 2 * pad[0], width + 2 * pad[1])
+        values = self.cotangent.transpose(0, 1)
+        for u in range(m):
+            for v in range(n):
+                down = slice(u, u + stride[0] * (rows - 1) + 1, stride[0])
+                right = slice(v, v + stride[1] * (columns - 1) + 1, stride[1])
+                padded[:, u, v, :, down, right] = values
+        inner = padded[..., pad[0] : pad[0] + height, pad[1] : pad[1] + width]
+        return inner.reshape(channels, m * n, images * height * width)
+
+    def right_side(self) -> Tensor:
+        """∇W as (O, m·n, C)."""
+        return self.gradient.permute(0, 2, 3, 1).flatten(1, 2)
+
+    def pulled_back(self, height: int, width: int) -> Tensor:
+        """The cotangent of the convolution's input, (B, C, H, W)."""
+        conv, pads = self.unit.conv, _padding(self.unit)
+        weight, stride = conv.weight.detach().to(self.cotangent), _pair(conv.stride)
+        sizes = zip((height, width), self.cotangent.shape[2:], stride, pads, conv.kernel_size, strict=True)
+        more = [side - ((out - 1) * step - 2 * pad + taps) for side, out, step, pad, taps in sizes]
+        return F.conv_transpose2d(self.cotangent, weight, None, stride, pads, _pair(more))
+
+
+def _padding(unit: Unit) -> tuple[int, int]:
+    return _pair(cast(Sequence[int], unit.conv.padding))
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """An input x (B, C, H, W) with the standard deviation `sigma` of each number, float64.
+
+    `residual` is ‖A x − ∇W‖ / ‖∇W‖ over the equations that were used; `suspects` (O,) marks the output channels of the
+    first equations that were set aside or are not explained: there the cotangent is wrong.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    residual: float
+    suspects: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """The relative error ‖x − x*‖ / ‖x*‖ to be expected of each image, (B,)."""
+        return self.sigma.flatten(1).norm(dim=1) / self.x.flatten(1).norm(dim=1).clamp(min=1e-30)
+
+
+def solve_input(
+    equations: Sequence[Equations], shape: tuple[int, int, int, int], *, doubtful: Tensor | None = None
+) -> Solution:
+    """Least squares for the input x of one or two convolutions: shape (B, C, H, W), the second one a shortcut's.
+
+    Output channels whose equations stand out are set aside, as long as enough remain; `doubtful` (O,) ones of the first
+    equations are from the start. σ is the residual per equation times √diag((AᵀA)⁻¹), enlarged to what the negative
+    values say where these are larger: a true input is never negative.
+    """
+    images, channels, height, width = shape
+    unknowns = images * height * width
+    matrices = [part.matrix(height, width) for part in equations]
+    right = [part.right_side() for part in equations]
+    kept = [torch.ones(len(part), dtype=torch.bool) for part in matrices]
+    if doubtful is not None and _enough(matrices, [~doubtful, *kept[1:]], unknowns):
+        kept[0] = ~doubtful
+    for _ in range(12):
+        a = torch.cat([m[k].flatten(0, 1) for m, k in zip(matrices, kept, strict=True)])
+        g = torch.cat([r[k].flatten(0, 1) for r, k in zip(right, kept, strict=True)])
+        x, spread = _least_squares(a, g)
+        misfit = [(m @ x - r).flatten(1).norm(dim=1) for m, r in zip(matrices, right, strict=True)]
+        used = torch.cat([part[k] for part, k in zip(misfit, kept, strict=True)])
+        usual = _STANDS_OUT * used.median()
+        limits = [torch.maximum(usual, _ROUNDING * r.flatten(1).norm(dim=1)) for r in right]
+        # The worst eighth at most: what is explained by the others shows only after they are gone.
+        cut = float(used.quantile(0.875))
+        fewer = [k & ~((part > limit) & (part >= cut)) for k, part, limit in zip(kept, misfit, limits, strict=True)]
+        if all(torch.equal(k, now) for k, now in zip(kept, fewer, strict=True)) or not _enough(
+            matrices, fewer, unknowns
+        ):
+            break
+        kept = fewer
+    leftover = a @ x - g
+    noise = (leftover.square().sum(0) / max(1, len(a) - unknowns)).sqrt()
+    x = x.view(images, height, width, channels).permute(0, 3, 1, 2)
+    sigma = (spread[:, None] * noise).view(images, height, width, channels).permute(0, 3, 1, 2)
+    residual = float(leftover.norm() / g.norm().clamp(min=1e-300))
+    suspects = ~kept[0] | (misfit[0] > limits[0])
+    return Solution(x, sigma * _calibration(x, sigma), residual, suspects)
+
+
+def _enough(matrices: Sequence[Tensor], kept: Sequence[Tensor], unknowns: int) -> bool:
+    return sum(m.shape[1] * int(k.sum()) for m, k in zip(matrices, kept, strict=True)) >= _SPARE * unknowns
+
+
+def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The x that minimises ‖a x − g‖, and √diag((aᵀa)⁻¹): a (E, n), g (E, C) → (n, C), (n,).
+
+    By normal equations, refined with residuals from `a` itself, which gives back the digits that squaring costs.
+    """
+    norms = a.norm(dim=0).clamp(min=1e-300)
+    scaled = a / norms
+    gram = scaled.T @ scaled
+    gram.diagonal().add_(_RIDGE)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    ridge = _RIDGE
+    while failed:
+        gram.diagonal().add_(ridge * 99)
+        ridge *= 100
+        factor, failed = torch.linalg.cholesky_ex(gram)
+    x = torch.zeros(a.shape[1], g.shape[1], dtype=a.dtype)
+    for _ in range(3):
+        x = x + torch.cholesky_solve(scaled.T @ (g - scaled @ x), factor)
+    spread = torch.cholesky_inverse(factor).diagonal().clamp(min=0).sqrt()
+    return x / norms[:, None], spread / norms
+
+
+def _calibration(x: Tensor, sigma: Tensor) -> float:
+    """By how much σ has to be enlarged for the negative values to be as rare as a normal distribution has them."""
+    below = (-x / sigma.clamp(min=1e-300))[x < 0]
+    if len(below) < 100:
+        return 1.0
+    below = below[torch.linspace(0, len(below) - 1, min(len(below), 1_000_000)).long()]
+    return max(1.0, float(below.sort().values[int(0.98 * (len(below) - 1))]) / 2.33)
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Where the units of a node are on, and what passes through: `full` is the cotangent of the ReLU's output and
+    `mask` its 0/1 derivative, (B, C, H, W) each; `margin` says how far each entry is from being the other, in σ."""
+
+    full: Tensor
+    mask: Tensor
+    margin: Tensor
+
+    @property
+    def cotangent(self) -> Tensor:
+        """The cotangent of the pre-activation."""
+        return self.full * self.mask
+
+    def flipped(self, flips: Tensor) -> Gate:
+        """With the entries of `flips`, bool of the same shape, turned round and sure."""
+        return replace(self, mask=self.mask ^ flips, margin=torch.where(flips, torch.inf, self.margin))
+
+
+def gate(full: Tensor, solution: Solution) -> Gate:
+    """Which units are on, from a node's solved activations: those above a few σ.
+
+    Of the exact zeros a share grows wrong as the limit falls, of the small values as it rises; both are least at about
+    √(2 ln(‖x‖ / σ)), ‖x‖ the root mean square.
+    """
+    x, sigma = solution.x, solution.sigma.clamp(min=1e-300)
+    size = x.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
+    limit = 1.2 * (2 * (size / sigma).clamp(min=3).log()).sqrt()
+    return Gate(full, x > limit * sigma, (x / sigma - limit).abs())
+
+
+def mended_by_bias(gate: Gate, bias_gradient: Tensor) -> tuple[Gate, int]:
+    """Set mask entries right by the gradient of the batch normalisation's bias: → the gate, how many were turned.
+
+    ∇β_c = Σ_{k, p} full[k, c, p] · mask[k, c, p] whatever the input is: one wrong entry leaves its own `full`. Of a
+    channel that does not fit, the one or two least certain entries that explain the difference are turned.
+    """
+    lacking = bias_gradient - gate.cotangent.sum((0, 2, 3))
+    size = gate.cotangent.abs().sum((0, 2, 3))
+    noise = max(float(lacking.abs().median()), 0.1 * _ROUNDING * float(size.median()))
+    flips = torch.zeros_like(gate.mask)
+    near = _STANDS_OUT * noise
+    for channel in (lacking.abs() > near).nonzero()[:, 0].tolist():
+        order = gate.margin[:, channel].flatten().argsort()[:_SINGLE_FLIPS]
+        change = torch.where(gate.mask[:, channel], -gate.full[:, channel], gate.full[:, channel]).flatten()[order]
+        fits = ((change - lacking[channel]).abs() < near).nonzero()[:, 0]
+        if len(fits):
+            _turn(flips, channel, order[fits[:1]])  # the least certain of those that fit
+            continue
+        few = change[:_PAIRED_FLIPS]
+        pairs = (few[:, None] + few[None] - lacking[channel]).abs().fill_diagonal_(torch.inf)
+        if float(pairs.min()) < near:
+            _turn(flips, channel, order[list(divmod(int(pairs.argmin()), len(few)))])
+    return gate.flipped(flips), int(flips.sum())
+
+
+def mended_by_residual(gate: Gate, equations: Equations, x: Tensor, suspects: Tensor) -> tuple[Gate, int]:
+    """Set the mask entries of the suspect channels right, x being known from the others: → the gate, how many turned.
+
+    A wrong entry of channel o leaves its own patch of x in the equations of o alone, slope · full · patch. Which of the
+    least certain entries were wrong is solved by least squares and rounded. x: (B, C, H, W).
+    """
+    conv = equations.unit.conv
+    patches = F.unfold(x, conv.kernel_size, padding=_padding(equations.unit), stride=conv.stride)  # (B, C·m·n, places)
+    patches = patches.transpose(0, 1).flatten(1)
+    most = min(patches.shape[1], len(patches) // 3, _JOINT_FLIPS)
+    flips = torch.zeros_like(gate.mask)
+    for channel in suspects.nonzero()[:, 0].tolist():
+        order = gate.margin[:, channel].flatten().argsort()[:most]
+        on = gate.mask[:, channel].flatten()[order]
+        change = torch.where(on, -gate.full[:, channel].flatten()[order], gate.full[:, channel].flatten()[order])
+        effect = patches[:, order] * (change * equations.unit.slope[channel].to(change))
+        predicted = patches @ equations.cotangent[:, channel].flatten()
+        lacking = equations.gradient[channel].flatten() - predicted
+        gram = effect.T @ effect
+        gram.diagonal().add_(1e-12 * gram.diagonal().mean().clamp(min=1e-300))
+        turned = torch.linalg.solve(gram, effect.T @ lacking) > 0.5
+        if turned.any():
+            after = lacking - effect[:, turned].sum(1)
+            if float(after.norm()) < 0.7 * float(lacking.norm()):
+                _turn(flips, channel, order[turned])
+    return gate.flipped(flips), int(flips.sum())
+
+
+def _turn(flips: Tensor, channel: int, places: Tensor) -> None:
+    """Mark places, counted over images and positions, of a channel."""
+    chosen = torch.zeros(flips[:, channel].numel(), dtype=torch.bool)
+    chosen[places] = True
+    flips[:, channel] |= chosen.view_as(flips[:, channel])

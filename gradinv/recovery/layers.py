@@ -1,0 +1,270 @@
+"""The way down: layer by layer from the pooled features towards the images, each a linear problem."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradinv.models import Model
+from gradinv.network import STEM, Block, Unit, node_shapes, parts
+from gradinv.recovery.convex import solve_block_input
+from gradinv.recovery.convolution import (
+    Equations,
+    Gate,
+    Solution,
+    gate,
+    mended_by_bias,
+    mended_by_residual,
+    solve_input,
+)
+from gradinv.recovery.final_layer import Fit
+from gradinv.recovery.last_block import Pooled, Unsolved, last_gate
+from gradinv.types import Observation, SolvedNode
+
+_USELESS = 0.5  # a node whose typical image has a larger relative error is not said to be solved
+_TOO_ROUGH = 0.1  # below a node with a larger one the masks are guesses, and nothing is solved
+_FINE = 1e-3  # up to this error the gradient's equations alone are enough
+_DOUBTFUL = 4.0  # an entry of a mask this many σ or fewer from being the other is left out where that can be
+_ROUNDS = 3  # of mending masks and solving again
+
+
+def solve_layers(
+    model: Model,
+    observation: Observation,
+    fit: Fit,
+    *,
+    until: str = STEM,
+    stop: threading.Event | None = None,
+    progress: Callable[[SolvedNode], None] | None = None,
+) -> tuple[tuple[SolvedNode, ...], str]:
+    """Solve the network's nodes from the last block downwards, as far as the gradient determines them.
+
+    fit: the final layer's solution, in whose order the images stay; until: the lowest node that is wanted. `progress`
+    is called with each node, `stop` is looked at between two. → the nodes, the highest first, float32 on the model's
+    device, and a sentence that says why there are no more ("" where `until` was reached). Computed in float64 on the
+    CPU. Raises GradinvError where the network has no such node.
+    """
+    parts(model.network).node(until)
+    if observation.mode != "eval":
+        return (), "In train mode batch normalisation mixes the images, so no layer below the final one is linear."
+    way = _Way(model, observation, fit, stop or threading.Event())
+    try:
+        for node in way.down():
+            if progress is not None:
+                progress(node)
+            if node.name == parts(model.network).node(until):
+                return way.nodes(), ""
+            if way.stop.is_set():
+                return way.nodes(), "The way down was stopped."
+    except Unsolved as error:
+        return way.nodes(), f"{error}."
+    return way.nodes(), "Below the stem's max pooling nothing is linear."
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One convolution on the way, the node that is its input, and the bias of the batch normalisation in front of that
+    node, None for the stem, where the max pooling lies between."""
+
+    block: Block
+    unit: Unit
+    node: str
+    bias: str | None
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the block's first: its input is also the skip's."""
+        return self.unit is self.block.units[0]
+
+    @property
+    def last(self) -> bool:
+        """Whether its output goes into the block's output."""
+        return self.unit is self.block.units[-1]
+
+
+class _Way:
+    """Where the way down stands: `_gate` is that of the node above, `_outer` that of the block's output."""
+
+    def __init__(self, model: Model, observation: Observation, fit: Fit, stop: threading.Event) -> None:
+        self.stop = stop
+        self._model = model
+        self._observation = observation
+        self._fit = fit
+        # All cotangents are proportional to what the final layer's equations give, which is no more exact than this.
+        self._floor = 4 * fit.residual
+        self._shapes = node_shapes(model.network, model.preprocessing.size)
+        self._solved: list[SolvedNode] = []
+
+    def nodes(self) -> tuple[SolvedNode, ...]:
+        """What is solved so far, on the model's device."""
+        device = self._model.device
+        return tuple(
+            replace(
+                node,
+                activation=node.activation.float().to(device),
+                cotangent=None if node.cotangent is None else node.cotangent.float().to(device),
+                error=node.error.float(),
+            )
+            for node in self._solved
+        )
+
+    def down(self) -> Iterator[SolvedNode]:
+        """Each node as it is solved. Raises Unsolved where the way ends."""
+        self._gate = self._outer = self._top()
+        for step in self._steps():
+            began = time.perf_counter()
+            if step.last:
+                self._outer = self._gate
+            node = self._solve(step)
+            self._solved.append(replace(node, seconds=time.perf_counter() - began))
+            yield self._solved[-1]
+            if float(node.error.median()) > _TOO_ROUGH:
+                error = 100 * float(node.error.median())
+                raise Unsolved(f"{node.name} is known to {error:.0f} % only, too rough to go on below it")
+
+    def _steps(self) -> Iterator[_Step]:
+        blocks = parts(self._model.network).blocks
+        for index in range(len(blocks) - 1, -1, -1):
+            block, below = blocks[index], blocks[index - 1] if index else None
+            for place in range(len(block.units) - 1, 0, -1):
+                lower = block.units[place - 1]
+                yield _Step(block, block.units[place], lower.name, f"{lower.bn_name}.bias")
+            bias = None if below is None else f"{below.units[-1].bn_name}.bias"
+            yield _Step(block, block.units[0], STEM if below is None else below.name, bias)
+
+    def _top(self) -> Gate:
+        """The mask of the last block, from the features."""
+        block = parts(self._model.network).blocks[-1]
+        _, height, width = self._shapes[block.name]
+        units = (unit for unit in block.units[-2:])
+        names = [name for unit in units for name in (f"{unit.name}.weight", f"{unit.bn_name}.bias")]
+        gradients = {name: self._gradient(name) for name in names}
+        top = last_gate(block, gradients, self._pooled(height * width), height, width)
+        return mended_by_bias(top, gradients[names[-1]])[0]
+
+    def _pooled(self, positions: int) -> Pooled:
+        """F by least squares of s AᵀF = K ∇W, not clamped, with what the residual says of its precision."""
+        final, images = self._model.final, self._observation.batch_size
+        errors, gradient = self._fit.errors, self._gradient(f"{final}.weight")
+        factor = self._fit.scale / images
+        inverse = torch.linalg.inv(errors @ errors.T)
+        features = inverse @ errors @ gradient / factor
+        left = factor * errors.T @ features - gradient
+        noise = (left.square().sum(0) / max(1, len(left) - images)).sqrt() / factor
+        sigma = inverse.diagonal().sqrt()[:, None] * noise
+        weight = self._model.final_layer.weight.detach().cpu().double()
+        return Pooled(features, sigma, factor / positions * errors @ weight)
+
+    def _solve(self, step: _Step) -> SolvedNode:
+        """The input of a step's convolution; the way then stands at that node. Raises Unsolved."""
+        shape = (self._observation.batch_size, *self._shapes[step.node])
+        unknowns = shape[0] * shape[2] * shape[3]
+        equations = self._equations(step)
+        count = sum(part.count(*shape[2:]) for part in equations)
+        solution, mended = None, 0
+        if count >= unknowns:
+            solution, mended = self._exact(step, shape)
+        if solution is None or float(solution.error.median()) > _FINE:
+            node = self._convex(step, shape) if step.first else None
+            if node is not None and (solution is None or node.error.median() < solution.error.median()):
+                self._gate = Gate(self._pulled(step, shape), node.activation > 0, torch.zeros_like(node.activation))
+                return replace(node, cotangent=self._gate.cotangent)
+        if solution is None:
+            raise Unsolved(f"{step.unit.name} gives {count} equations for {unknowns} unknowns of {step.node}")
+        error = float(solution.error.median())
+        if not error < _USELESS:
+            raise Unsolved(
+                f"{step.node} cannot be told from noise ({count} equations for {unknowns} unknowns leave an error of "
+                f"{100 * error:.0f} %)"
+            )
+        share = mended / self._gate.mask.numel()
+        self._gate = gate(self._pulled(step, shape), solution)
+        if step.bias is not None:
+            self._gate, _ = mended_by_bias(self._gate, self._gradient(step.bias))
+        return SolvedNode(
+            step.node,
+            solution.x.clamp(min=0) * self._gate.mask,
+            self._gate.cotangent,
+            "exact",
+            solution.error.square().add(self._floor**2).sqrt().clamp(max=1),
+            solution.residual,
+            count,
+            unknowns,
+            share,
+            0.0,
+        )
+
+    def _exact(self, step: _Step, shape: tuple[int, int, int, int]) -> tuple[Solution, int]:
+        """By the gradient's equations alone, masks mended on the way: → the solution, how many entries were turned."""
+        doubtful = (self._gate.margin < _DOUBTFUL).flatten(2).any(2).any(0)
+        solution, mended = solve_input(self._equations(step), shape, doubtful=doubtful), 0
+        for _ in range(_ROUNDS):
+            if not solution.suspects.any():
+                break
+            first = self._equations(step)[0]
+            self._gate, turned = mended_by_residual(self._gate, first, solution.x.clamp(min=0), solution.suspects)
+            mended += turned
+            if step.last:
+                self._outer = self._gate
+            if turned and self._solved:
+                self._solved[-1] = replace(self._solved[-1], cotangent=self._gate.cotangent)
+            solution = solve_input(self._equations(step), shape)
+            if not turned:
+                break
+        return solution, mended
+
+    def _convex(self, step: _Step, shape: tuple[int, int, int, int]) -> SolvedNode | None:
+        """By the layers' own equations as well; None where the block's activations above are not known."""
+        known = {node.name: node for node in self._solved}
+        if step.block.name not in known:
+            return None
+        units = [unit for unit in (step.block.units[0], step.block.shortcut) if unit is not None]
+        names = [name for name in step.block.nodes if name in known]
+        found = solve_block_input(
+            step.block,
+            {f"{unit.name}.weight": self._gradient(f"{unit.name}.weight") for unit in units},
+            {part.unit.name: part.cotangent for part in self._equations(step)},
+            {name: known[name].activation for name in names},
+            shape,
+            noise=max(1e-6, *(float(known[name].error.median()) for name in names)),
+            stop=self.stop,
+        )
+        if not float(found.error.median()) < _USELESS:
+            return None
+        return SolvedNode(
+            step.node,
+            found.x.double(),
+            None,
+            "convex",
+            found.error.double(),
+            found.residual,
+            found.equations,
+            found.unknowns,
+            0.0,
+            0.0,
+        )
+
+    def _equations(self, step: _Step) -> list[Equations]:
+        """Those of the step's convolution, and of the shortcut where that has the same input."""
+        found = [self._behind(step.unit, self._gate)]
+        if step.first and step.block.shortcut is not None:
+            found.append(self._behind(step.block.shortcut, self._outer))
+        return found
+
+    def _behind(self, unit: Unit, gate: Gate) -> Equations:
+        slope = unit.slope.cpu().double().view(-1, 1, 1)
+        return Equations(unit, gate.cotangent * slope, self._gradient(f"{unit.name}.weight"))
+
+    def _pulled(self, step: _Step, shape: tuple[int, int, int, int]) -> Tensor:
+        """The cotangent of the node's ReLU output: through the convolution, and through the skip."""
+        pulled = sum(part.pulled_back(*shape[2:]) for part in self._equations(step))
+        identity = step.first and step.block.shortcut is None
+        return torch.as_tensor(pulled + self._outer.cotangent if identity else pulled)
+
+    def _gradient(self, name: str) -> Tensor:
+        return self._observation.gradients[name].detach().cpu().double()

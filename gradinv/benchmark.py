@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from gradinv import __version__, sources
+from gradinv.attack.boundary import settled
 from gradinv.attack.objective import Objective
 from gradinv.attack.state import Run
 from gradinv.checks import check_memory, estimate_memory, parallel_seeds
@@ -42,6 +43,7 @@ from gradinv.config import AttackConfig
 from gradinv.images import to_pixels
 from gradinv.models import MODELS, Model
 from gradinv.peers import BREACHING, breaching_attack, require_breaching
+from gradinv.recovery.recover import recover
 from gradinv.stepping import MODES, Stepper, evaluate, resolve_mode
 from gradinv.tape import PACKED_CONVOLUTIONS
 from gradinv.types import GradinvError
@@ -119,7 +121,7 @@ class Variant:
         return self.stepping in BREACHING
 
     def applied(self, config: AttackConfig) -> AttackConfig:
-        """The attack as this variant runs it: at full size, and far from where registration would begin."""
+        """The attack as this variant runs it: at full size, far from where annealing or registration begins."""
         return dataclasses.replace(
             config,
             seeds=self.seeds,
@@ -127,6 +129,8 @@ class Variant:
             micro_batch=self.micro_batch,
             parallel_seeds=self.parallel_seeds,
             stages=(),
+            pooling=(),
+            tv_schedule=(),
             iterations=10**6,
         )
 
@@ -214,13 +218,20 @@ class _Task:
         self.model = model
         self.config = config
         self.observation = observe(model, pixels, self.labels, share_bn=True)
+        # Once for all variants, since large batches take seconds to solve.
+        self._recovered = recover(model, self.observation, config)
         self._objectives: dict[tuple[bool, int], Objective] = {}
 
+    def settled(self, config: AttackConfig) -> AttackConfig:
+        """What runs of a config on this task."""
+        return settled(self.model, self._recovered, config)
+
     def objective(self, config: AttackConfig) -> Objective:
-        """Made once for all variants that are judged alike, since large batches take seconds to solve for features."""
+        """Made once for all variants that are judged alike."""
         key = config.seeds > 1, config.micro_batch
         if key not in self._objectives:
-            self._objectives[key] = Objective(self.model, self.observation, self.labels, config)
+            own = self.settled(config)
+            self._objectives[key] = Objective(self.model, self.observation, self._recovered, own)
         return self._objectives[key]
 
     def ready(self, variant: Variant) -> _Ours | _Peer:
@@ -283,7 +294,7 @@ class _Ours:
     """Our attack, continued by some iterations at a time: → seconds an iteration of all its seeds."""
 
     def __init__(self, task: _Task, config: AttackConfig) -> None:
-        self._run = Run(task.model, task.observation.batch_size, config)
+        self._run = Run(task.model, task.observation.batch_size, task.settled(config))
         self._stepper = Stepper(task.objective(config), config.stepping, parallel=config.parallel_seeds)
         self._device = task.model.device
         self._steps = itertools.count()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -39,13 +40,22 @@ class AttackConfig:
         "which parameters are matched: all, or only those up to and including a residual stage",
         choices=("all", "layer1", "layer2", "layer3", "layer4"),
     )
-    errors: str = _option(
-        "predicted",
-        "where the output errors p − y in the matched gradient come from: predicted by the network for the current "
-        "images, or recovered in closed form from the final layer's gradient",
-        choices=("predicted", "recovered"),
+    boundary: str = _option(
+        "loss",
+        "down to where the network is solved and no more searched through: loss (the output errors p − y are predicted "
+        "by the network for the current images, as in the paper), logits (p − y are recovered in closed form from the "
+        "final layer's gradient), a node (such as layer2 or layer3.0.conv1: the layers above it are solved), or auto "
+        "(the lowest node that the gradient determines; where there is none the matching preset runs instead)",
     )
-    features: float = _option(0.0, "weight of the recovered features' cosine distance (not in the paper)", least=0)
+    activations: float = _option(
+        0.0, "weight of the solved activations at and above a node as the boundary (not in the paper)", least=0
+    )
+    features: float = _option(
+        0.0,
+        "weight of the recovered features' cosine distance (not in the paper); left out where a node below them is the "
+        "boundary",
+        least=0,
+    )
     bn: str = _option(
         "approx",
         "which BN statistics are matched: those stored in the weights, the client's own batch as it leaked, that batch "
@@ -59,11 +69,15 @@ class AttackConfig:
     tv: float = _option(1e-4, "weight of total variation, α_tv", least=0)
     tv_form: str = _option(
         "paper",
-        "total variation: the paper's four difference maps, or mean absolute differences of R, G, B or luma and chroma",
-        choices=("paper", "rgb", "luma-chroma"),
+        "total variation: the paper's four difference maps, mean absolute differences of R, G, B or luma and chroma, "
+        "or differences of luma and chroma that are smooth where they are small",
+        choices=("paper", "rgb", "luma-chroma", "smooth"),
     )
-    tv_luma: float = _option(1.0, "luma's share in the luma-chroma form", least=0)
-    tv_chroma: float = _option(3.0, "the two chroma channels' share in the luma-chroma form", least=0)
+    tv_luma: float = _option(1.0, "luma's share in the luma-chroma and smooth forms", least=0)
+    tv_chroma: float = _option(3.0, "the two chroma channels' share in these forms", least=0)
+    tv_schedule: tuple[float, ...] = _option(
+        (), "what the weight of total variation is multiplied by in each annealing stage (empty: 1 throughout)"
+    )
     l2: float = _option(1e-6, "weight of the image's ℓ2 norm, α_ℓ2", least=0)
     group: float = _option(0.01, "weight of group consistency, α_group (Eqn 11)", least=0)
     registration: str = _option(
@@ -75,6 +89,17 @@ class AttackConfig:
     registration_start: float = _option(0.25, "share of the run before the first registration", least=0)
     registration_interval: float = _option(0.005, "share of the run between two registrations", least=0)
 
+    optimiser: str = _option(
+        "adam",
+        "Adam, or L-BFGS over pixels that a sigmoid keeps in [0, 1] (with it the settings of Adam's step, learning "
+        "rate, noise and box do nothing)",
+        choices=("adam", "l-bfgs"),
+    )
+    pooling: tuple[float, ...] = _option(
+        (),
+        "annealing where a node is the boundary: in each of these equal stages the stem's maximum over a window is "
+        "softened to a mean weighted by softmax(β v), with this β (0: the maximum itself; empty: that throughout)",
+    )
     optimiser_step: str = _option(
         "gradient", "what Adam is fed: the pixel gradient or its sign", choices=("gradient", "sign")
     )
@@ -89,14 +114,10 @@ class AttackConfig:
         choices=("random", "decoder"),
     )
     start_scale: float = _option(1.0, "standard deviation of the random start, in normalised units", least=0)
-    stages: tuple[float, ...] = field(
-        default=(),
-        metadata={
-            "help": "coarse to fine: the share of the steps spent at each resolution, coarsest first; each stage "
-            "doubles the side and the last is full size (empty: full size throughout)",
-            "choices": (),
-            "least": None,
-        },
+    stages: tuple[float, ...] = _option(
+        (),
+        "coarse to fine: the share of the steps spent at each resolution, coarsest first; each stage doubles the side "
+        "and the last is full size (empty: full size throughout)",
     )
     stepping: str = _option(
         "auto",
@@ -123,12 +144,12 @@ class AttackConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.stages, list):  # as JSON has it
-            object.__setattr__(self, "stages", tuple(self.stages))
         for item in dataclasses.fields(self):
             value: Any = getattr(self, item.name)
             choices, least = item.metadata["choices"], item.metadata["least"]
             expected = type(item.default)
+            if expected is tuple and isinstance(value, list):  # as JSON has it
+                object.__setattr__(self, item.name, value := tuple(value))
             numeric = int | float if expected is float else expected
             if not isinstance(value, numeric) or (expected is not bool and isinstance(value, bool)):
                 raise GradinvError(f"{item.name} takes a value of type {expected.__name__}, not {value!r}.")
@@ -136,21 +157,39 @@ class AttackConfig:
                 raise GradinvError(f"{item.name} takes one of {', '.join(choices)}, not {value!r}.")
             if least is not None and not least <= cast(float, value) < math.inf:  # NaN is refused too
                 raise GradinvError(f"{item.name} must be a finite number of at least {least:g}, not {value!r}.")
+        if not _BOUNDARY.fullmatch(self.boundary):
+            raise GradinvError(
+                "boundary takes loss, logits, auto, or a node's name such as maxpool, layer2, layer2.1 or "
+                f"layer3.0.conv1, not {self.boundary!r}."
+            )
         shares = self.stages
-        if shares and not (
-            all(isinstance(s, int | float) and not isinstance(s, bool) and 0 < s <= 1 for s in shares)
-            and math.isclose(sum(shares), 1, abs_tol=1e-6)
-        ):
+        if shares and not (all(_real(s) and 0 < s <= 1 for s in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6)):
             raise GradinvError(f"stages are positive shares of the steps that sum to 1, not {shares!r}.")
+        for name in ("pooling", "tv_schedule"):
+            values = getattr(self, name)
+            if not all(_real(value) and 0 <= value < math.inf for value in values):
+                raise GradinvError(f"{name} takes finite numbers of at least 0, not {values!r}.")
+        if self.pooling and self.tv_schedule and len(self.pooling) != len(self.tv_schedule):
+            raise GradinvError(
+                f"pooling has {len(self.pooling)} annealing stages and tv_schedule {len(self.tv_schedule)}; give as "
+                "many, or leave one empty."
+            )
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether the attack takes anything from the layers below the final one."""
+        return self.boundary not in ("loss", "logits") and (self.gradient > 0 or self.activations > 0)
 
     @property
     def needs_features(self) -> bool:
         """Whether the attack takes more from the final layer than the labels."""
-        return self.features > 0 or (self.gradient > 0 and self.errors == "recovered") or self.start == "decoder"
+        known_errors = self.gradient > 0 and self.boundary == "logits"
+        return self.features > 0 or known_errors or self.needs_layers or self.start == "decoder"
 
     @classmethod
     def preset(cls, name: str, model: str | None = None, **changes: Any) -> AttackConfig:
-        """The preset of that name (`paper`, `demo`), for a model where it depends on one, with single fields changed.
+        """The preset of that name (`paper`, `matching`, `demo`), for a model where it depends on one, and single fields
+        changed.
 
         Raises GradinvError for an unknown preset, an unknown field, or a value out of range.
         """
@@ -160,7 +199,9 @@ class AttackConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AttackConfig:
-        """The inverse of `to_dict`; missing fields take their defaults. Raises GradinvError for an unknown key."""
+        """The inverse of `to_dict`; missing fields take their defaults. What older versions wrote is `upgraded`. Raises
+        GradinvError for an unknown key."""
+        values = upgraded(values)
         known = {item.name for item in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise GradinvError(f"There is no setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
@@ -168,7 +209,8 @@ class AttackConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON can hold it: `from_dict(json.loads(json.dumps(c.to_dict()))) == c`."""
-        return {**dataclasses.asdict(self), "stages": list(self.stages)}
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, text: str) -> AttackConfig:
@@ -186,16 +228,37 @@ class AttackConfig:
         return json.dumps(self.to_dict())
 
 
-# What `demo` is made of was measured: docs/results.md.
+def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are called today. What older versions called `errors` belongs to an attack that knew no solved
+    layers, so that what has come since is off unless it is set as well. Raises GradinvError for an unknown value."""
+    found = dict(settings)
+    if "errors" not in found:
+        return found
+    errors = found.pop("errors")
+    if errors not in _ERRORS:
+        raise GradinvError(f"errors, which is called boundary now, took one of {', '.join(_ERRORS)}, not {errors!r}.")
+    since = {name: getattr(AttackConfig, name) for name in ("activations", "optimiser", "pooling", "tv_schedule")}
+    return {**since, **found, "boundary": _ERRORS[errors]}
+
+
+_ERRORS = {"predicted": "loss", "recovered": "logits"}
+_BOUNDARY = re.compile(r"loss|logits|auto|maxpool|layer[1-4](\.\d+(\.conv[1-3])?)?")
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# What `matching` is made of was measured: docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "demo": {
+    "matching": {
         "seeds": 2,
         "iterations": 250,
         "match": "cosine",
         "gradient": 1.0,
         "layers": "layer3",
-        "errors": "recovered",
+        "boundary": "logits",
         "features": 0.5,
         "bn_form": "relative",
         "bn_weight": 0.02,
@@ -214,8 +277,31 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start_scale": 0.1,
         "stages": (0.25, 0.3, 0.45),
     },
+    "demo": {
+        "seeds": 2,
+        "iterations": 600,
+        "match": "cosine",
+        "gradient": 0.0,
+        "boundary": "auto",
+        "activations": 1.0,
+        "bn_weight": 0.0,
+        "tv": 0.3,
+        "tv_form": "smooth",
+        "tv_luma": 1.0,
+        "tv_chroma": 1.0,
+        "tv_schedule": (1.0, 1.0, 0.7, 0.4, 0.4, 0.2),
+        "l2": 0.0,
+        "group": 0.0,
+        "registration": "lazy",
+        "labels": "auto",
+        "optimiser": "l-bfgs",
+        "pooling": (0.3, 1.0, 2.0, 5.0, 20.0, 0.0),
+        "noise": 0.0,
+        "box": True,
+        "start_scale": 0.6,
+    },
 }
 # Where an iteration costs a third, three times as many fit in the same minutes.
 PRESETS_BY_MODEL: dict[tuple[str, str], dict[str, Any]] = {
-    ("demo", "resnet18-tiny"): {"iterations": 800},
+    ("matching", "resnet18-tiny"): {"iterations": 800},
 }

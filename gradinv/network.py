@@ -143,6 +143,11 @@ def _unit(network: nn.Module, conv: str, bn: str) -> Unit:
     return Unit(conv, cast(nn.Conv2d, network.get_submodule(conv)), bn, cast(nn.BatchNorm2d, network.get_submodule(bn)))
 
 
+def stage_of(node: str) -> str:
+    """The stage that a node lies in, such as layer2; of the stem its own name."""
+    return node.partition(".")[0]
+
+
 class Segment:
     """The network from the images up to a node, and no further.
 

@@ -1,4 +1,4 @@
-"""How evaluations of the objective are executed: by autograd, recorded or as a CUDA graph, and how many at a time."""
+"""How evaluations of an objective are executed: by autograd, recorded or as a CUDA graph, and how many at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradinv.attack.objective import Objective
 from gradinv.tape import Program, Tape, can_pack
 from gradinv.types import GradinvError
 
@@ -36,29 +35,42 @@ _COMPARED = (0.75, 0.5, 0.25)
 
 
 @dataclass(frozen=True, eq=False)
-class Stepped:
-    """One evaluation: the `gradient` of the weighted sum with respect to the images (B, 3, S, S), and as scalars each
-    term's `raw` value and the gradients' cosine `distance`; all detached."""
+class LossTerms:
+    """Scalars, still on the device: the weighted sum `total` (differentiable), each term's `raw` value, and the
+    cosine `distance` of the gradients (NaN where no gradient is matched)."""
+
+    total: Tensor
+    raw: Mapping[str, Tensor]
+    distance: Tensor
+
+
+Function = Callable[[Tensor, Tensor], LossTerms]
+"""What is evaluated: a function of normalised images (B, 3, S, S) and of the consensus that they are drawn to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """One evaluation: the `gradient` of the weighted sum with respect to the images (B, 3, S, S), and as scalars that
+    sum, `total`, each term's `raw` value and the gradients' cosine `distance`; all detached."""
 
     gradient: Tensor
+    total: Tensor
     raw: Mapping[str, Tensor]
     distance: Tensor
 
 
 class Stepper:
-    """Evaluates an objective together with the gradient of its total.
+    """Evaluates a function of images together with the gradient of its total.
 
     `mode` says how: `eager` is autograd, the reference; `traced` runs a recording of the first evaluation, with
     autograd's result to the last bit; `packed` runs it with the constant weights in the layout that the CPU's library
     computes in, with the result to rounding; `graph` replays it as a CUDA graph (not yet measured on a GPU). Before
     that the recording is compared with autograd on other images. Where recording, packing, capture or comparison
     fails, one sentence is logged, `mode` becomes `eager`, and so it goes on. Any thread may call it, one at a time;
-    nothing is left behind in the thread or in the objective.
+    nothing is left behind in the thread or in the function.
     """
 
-    def __init__(
-        self, objective: Objective, mode: str = "auto", *, steps: int | None = None, parallel: int = 1
-    ) -> None:
+    def __init__(self, function: Function, mode: str = "auto", *, steps: int | None = None, parallel: int = 1) -> None:
         """`auto` becomes what pays for so many evaluations (`steps`; None: many) at the first one. So many in
         `parallel` `each` runs, as far as the mode is in PARALLEL.
 
@@ -67,14 +79,14 @@ class Stepper:
         if mode not in MODES:
             raise GradinvError(f"stepping takes one of {', '.join(MODES)}, not {mode!r}.")
         self.mode = mode
-        self._objective = objective
+        self._function = function
         self._steps = steps
         self._parallel = parallel
         self._program: Program | None = None
         self._names: list[str] = []
         self._workers: ThreadPoolExecutor | None = None
 
-    def __call__(self, images: Tensor, group: Tensor) -> Stepped:
+    def __call__(self, images: Tensor, group: Tensor) -> Gradient:
         """Judge normalised images (B, 3, S, S) against the observation and the group's consensus, of the same shape.
 
         The shape stays the same from call to call. Raises GradinvError for `graph` where there is no CUDA device.
@@ -82,7 +94,7 @@ class Stepper:
         images, group = images.detach(), group.detach()
         program = self._ready(images, group)
         if program is None:
-            return evaluate(self._objective, images, group)
+            return evaluate(self._function, images, group)
         # Also the first time, so that a run that is resumed has the very numbers of one that was not interrupted.
         return self._run(program, images, group)
 
@@ -91,7 +103,7 @@ class Stepper:
         """How many seeds `each` runs at a time, as the mode is now."""
         return self._parallel if self.mode in PARALLEL else 1
 
-    def each(self, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Stepped]:
+    def each(self, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Gradient]:
         """The same for every seed's images (g, B, 3, S, S); where `stop` is set on the way, only for the first few,
         within one evaluation."""
         seeds, group = seeds.detach(), group.detach()
@@ -99,17 +111,17 @@ class Stepper:
             program = self._ready(seeds[0], group)
             if program is not None and self.mode in PARALLEL:
                 return self._side_by_side(program, seeds, group, stop)
-        found: list[Stepped] = []
+        found: list[Gradient] = []
         for images in seeds:
             if stop.is_set():
                 break
             found.append(self(images, group))
         return found
 
-    def _side_by_side(self, program: Program, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Stepped]:
+    def _side_by_side(self, program: Program, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Gradient]:
         if self._workers is None:
             self._workers = _workers(min(self._parallel, len(seeds)))
-        found: list[Stepped] = []
+        found: list[Gradient] = []
         futures = [self._workers.submit(self._run, program, images, group) for images in seeds]
         try:
             for future in futures:
@@ -134,20 +146,19 @@ class Stepper:
         hold a value that depends on these."""
         tape = Tape(packed=self.mode == "packed")
         try:
-            stepped = evaluate(self._objective, images, group, tape)
-            results = [stepped.gradient, *stepped.raw.values(), stepped.distance]
-            program = tape.program(results)
+            found = evaluate(self._function, images, group, tape)
+            program = tape.program([found.gradient, found.total, *found.raw.values(), found.distance])
         except Exception as error:  # Whatever it is: where autograd fails as well, that is what the caller gets to see.
             self._give_up(f"the evaluation cannot be recorded ({_one_line(error)})")
             return
-        self._names = list(stepped.raw)
+        self._names = list(found.raw)
         deviation = math.nan
         try:
             if self.mode == "graph":
                 program = _Captured(program, images, group)
             for scale in _COMPARED:
                 others = scale * images.flip(-1), scale * group.flip(-1)
-                deviation = _deviation(self._run(program, *others), evaluate(self._objective, *others))
+                deviation = _deviation(self._run(program, *others), evaluate(self._function, *others))
                 if deviation <= _TOLERANCE[self.mode]:
                     self._program = program
                     return
@@ -156,10 +167,10 @@ class Stepper:
             return
         self._give_up(f"the recorded evaluation deviates from autograd's by a share of {deviation:.1e}")
 
-    def _run(self, program: Program, images: Tensor, group: Tensor) -> Stepped:
+    def _run(self, program: Program, images: Tensor, group: Tensor) -> Gradient:
         with torch.no_grad():
-            gradient, *raw, distance = program(images, group)
-        return Stepped(gradient, dict(zip(self._names, raw, strict=True)), distance)
+            gradient, total, *raw, distance = program(images, group)
+        return Gradient(gradient, total, dict(zip(self._names, raw, strict=True)), distance)
 
     def _give_up(self, reason: str) -> None:
         log.warning("Every step runs eagerly, which is slower: %s.", reason)
@@ -208,19 +219,21 @@ def _workers(count: int) -> ThreadPoolExecutor:
     return workers
 
 
-def evaluate(objective: Objective, images: Tensor, group: Tensor, tape: Tape | None = None) -> Stepped:
-    """The reference: the objective and autograd's gradient of its total, recorded on the tape where there is one."""
+def evaluate(function: Function, images: Tensor, group: Tensor, tape: Tape | None = None) -> Gradient:
+    """The reference: the function and autograd's gradient of its total, recorded on the tape where there is one."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         with tape.recording(images, group) if tape is not None else nullcontext():
-            judgement = objective(images, group)
-            (gradient,) = torch.autograd.grad(judgement.total, images)
-    return Stepped(gradient, judgement.raw, judgement.distance)
+            found = function(images, group)
+            (gradient,) = torch.autograd.grad(found.total, images)
+            total = found.total.detach()
+    return Gradient(gradient, total, found.raw, found.distance)
 
 
-def _deviation(found: Stepped, expected: Stepped) -> float:
-    """The largest relative deviation of the gradient (by its norm), the terms and the distance."""
-    pairs = [(found.gradient, expected.gradient), *((found.raw[name], raw) for name, raw in expected.raw.items())]
+def _deviation(found: Gradient, expected: Gradient) -> float:
+    """The largest relative deviation of the gradient (by its norm), the total, the terms and the distance."""
+    pairs = [(found.gradient, expected.gradient), (found.total, expected.total)]
+    pairs += [(found.raw[name], raw) for name, raw in expected.raw.items()]
     if not expected.distance.isnan():
         pairs.append((found.distance, expected.distance))
     return max(float((a - b).norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny)) for a, b in pairs)

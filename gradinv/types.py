@@ -272,7 +272,7 @@ class Snapshot:
     `label_method` is what read them and `label_confidence` how far to trust them, in [0, 1], None where nobody says.
     `features_residual` is what the recovered features leave unexplained, None where the attack does without them.
     `stepping` and `parallel_seeds` say how the steps were executed, "" where none was yet, and for how many seeds at a
-    time.
+    time. `boundary` is down to where the network was solved: a node's name, "logits" or "loss".
     """
 
     step: int
@@ -288,6 +288,7 @@ class Snapshot:
     features_residual: float | None = None
     stepping: str = ""
     parallel_seeds: int = 1
+    boundary: str = ""
 
     @property
     def final(self) -> bool:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gradinv.attack.objective import Objective
 from gradinv.config import AttackConfig
 from gradinv.models import ImageClass, Model
-from gradinv.types import Observation, Preprocessing
+from gradinv.recovery.final_layer import FinalLayer
+from gradinv.types import Observation, Preprocessing, Recovered
 from gradinv.victim import observe
 
 SIZE = 8
@@ -43,6 +45,19 @@ class SmallNetwork(nn.Module):
         x = self.bn1(self.conv1(x)).relu()
         x = self.bn2(self.layer4(x)).relu()
         return self.fc(x.mean((2, 3)))
+
+
+def solved(model: Model, observation: Observation, labels: Tensor, config: AttackConfig) -> Recovered:
+    """What `recover` finds, but with these labels (B,) in their order."""
+    if not config.needs_features:
+        return Recovered(labels, "given", 1.0)
+    fit = FinalLayer(model, observation).fit(labels)
+    return Recovered(labels, "given", 1.0, fit.features.float(), fit.errors.float(), fit.residual, fit.scale)
+
+
+def objective_for(model: Model, observation: Observation, labels: Tensor, config: AttackConfig) -> Objective:
+    """The objective of a config whose labels are these."""
+    return Objective(model, observation, solved(model, observation, labels, config), config)
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,10 @@ FIELDS = {item.name: item for item in dataclasses.fields(AttackConfig)}
 
 def other_value(item: dataclasses.Field[Any]) -> Any:
     """A valid value that is not the default, with floats that decimal notation cannot hold exactly."""
-    if item.name == "stages":
+    if isinstance(item.default, tuple):
         return (1 / 3, 2 / 3)
+    if item.name == "boundary":
+        return "layer3.0.conv1"
     if choices := item.metadata["choices"]:
         return next(choice for choice in reversed(choices) if choice != item.default)
     if isinstance(item.default, bool):
@@ -41,8 +43,9 @@ def test_defaults_are_the_constants_of_the_paper() -> None:
         "column-minimum",
     )
     # What the paper does not have is off.
-    assert (paper.features, paper.layers, paper.errors, paper.optimiser_step) == (0, "all", "predicted", "gradient")
-    assert paper.box is False and paper.stages == ()
+    assert (paper.features, paper.layers, paper.boundary, paper.optimiser_step) == (0, "all", "loss", "gradient")
+    assert paper.box is False and paper.stages == () and paper.activations == 0
+    assert paper.optimiser == "adam" and paper.pooling == paper.tv_schedule == ()
 
 
 def test_the_demonstration_does_not_assume_leaked_statistics() -> None:
@@ -63,7 +66,7 @@ def test_presets_of_models_belong_to_presets_and_models() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(GradinvError, match="There is no preset 'best'; take one of paper, demo"):
+    with pytest.raises(GradinvError, match="There is no preset 'best'; take one of paper, matching, demo"):
         AttackConfig.preset("best")
 
 

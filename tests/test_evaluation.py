@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 import gradinv
 from gradinv import cli, models, peers
-from gradinv.attack.objective import Objective
 from gradinv.config import AttackConfig
 from gradinv.evaluation import plan as plans
 from gradinv.evaluation import running, table, tasks
@@ -248,7 +247,7 @@ def test_both_ways_to_compare_gradients_start_with_the_same_pull(folder: Path, s
         images = noise.clone().requires_grad_()
         bare = dataclasses.replace(one, features=0.0, bn="none", tv=0.0, l2=0.0, group=0.0)
         labels = tasks.restore_labels(small_model, observation, config.labels).labels
-        judgement = Objective(small_model, observation, labels, bare)(images, images.detach())
+        judgement = objective_for(small_model, observation, labels, bare)(images, images.detach())
         norms.append(float(torch.autograd.grad(judgement.total, images)[0].norm()))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0
     assert tasks.inversion_task(bench, l2, 0)["sign_match"] is not None

@@ -11,7 +11,8 @@ from conftest import PLAIN
 
 from gradinv.attack.consensus import consensus
 from gradinv.attack.inversion import invert
-from gradinv.attack.state import RunState, learning_rate, stage_plan, upsample
+from gradinv.attack.optimiser import upsample
+from gradinv.attack.state import RunState, Stage, learning_rate, stage_plan
 from gradinv.checks import estimate_memory
 from gradinv.config import AttackConfig
 from gradinv.metrics import constant_colour, pair, psnr
@@ -101,13 +102,13 @@ def test_the_group_term_pulls_seeds_together(small_model, observation):
     assert spread(0.1) < 0.5 * spread(0.0)
 
 
-@pytest.mark.parametrize("preset", ["paper", "demo"])
+@pytest.mark.parametrize("preset", ["paper", "matching"])
 def test_every_term_of_the_presets_runs(small_model, observation, preset):
     config = AttackConfig.preset(preset, iterations=8, seeds=2, layers="all")
     *_, last = invert(small_model, observation, config)
     expected = {
         "paper": {"gradient", "bn", "tv", "l2", "group"},
-        "demo": {"features", "gradient", "bn", "tv"},
+        "matching": {"features", "gradient", "bn", "tv"},
     }
     assert set(last.terms) >= expected[preset]
     assert all(math.isfinite(value) for term in last.terms.values() for value in term.raw)
@@ -149,8 +150,8 @@ def test_network_and_its_statistics_are_unchanged(small_model, observation):
 
 def test_coarse_to_fine_plan_and_sizes(small_model, observation):
     config = dataclasses.replace(CONFIG, stages=(0.25, 0.3, 0.45), iterations=20)
-    assert stage_plan(config, 64) == [(0, 16), (5, 32), (11, 64)]
-    assert stage_plan(CONFIG, 64) == [(0, 64)]
+    assert stage_plan(config, 64) == [Stage(0, 16), Stage(5, 32), Stage(11, 64)]
+    assert stage_plan(CONFIG, 64) == [Stage(0, 64)]
     for snapshot in invert(small_model, observation, config, every=1):
         assert snapshot.seeds.shape[-1] == 8
 
@@ -361,7 +362,7 @@ def test_states_that_cannot_be_resumed_from(small_model, observation, tmp_path):
         RunState.load(path)
 
 
-@pytest.mark.parametrize("preset", ["paper", "demo"])
+@pytest.mark.parametrize("preset", ["paper", "matching"])
 def test_how_a_step_is_executed_does_not_change_it(small_model, observation, preset):
     changes = {"seeds": 2, "iterations": 12, "layers": "all", "registration_start": 0.3}
     runs = []

@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
+from conftest import objective_for
 
-from gradinv.attack.objective import (
-    Objective,
+from gradinv.attack.objective import matched_parameters
+from gradinv.attack.terms import (
     absolute_variation,
     bn_distance,
     cosine_distance,
@@ -18,7 +19,6 @@ from gradinv.attack.objective import (
     l2_distance,
     layer_cosine_distance,
     luma_chroma_variation,
-    matched_parameters,
     paper_variation,
     relative_bn_distance,
 )
@@ -135,7 +135,7 @@ def double(model: Model) -> Model:
         {},
         {"match": "cosine", "gradient": 1.0, "features": 0.5, "bn_form": "relative", "tv_form": "luma-chroma"},
         {"match": "layer-cosine", "gradient": 1.0, "layers": "layer4", "bn": "none", "tv_form": "rgb", "seeds": 1},
-        {"errors": "recovered", "match": "cosine", "gradient": 1.0, "bn": "exact"},
+        {"boundary": "logits", "match": "cosine", "gradient": 1.0, "bn": "exact"},
         {"bn": "inferred", "bn_form": "relative", "match": "cosine", "gradient": 1.0},
     ],
 )
@@ -145,8 +145,7 @@ def test_pixel_gradient_agrees_with_numerical_differences(small_model, small_bat
     mode = "train" if changes.get("bn") == "inferred" else "eval"
     observation = observe(small_model, pixels, labels, share_bn=True, mode=mode)
     model = double(small_model)
-    objective = Objective(model, observation, labels, AttackConfig(**changes))
-    objective._target.update({name: value.double() for name, value in objective._target.items()})
+    objective = objective_for(model, observation, labels, AttackConfig(**changes))
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
     group = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
@@ -167,7 +166,7 @@ def test_the_true_images_have_no_distance(small_model, small_batch):
     observation = observe(small_model, pixels, labels, share_bn=True)
     config = AttackConfig(match="cosine", gradient=1.0, bn="exact", features=1.0, seeds=1)
     images = small_model.preprocessing.normalise(pixels)
-    judgement = Objective(small_model, observation, labels, config)(images, images)
+    judgement = objective_for(small_model, observation, labels, config)(images, images)
     assert judgement.raw["gradient"].abs().item() < 1e-5
     assert judgement.raw["bn"].item() < 1e-4
     assert judgement.distance.item() == judgement.raw["gradient"].item()
@@ -183,7 +182,7 @@ def test_the_true_images_have_no_distance_whatever_tells_the_batch_statistics(sm
 
     def judged(bn, observation=observation):
         config = AttackConfig(match="cosine", gradient=1.0, bn=bn, bn_form=form, features=1.0, seeds=1)
-        return Objective(small_model, observation, labels, config)(images, images).raw
+        return objective_for(small_model, observation, labels, config)(images, images).raw
 
     for bn in ("exact", "inferred") if mode == "train" else ("exact",):
         raw = judged(bn)
@@ -211,18 +210,18 @@ def test_inferred_statistics_are_the_batchs_own(small_model, small_batch):
 
 def test_statistics_that_cannot_be_inferred_are_one_sentence(small_model, small_batch):
     with pytest.raises(GradinvError, match=r"did not share its running statistics .* in train mode, or take approx"):
-        Objective(small_model, observe(small_model, *small_batch), small_batch[1], AttackConfig(bn="inferred"))
+        objective_for(small_model, observe(small_model, *small_batch), small_batch[1], AttackConfig(bn="inferred"))
     for momentum in (None, 0.0):
         small_model.network.bn2.momentum = momentum
         observation = observe(small_model, *small_batch, mode="train")
         with pytest.raises(GradinvError, match=f"The BN layer bn2 has the momentum {momentum}, .* take approx or none"):
-            Objective(small_model, observation, small_batch[1], AttackConfig(bn="inferred"))
+            objective_for(small_model, observation, small_batch[1], AttackConfig(bn="inferred"))
 
 
 def test_train_mode_leaves_buffers_and_modules_as_they_were_also_after_an_error(small_model, small_batch):
     network = small_model.network
     observation = observe(small_model, *small_batch, mode="train")
-    objective = Objective(small_model, observation, small_batch[1], AttackConfig(seeds=1))
+    objective = objective_for(small_model, observation, small_batch[1], AttackConfig(seeds=1))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     images = torch.randn(3, 3, 8, 8)
     trained = objective(images, images).raw["gradient"]
@@ -243,15 +242,15 @@ def test_train_mode_leaves_buffers_and_modules_as_they_were_also_after_an_error(
 
 @pytest.mark.parametrize("bn", ["approx", "exact", "inferred", "none"])
 def test_the_control_without_the_gradient_needs_nothing_but_its_own_terms(small_model, small_batch, bn):
-    """The demo preset asks for a stage and for recovered errors: without the gradient neither is needed."""
+    """The matching preset asks for a stage and for recovered errors: without the gradient neither is needed."""
     pixels, labels = small_batch
     observation = observe(small_model, pixels, labels, share_bn=True, mode="train")
-    config = AttackConfig.preset("demo", gradient=0.0, features=0.0, bn=bn)
+    config = AttackConfig.preset("matching", gradient=0.0, features=0.0, bn=bn)
     repeated = dataclasses.replace(observation, gradients={})
-    objective = Objective(small_model, repeated, labels, config)
+    objective = objective_for(small_model, repeated, labels, config)
     images = torch.randn(3, 3, 8, 8, requires_grad=True)
     judgement = objective(images, images)
-    assert set(judgement.raw) == ({"tv"} if bn == "none" else {"bn", "tv"}) and objective.recovered is None
+    assert set(judgement.raw) == ({"tv"} if bn == "none" else {"bn", "tv"})
     (gradient,) = torch.autograd.grad(judgement.total, images)
     assert torch.isfinite(gradient).all() and gradient.any() and math.isnan(judgement.distance.item())
 
@@ -259,7 +258,7 @@ def test_the_control_without_the_gradient_needs_nothing_but_its_own_terms(small_
 def test_an_objective_without_terms_is_refused(small_model, small_batch):
     config = AttackConfig(gradient=0.0, bn_weight=0.0, tv=0.0, l2=0.0, group=0.0)
     with pytest.raises(GradinvError, match="Every term of the objective has weight 0"):
-        Objective(small_model, observe(small_model, *small_batch), small_batch[1], config)
+        objective_for(small_model, observe(small_model, *small_batch), small_batch[1], config)
 
 
 def test_known_norms_of_the_target_change_nothing():
@@ -272,7 +271,7 @@ def test_known_norms_of_the_target_change_nothing():
 def test_total_is_the_weighted_sum_and_zero_weights_leave_no_term(small_model, small_batch):
     pixels, labels = small_batch
     config = AttackConfig(gradient=0.0, tv=0.5, l2=0.25, bn="none", seeds=1)
-    objective = Objective(small_model, observe(small_model, pixels, labels), labels, config)
+    objective = objective_for(small_model, observe(small_model, pixels, labels), labels, config)
     judgement = objective(torch.ones(3, 3, 8, 8), torch.zeros(3, 3, 8, 8))
     assert set(judgement.raw) == {"tv", "l2"}
     assert judgement.total.item() == pytest.approx(0.25 * math.sqrt(3 * 3 * 64))
@@ -282,8 +281,8 @@ def test_total_is_the_weighted_sum_and_zero_weights_leave_no_term(small_model, s
 def test_recovered_errors_give_the_clients_own_gradient_at_the_truth(small_model, small_batch):
     pixels, labels = small_batch
     observation = observe(small_model, pixels[:1], labels[:1])
-    config = AttackConfig(errors="recovered", match="cosine", gradient=1.0, seeds=1)
-    objective = Objective(small_model, observation, labels[:1], config)
+    config = AttackConfig(boundary="logits", match="cosine", gradient=1.0, seeds=1)
+    objective = objective_for(small_model, observation, labels[:1], config)
     found = objective.evaluate(small_model.preprocessing.normalise(pixels[:1]), torch.zeros(1)).gradients
     for name, value in observation.gradients.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
@@ -317,7 +316,7 @@ PARTED = [
     {"match": "l2"},
     {"match": "cosine", "gradient": 1.0},
     {"match": "layer-cosine", "gradient": 1.0, "layers": "layer4"},
-    {"errors": "recovered", "match": "cosine", "gradient": 1.0},
+    {"boundary": "logits", "match": "cosine", "gradient": 1.0},
     {"gradient": 0.0, "bn": "exact", "bn_weight": 1.0},
     {"gradient": 0.0, "bn": "approx", "bn_weight": 1.0, "bn_form": "relative"},
     {"gradient": 0.0, "features": 1.0},
@@ -336,7 +335,7 @@ def test_micro_batches_give_what_the_whole_batch_gives(small_model, small_batch,
     images.requires_grad_()
     judged, gradients = [], []
     for part in (0, size):
-        objective = Objective(small_model, observation, labels, dataclasses.replace(config, micro_batch=part))
+        objective = objective_for(small_model, observation, labels, dataclasses.replace(config, micro_batch=part))
         judged.append(objective(images, group))
         gradients.append(torch.autograd.grad(judged[-1].total, images)[0])
     whole, parts = judged
@@ -354,7 +353,9 @@ def test_terms_of_the_pixels_alone_need_no_second_pass(small_model, small_batch)
     images = torch.randn(3, 3, 8, 8, requires_grad=True)
     gradients = []
     for size in (0, 2):
-        objective = Objective(small_model, observation, small_batch[1], dataclasses.replace(config, micro_batch=size))
+        objective = objective_for(
+            small_model, observation, small_batch[1], dataclasses.replace(config, micro_batch=size)
+        )
         gradients.append(torch.autograd.grad(objective(images, images.detach()).total, images)[0])
     handle.remove()
     torch.testing.assert_close(*gradients)
@@ -367,11 +368,13 @@ def test_only_a_micro_batch_is_in_the_network_at_a_time(small_model, small_batch
     observation = observe(small_model, *small_batch)
     images = torch.randn(3, 3, 8, 8, requires_grad=True)
     sizes.clear()
-    Objective(small_model, observation, small_batch[1], AttackConfig(micro_batch=2))(images, images.detach())
+    objective_for(small_model, observation, small_batch[1], AttackConfig(micro_batch=2))(images, images.detach())
     assert sizes == [2, 1, 2, 1]
     sizes.clear()
     for whole in (0, 3, 4):
-        Objective(small_model, observation, small_batch[1], AttackConfig(micro_batch=whole))(images, images.detach())
+        objective_for(small_model, observation, small_batch[1], AttackConfig(micro_batch=whole))(
+            images, images.detach()
+        )
     handle.remove()
     assert sizes == [3, 3, 3]
 
@@ -381,8 +384,8 @@ def test_micro_batches_are_refused_in_train_mode(small_model, small_batch):
     with pytest.raises(
         GradinvError, match=r"^In train mode BN normalises by the whole batch, .*; set micro_batch to 0\.$"
     ):
-        Objective(small_model, observation, small_batch[1], AttackConfig(micro_batch=2))
-    Objective(small_model, observation, small_batch[1], AttackConfig(micro_batch=3))  # the whole batch at once
+        objective_for(small_model, observation, small_batch[1], AttackConfig(micro_batch=2))
+    objective_for(small_model, observation, small_batch[1], AttackConfig(micro_batch=3))  # the whole batch at once
 
 
 def test_matching_can_stop_at_a_stage(small_model):
@@ -395,13 +398,13 @@ def test_matching_can_stop_at_a_stage(small_model):
 def test_exact_statistics_that_nobody_shared_are_refused(small_model, small_batch):
     pixels, labels = small_batch
     with pytest.raises(GradinvError, match="did not share its BN statistics"):
-        Objective(small_model, observe(small_model, pixels, labels), labels, AttackConfig(bn="exact"))
+        objective_for(small_model, observe(small_model, pixels, labels), labels, AttackConfig(bn="exact"))
 
 
 def test_an_objective_goes_when_nobody_holds_it(small_model, small_batch):
     """Not with the next collection of cycles: it holds a gradient and, through its terms, much of a GPU's memory."""
     labels = small_batch[1]
-    objective = Objective(small_model, observe(small_model, *small_batch), labels, AttackConfig(features=0.5))
+    objective = objective_for(small_model, observe(small_model, *small_batch), labels, AttackConfig(features=0.5))
     known = weakref.ref(objective)
     gc.disable()
     try:

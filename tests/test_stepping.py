@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import objective_for, solved
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
 from gradinv import stepping, tape
-from gradinv.attack.objective import Judgement, Objective
+from gradinv.attack.objective import Objective
 from gradinv.config import AttackConfig
-from gradinv.recovery.final_layer import recover_features
-from gradinv.stepping import Stepped, Stepper, evaluate, resolve_mode
+from gradinv.stepping import Gradient, LossTerms, Stepper, evaluate, resolve_mode
 from gradinv.types import GradinvError
 from gradinv.victim import observe
 
@@ -35,7 +35,7 @@ ALL_TERMS = {"features": 0.5, "bn": "exact", "bn_weight": 0.02, "tv": 0.2, "l2":
 
 def objective_of(model: Any, batch: tuple[Tensor, Tensor], mode: str = "eval", **changes: Any) -> Objective:
     observation = observe(model, *batch, share_bn=True, mode=mode)
-    return Objective(model, observation, batch[1], AttackConfig(**{**ALL_TERMS, **changes}))
+    return objective_for(model, observation, batch[1], AttackConfig(**{**ALL_TERMS, **changes}))
 
 
 def pictures(seed: int, batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor]:
@@ -44,17 +44,18 @@ def pictures(seed: int, batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor]:
     return images, group
 
 
-def assert_same(found: Stepped, expected: Stepped) -> None:
-    assert torch.equal(found.gradient, expected.gradient)
+def assert_same(found: Gradient, expected: Gradient) -> None:
+    assert torch.equal(found.gradient, expected.gradient) and torch.equal(found.total, expected.total)
     assert list(found.raw) == list(expected.raw)
     assert all(torch.equal(found.raw[name], raw) for name, raw in expected.raw.items())
     assert torch.equal(found.distance.nan_to_num(-1), expected.distance.nan_to_num(-1))
 
 
-def assert_close(found: Stepped, expected: Stepped) -> None:
+def assert_close(found: Gradient, expected: Gradient) -> None:
     """To float32 rounding, which a derivative of a derivative lets grow."""
     assert list(found.raw) == list(expected.raw)
     assert float((found.gradient - expected.gradient).norm()) <= 1e-4 * float(expected.gradient.norm())
+    torch.testing.assert_close(found.total, expected.total, rtol=1e-4, atol=1e-6)
     for name, raw in expected.raw.items():
         torch.testing.assert_close(found.raw[name], raw, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.distance, expected.distance, rtol=1e-4, atol=1e-6, equal_nan=True)
@@ -66,8 +67,8 @@ every_form = pytest.mark.parametrize(
         {"match": "l2"},
         {"match": "cosine"},
         {"match": "layer-cosine"},
-        {"match": "cosine", "errors": "recovered"},
-        {"match": "cosine", "layers": "layer4", "errors": "recovered", "bn_form": "relative"},
+        {"match": "cosine", "boundary": "logits"},
+        {"match": "cosine", "layers": "layer4", "boundary": "logits", "bn_form": "relative"},
         {"bn": "approx", "tv_form": "rgb"},
         {"bn": "none", "tv_form": "luma-chroma"},
         {"gradient": 0.0},
@@ -220,7 +221,7 @@ def test_a_network_of_another_layout_is_not_packed(small_model, small_batch):
     """What follows a convolution was recorded for its result's layout."""
     objective = objective_of(small_model, small_batch)
 
-    def channels_last(images: Tensor, group: Tensor) -> Judgement:
+    def channels_last(images: Tensor, group: Tensor) -> LossTerms:
         return objective(images.to(memory_format=torch.channels_last), group)
 
     stepper = Stepper(channels_last, "packed")
@@ -352,7 +353,7 @@ def test_nothing_outlives_the_stepper(small_model, small_batch):
 def test_steppers_in_several_threads(small_model, small_batch):
     """Each with a network of its own; what one thread does is not in another's recording."""
 
-    def work(seed: int) -> list[tuple[Stepped, Stepped]]:
+    def work(seed: int) -> list[tuple[Gradient, Gradient]]:
         objective = objective_of(copy.deepcopy(small_model), small_batch)
         stepper = Stepper(objective, "traced")
         results = []
@@ -372,7 +373,7 @@ def test_one_stepper_may_move_between_threads(small_model, small_batch):
     objective = objective_of(small_model, small_batch)
     stepper = Stepper(objective, "traced")
     for seed in range(4):
-        found: list[Stepped] = []
+        found: list[Gradient] = []
         thread = threading.Thread(target=lambda seed=seed, found=found: found.append(stepper(*pictures(seed))))
         thread.start()
         thread.join()
@@ -478,9 +479,9 @@ def test_workers_end_with_the_stepper(small_model, small_batch):
 def judging(total: Callable[[Tensor], Tensor]) -> Any:
     """An objective that is nothing but this total of the images."""
 
-    def objective(images: Tensor, group: Tensor) -> Judgement:
+    def objective(images: Tensor, group: Tensor) -> LossTerms:
         value = total(images)
-        return Judgement(value, {"only": value.detach()}, torch.tensor(float("nan")))
+        return LossTerms(value, {"only": value.detach()}, torch.tensor(float("nan")))
 
     return objective
 
@@ -629,7 +630,7 @@ def test_a_failed_recording_is_one_logged_sentence(small_model, small_batch, mon
 
 
 def test_an_error_of_the_objective_reaches_the_caller():
-    def objective(images: Tensor, group: Tensor) -> Judgement:
+    def objective(images: Tensor, group: Tensor) -> LossTerms:
         raise GradinvError("This cannot be judged.")
 
     with pytest.raises(GradinvError, match=r"^This cannot be judged\.$"):
@@ -730,23 +731,22 @@ def test_a_graph_is_replayed_from_memory_that_stays(small_model, small_batch, ca
 
 @pytest.mark.parametrize(
     "changes",
-    [{"match": "cosine", "errors": "recovered"}, {"match": "l2", "micro_batch": 2}, {"bn": "approx"}],
+    [{"match": "cosine", "boundary": "logits"}, {"match": "l2", "micro_batch": 2}, {"bn": "approx"}],
     ids=str,
 )
 def test_an_evaluation_stays_on_its_device_and_waits_for_no_number(small_model, small_batch, monkeypatch, changes):
     """On a GPU either would stop the capture. Tensors of the meta device have no values and mix with no others."""
     observation = observe(small_model, *small_batch, share_bn=True)
-    found = recover_features(small_model, observation, small_batch[1])
-    moved = dataclasses.replace(found, features=found.features.to("meta"), errors=found.errors.to("meta"))
-    monkeypatch.setattr("gradinv.attack.objective.recover_features", lambda *_: moved)
-    model = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
     config = AttackConfig(**{**ALL_TERMS, "bn_form": "relative", "tv_form": "luma-chroma", **changes})
-    objective = Objective(model, observation, small_batch[1], config)
+    found = solved(small_model, observation, small_batch[1], config)
+    moved = {name: getattr(found, name).to("meta") for name in ("labels", "features", "errors")}
+    model = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
+    objective = Objective(model, observation, dataclasses.replace(found, **moved), config)
     assert set(objective.weights) == {"features", "gradient", "bn", "tv", "l2", "group"}
     images, group = (tensor.to("meta") for tensor in pictures(0))
     recording = tape.Tape()
     stepped = evaluate(objective, images, group, recording)
-    program = recording.program([stepped.gradient, *stepped.raw.values(), stepped.distance])
+    program = recording.program([stepped.gradient, stepped.total, *stepped.raw.values(), stepped.distance])
     for result in [*program(images, group), stepped.gradient, *stepped.raw.values(), stepped.distance]:
         assert result.is_meta
     with pytest.raises(RuntimeError):  # so a mixture would have been noticed

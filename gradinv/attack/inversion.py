@@ -6,20 +6,22 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gradinv.attack.boundary import settled
 from gradinv.attack.objective import Objective
-from gradinv.attack.state import Run, RunState
+from gradinv.attack.state import Run, RunState, stage_at
 from gradinv.checks import check_memory, check_observation, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
 from gradinv.prior import preview
-from gradinv.recovery.labels import RestoredLabels, restore_labels
-from gradinv.stepping import Stepped, Stepper
-from gradinv.types import Observation, Snapshot, Term
+from gradinv.recovery.recover import recover
+from gradinv.stepping import Gradient, Stepper
+from gradinv.types import Observation, Recovered, Snapshot, Term
 
 
 def invert(
@@ -32,8 +34,12 @@ def invert(
     stop: threading.Event | None = None,
     resume: RunState | None = None,
     ranks: Ranks = ALONE,
+    recovered: Recovered | None = None,
 ) -> Snapshots:
     """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
+
+    What the gradient says without a search is solved first, unless it is `recovered` already; with `boundary=auto`
+    that decides what runs (see `settled`), and each snapshot says so.
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
@@ -50,20 +56,16 @@ def invert(
     """
     check_observation(model, observation)
     ranks.check(model.device)
-    own = replace(config, seeds=len(ranks.share(config.seeds)))
-    check_memory(model, observation.batch_size, own)
-    restored = restore_labels(model, observation, config.labels)
-    objective = Objective(model, observation, restored.labels, config)
-    start = _start(model, objective, config) if resume is None else None
-    run = Run(model, observation.batch_size, config, start, ranks)
+    share = len(ranks.share(config.seeds))
+    check_memory(model, observation.batch_size, replace(config, seeds=share))
+    recovered = recovered or recover(model, observation, config, stop=stop)
+    config = settled(model, recovered, config)
+    objective = Objective(model, observation, recovered, config)
+    run = Run(model, observation.batch_size, config, _start(model, recovered, config), ranks)
     if resume is not None:
         run.restore(resume)
-    # By the whole run's steps, so that each number of ranks executes them alike.
-    steps = config.iterations * config.seeds
-    parallel = parallel_seeds(model, observation.batch_size, own)
-    stepper = Stepper(objective, config.stepping, steps=steps, parallel=parallel)
-    known = _Known(objective.weights, restored, None if objective.recovered is None else objective.recovered.residual)
-    stream = _iterate(run, stepper, known, every, interval, stop or threading.Event(), resume)
+    parallel = parallel_seeds(model, observation.batch_size, replace(config, seeds=share))
+    stream = _iterate(run, objective, recovered, parallel, every, interval, stop or threading.Event(), resume)
     return Snapshots(run, stream)
 
 
@@ -90,19 +92,11 @@ class Snapshots(Iterator[Snapshot]):
         return RunState(self._last.step, self._last.seconds, self._run.tensors())
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """What a run knows from its start on: the terms' weights, the labels, and the recovered features' residual."""
-
-    weights: Mapping[str, float]
-    restored: RestoredLabels
-    residual: float | None
-
-
 def _iterate(
     run: Run,
-    stepper: Stepper,
-    known: _Known,
+    objective: Objective,
+    recovered: Recovered,
+    parallel: int,
     every: int | None,
     interval: float | None,
     stop: threading.Event,
@@ -111,48 +105,63 @@ def _iterate(
     begun, before = (0, 0.0) if resume is None else (resume.step, resume.seconds)
     emitted = time.perf_counter()
     started = emitted - before
-    judgements: list[Stepped] = []
+    annealed: tuple[float | None, float] | None = None
     steps = run.config.iterations
+    shown = partial(_snapshot, run, recovered, parallel)
 
-    def snapshot(step: int) -> Snapshot:
-        return _snapshot(run, stepper, known, judgements, step, time.perf_counter() - started)
-
-    yield snapshot(begun)
+    yield shown(begun, time.perf_counter() - started)
+    done: _Done | None = None
     for step in range(begun + 1, steps + 1):
-        done = run.step(step - 1, stepper, stop)
-        if done is None:
-            yield snapshot(step - 1)
+        if (wanted := stage_at(run.plan, step - 1).annealed) != annealed:
+            annealed = wanted
+            judged = objective.annealed(*annealed)
+            stepper = Stepper(judged, run.config.stepping, steps=_evaluations(run, annealed), parallel=parallel)
+        found = run.step(step - 1, stepper, stop)  # evaluate (Eqns 3, 9–12) and move the images
+        if found is None:
+            yield shown(step - 1, time.perf_counter() - started, done)
             return
-        judgements = done
+        done = _Done(found, judged.weights, stepper)
         now = time.perf_counter()
         due = (every is not None and step % every == 0) or (interval is not None and now - emitted >= interval)
         due, stopped = run.ranks.any(due or step == steps, stop.is_set())
         if due or stopped:
             emitted = now
-            yield snapshot(step)
+            yield shown(step, time.perf_counter() - started, done)
             (stopped,) = run.ranks.any(stop.is_set())  # by whoever looked at it
         if stopped:
             return
 
 
-def _start(model: Model, objective: Objective, config: AttackConfig) -> Tensor | None:
+@dataclass(frozen=True, eq=False)
+class _Done:
+    """A step that was done: what was found of each seed, with the terms' weights, and how it was executed."""
+
+    found: list[Gradient]
+    weights: Mapping[str, float]
+    stepper: Stepper
+
+
+def _evaluations(run: Run, annealed: tuple[float | None, float]) -> int:
+    """How many there are with the objective annealed like this: of all ranks' seeds, so that each number of ranks
+    executes them alike."""
+    ends = [*(stage.first for stage in run.plan[1:]), run.config.iterations]
+    lengths = [end - stage.first for stage, end in zip(run.plan, ends, strict=True) if stage.annealed == annealed]
+    return sum(lengths) * run.config.seeds
+
+
+def _start(model: Model, recovered: Recovered, config: AttackConfig) -> Tensor | None:
     """The normalised picture (B, 3, S, S) that every seed's noise is added to, or None for noise alone."""
-    if config.start == "random" or objective.recovered is None:
+    if config.start == "random" or recovered.features is None:
         return None
-    return model.preprocessing.normalise(preview(model, objective.recovered.features))
+    return model.preprocessing.normalise(preview(model, recovered.features))
 
 
 def _snapshot(
-    run: Run,
-    stepper: Stepper,
-    known: _Known,
-    judgements: list[Stepped],
-    step: int,
-    seconds: float,
+    run: Run, recovered: Recovered, parallel: int, step: int, seconds: float, done: _Done | None = None
 ) -> Snapshot:
     full = run.gather()
     preprocessing = run.model.preprocessing
-    terms, distance = _values(run, known.weights, judgements) if judgements else ({}, ())
+    terms, distance = ({}, ()) if done is None else _values(run, done)
     return Snapshot(
         step=step,
         steps=run.config.iterations,
@@ -161,24 +170,23 @@ def _snapshot(
         terms=terms,
         distance=distance,
         seconds=seconds,
-        labels=tuple(known.restored.labels.tolist()),
-        label_method=known.restored.method,
-        label_confidence=known.restored.confidence,
-        features_residual=known.residual,
-        stepping=stepper.mode if judgements else "",
-        parallel_seeds=stepper.parallel,
+        labels=tuple(recovered.labels.tolist()),
+        label_method=recovered.method,
+        label_confidence=recovered.confidence,
+        features_residual=recovered.residual,
+        stepping="" if done is None else done.stepper.mode,
+        parallel_seeds=parallel if done is None else done.stepper.parallel,
+        boundary=run.config.boundary,
     )
 
 
-def _values(
-    run: Run, weights: Mapping[str, float], judgements: list[Stepped]
-) -> tuple[dict[str, Term], tuple[float, ...]]:
+def _values(run: Run, done: _Done) -> tuple[dict[str, Term], tuple[float, ...]]:
     """Every seed's terms and distance, of all ranks."""
-    rows = [[float(judged.raw[name]) for name in weights] + [float(judged.distance)] for judged in judgements]
+    rows = [[float(own.raw[name]) for name in done.weights] + [float(own.distance)] for own in done.found]
     found = run.ranks.gather(torch.tensor(rows, dtype=torch.float64), run.config.seeds)
     *columns, distance = (tuple(column) for column in found.T.tolist())
     terms = {
         name: Term(raw, tuple(weight * value for value in raw))
-        for (name, weight), raw in zip(weights.items(), columns, strict=True)
+        for (name, weight), raw in zip(done.weights.items(), columns, strict=True)
     }
     return terms, distance

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -16,11 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.attack.consensus import consensus
+from gradinv.attack.optimiser import optimiser_of, upsample
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
-from gradinv.stepping import Stepped, Stepper
+from gradinv.stepping import Gradient, Stepper
 from gradinv.types import GradinvError
+
+T = TypeVar("T")
+
+# What the tensors of an optimiser are called, up to a dot.
+OPTIMISED = ("images", "adam", "lbfgs")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +58,11 @@ class RunState:
 
 
 class Run:
-    """The state that is optimised: the images of this rank's seeds, their generators, one Adam over all of them.
+    """The state that is optimised: the images of this rank's seeds with their optimiser, and their generators.
 
-    `_group` is the group's mean that the seeds are drawn to: once registration has begun it is held between two.
-    Where there are several ranks, all of them call each method that tells of the group or of other ranks' seeds.
+    `_group` is the group's mean that the seeds are drawn to: once registration has begun it is held between two, and
+    with L-BFGS for a stage. Where there are several ranks, all of them call each method that tells of the group or of
+    other ranks' seeds.
     """
 
     def __init__(
@@ -70,32 +78,21 @@ class Run:
         self.ranks = ranks
         self._mine = ranks.share(config.seeds)
         size = model.preprocessing.size
-        self._plan = stage_plan(config, size)
+        self.plan = stage_plan(config, size)
         self._generators = [
             torch.Generator(model.device).manual_seed(_seed_of(config.seed, index)) for index in self._mine
         ]
-        side = self._plan[0][1]
+        side = self.plan[0].side
         noise = [self._normal(index, (batch_size, 3, side, side)) for index in range(len(self._mine))]
-        self.images = torch.stack(noise) * config.start_scale
+        images = torch.stack(noise) * config.start_scale
         if start is not None:
-            self.images += F.interpolate(start, (side, side), mode="area")
+            images += F.interpolate(start, (side, side), mode="area")
+        self._optimiser = optimiser_of(config, model.preprocessing, images)
         self._group: Tensor | None = None
         self._gathered: dict[str, Tensor] | None = None
-        self._limits = model.preprocessing.bounds(self.images)
-        self._project()
-        self._adam = self._optimiser()
-
-    def _optimiser(self) -> torch.optim.Adam:
-        self.images.requires_grad_()
-        return torch.optim.Adam([self.images], lr=self.config.learning_rate)
 
     def _normal(self, index: int, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=self._generators[index], device=self.model.device)
-
-    def _project(self) -> None:
-        if self.config.box:
-            low, high = self._limits
-            self.images.data.clamp_(low, high)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that changes from step to step, of all seeds, copied to the CPU; `restore` takes it, whatever the
@@ -105,13 +102,12 @@ class Run:
     def gather(self) -> Tensor:
         """Every seed's normalised images (G, B, 3, S, S) at full size, also those of the other ranks."""
         if self.ranks.count == 1:
-            return self.full_size().detach()
+            return self.full_size()
         self._gathered = self._copied()
         return upsample(self._gathered["images"], self.model.preprocessing.size)
 
     def _copied(self) -> dict[str, Tensor]:
-        adam = self._adam.state_dict()["state"].get(0, {})
-        found = {"images": self.images, **{f"adam.{name}": value for name, value in adam.items()}}
+        found = self._optimiser.tensors()
         found["generators"] = torch.stack([generator.get_state() for generator in self._generators])
         if self._group is not None:
             found["group"] = self._group
@@ -123,10 +119,9 @@ class Run:
 
     def restore(self, state: RunState) -> None:
         """Go back to where `tensors` was called. Raises GradinvError for the state of another run."""
-        # Copies: the run goes on in place.
-        tensors, device = {name: value.clone() for name, value in state.tensors.items()}, self.model.device
-        sides = {side for _, side in self._plan}
-        count, batch_size = self.config.seeds, self.images.shape[1]
+        tensors, device = dict(state.tensors), self.model.device
+        sides = {stage.side for stage in self.plan}
+        count, batch_size = self.config.seeds, self._optimiser.images.shape[1]
         mine = slice(self._mine.start, self._mine.stop)
         try:
             images = tensors["images"]
@@ -137,35 +132,38 @@ class Run:
                 raise GradinvError(f"{state.step} steps")
             for index, generator in zip(self._mine, self._generators, strict=True):
                 generator.set_state(tensors[f"generator.{index}"])
+            own = {name: value for name, value in tensors.items() if name.partition(".")[0] in OPTIMISED}
+            # Copies: the run goes on in place.
+            own = {name: (value[mine] if value.dim() else value).clone() for name, value in own.items()}
+            self._optimiser.restore({**own, "images": own["images"].to(device)})
         except (GradinvError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise GradinvError(f"The saved state is that of another run ({error}); start this one again.") from error
-        self.images = images[mine].to(device)
-        self._adam = self._optimiser()
-        adam = {name.removeprefix("adam."): value for name, value in tensors.items() if name.startswith("adam.")}
-        adam = {name: value[mine] if value.dim() else value for name, value in adam.items()}
-        if adam:
-            self._adam.load_state_dict({**self._adam.state_dict(), "state": {0: adam}})
-        self._group = tensors["group"].to(device) if "group" in tensors else None
+        self._group = tensors["group"].to(device, copy=True) if "group" in tensors else None
 
     def full_size(self) -> Tensor:
         """This rank's normalised images (g, B, 3, S, S), upsampled where the stage is coarser."""
-        return upsample(self.images, self.model.preprocessing.size)
+        return upsample(self._optimiser.images, self.model.preprocessing.size)
 
-    def step(self, step: int, stepper: Stepper, stop: threading.Event) -> list[Stepped] | None:
-        """One iteration of this rank's seeds; None, and nothing changed, where `stop` was set on the way on any rank.
+    def step(self, step: int, stepper: Stepper, stop: threading.Event) -> list[Gradient] | None:
+        """One iteration of this rank's seeds, after `step` of them; None, and nothing changed, where `stop` was set on
+        the way on any rank.
 
         Raises GradinvError where the objective is not finite on any rank, or one is lost.
         """
         config = self.config
-        self._enter_stage(step)
-        full = self.full_size()
-        judgements = stepper.each(full.detach(), self._drawn_to(step), stop)
-        gradient = None
-        if len(judgements) == len(full):
-            gradient = torch.stack([judged.gradient for judged in judgements])
+        stage = stage_at(self.plan, step)
+        if step == stage.first:
+            self._optimiser.enter(upsample(self._optimiser.images, stage.side))
+        trial = self._optimiser.trial.requires_grad_()
+        full = upsample(trial, self.model.preprocessing.size)
+        found = stepper.each(full.detach(), self._drawn_to(step, stage), stop)
+        gradient, values = None, [float(one.total) for one in found]
+        if len(found) == len(full):
+            gradient = torch.stack([one.gradient for one in found])
             # Through the upsampling of a coarse stage.
-            (gradient,) = torch.autograd.grad(full, self.images, gradient)
-        stopped, diverged = self.ranks.any(gradient is None, gradient is not None and not gradient.isfinite().all())
+            (gradient,) = torch.autograd.grad(full, trial, gradient)
+        lost = gradient is not None and not self._optimiser.usable(gradient, values)
+        stopped, diverged = self.ranks.any(gradient is None, lost)
         if stopped or gradient is None:
             return None
         if diverged:
@@ -173,16 +171,16 @@ class Run:
                 f"The objective stopped being finite at iteration {step + 1}; "
                 "take a lower learning rate or other weights."
             )
-        self.images.grad = gradient.sign() if config.optimiser_step == "sign" else gradient
         rate = learning_rate(step, config)
-        self._adam.param_groups[0]["lr"] = rate
-        self._adam.step()
-        with torch.no_grad():
-            if config.noise > 0:
-                noise = [self._normal(index, tuple(images.shape)) for index, images in enumerate(self.images)]
-                self.images += rate * config.noise * torch.stack(noise)
-            self._project()
-        return judgements
+        self._optimiser.step(gradient, values, rate, self._noise(rate, trial))
+        return found
+
+    def _noise(self, rate: float, images: Tensor) -> Tensor | None:
+        """The pixel noise of a step with that learning rate, none with L-BFGS."""
+        if self.config.noise == 0 or self.config.optimiser != "adam":
+            return None
+        noise = [self._normal(index, tuple(own.shape)) for index, own in enumerate(images)]
+        return rate * self.config.noise * torch.stack(noise)
 
     def consensus(self, step: int) -> Tensor:
         """What the seeds agree on after `step` steps, normalised (B, 3, S, S): registered once that has begun."""
@@ -191,43 +189,62 @@ class Run:
             registration = self.config.registration if begun else "lazy"
             return consensus(self.full_size(), registration, count=self.config.seeds, ranks=self.ranks)
 
-    def _drawn_to(self, step: int) -> Tensor:
-        """E(x̂_{g∈G}) of Eqn 11: the plain mean of this step, or the registered mean (Eqn 12), renewed at intervals."""
+    def _drawn_to(self, step: int, stage: Stage) -> Tensor:
+        """E(x̂_{g∈G}) of Eqn 11: the plain mean of this step, or the registered mean (Eqn 12), renewed at intervals.
+        L-BFGS compares values from step to step, so for it the objective stays the same throughout a stage."""
         config = self.config
         if config.group == 0:  # nothing is drawn to it
-            return self.full_size().detach().mean(0)
-        first = math.ceil(config.registration_start * config.iterations)
-        interval = max(1, round(config.registration_interval * config.iterations))
-        held = config.registration != "lazy" and step > first and (step - first) % interval > 0
+            return self.full_size().mean(0)
+        if config.optimiser == "l-bfgs":
+            held = step > stage.first
+        else:
+            first = math.ceil(config.registration_start * config.iterations)
+            interval = max(1, round(config.registration_interval * config.iterations))
+            held = config.registration != "lazy" and step > first and (step - first) % interval > 0
         if self._group is None or not held:
             self._group = self.consensus(step)
         return self._group
 
-    def _enter_stage(self, step: int) -> None:
-        side = next(side for first, side in reversed(self._plan) if step >= first)
-        if side != self.images.shape[-1]:
-            self.images = upsample(self.images.detach(), side)
-            # Adam's moments belong to the coarser pixels: a new stage starts them afresh.
-            self._adam = self._optimiser()
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: from which step on, the side in pixels, the sharpness of the stem's maximum (None: the maximum
+    itself), and what the weight of total variation is multiplied by."""
+
+    first: int
+    side: int
+    sharpness: float | None = None
+    variation: float = 1.0
+
+    @property
+    def annealed(self) -> tuple[float | None, float]:
+        """How the objective differs in this stage: sharpness and variation."""
+        return self.sharpness, self.variation
 
 
-def upsample(images: Tensor, side: int) -> Tensor:
-    """(…, 3, h, h) → (…, 3, side, side), bilinear; the images themselves where they have that size."""
-    if images.shape[-1] == side:
-        return images
-    flat = F.interpolate(images.reshape(-1, *images.shape[-3:]), (side, side), mode="bilinear", align_corners=False)
-    return flat.reshape(*images.shape[:-2], side, side)
-
-
-def stage_plan(config: AttackConfig, size: int) -> list[tuple[int, int]]:
-    """Coarse to fine: the first step and the side in pixels of each stage, the last at full size."""
+def stage_plan(config: AttackConfig, size: int) -> list[Stage]:
+    """The stages of a run at full size `size`: coarse to fine by `stages`, annealed by `pooling` and `tv_schedule` in
+    equal shares. One begins wherever either changes."""
     shares = config.stages or (1.0,)
-    plan, first = [], 0.0
-    for index, share in enumerate(shares):
-        side = max(1, size >> (len(shares) - 1 - index))
-        plan.append((round(first * config.iterations), side))
-        first += share
-    return plan
+    sides, share = {}, 0.0
+    for index, own in enumerate(shares):
+        sides[round(share * config.iterations)] = max(1, size >> (len(shares) - 1 - index))
+        share += own
+    count = max(len(config.pooling), len(config.tv_schedule), 1)
+    pooling, variation = config.pooling or (0.0,) * count, config.tv_schedule or (1.0,) * count
+    annealed = {
+        round(index * config.iterations / count): (pooling[index] or None, variation[index]) for index in range(count)
+    }
+
+    def latest(found: Mapping[int, T], step: int) -> T:
+        return found[max(first for first in found if first <= step)]
+
+    return [Stage(first, latest(sides, first), *latest(annealed, first)) for first in sorted({*sides, *annealed})]
+
+
+def stage_at(plan: Sequence[Stage], step: int) -> Stage:
+    """The stage that a step after `step` others belongs to."""
+    return next(stage for stage in reversed(plan) if step >= stage.first)
 
 
 def learning_rate(step: int, config: AttackConfig) -> float:

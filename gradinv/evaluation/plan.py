@@ -200,10 +200,10 @@ def ablation_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
         raise GradinvError("The ablation's group rows need at least two seeds; set seeds to 2 or more.")
     change = dataclasses.replace
     fidelity = change(config, group=0.0, registration="lazy")
-    bare = {"tv": 0.0, "l2": 0.0, "bn": "none", "features": 0.0, "errors": "predicted", "layers": "all"}
+    bare = {"tv": 0.0, "l2": 0.0, "bn": "none", "features": 0.0, "boundary": "loss", "layers": "all"}
     registration = AttackConfig().registration if config.registration == "lazy" else config.registration
     lazy = change(config, group=config.group or GROUP_WEIGHT, registration="lazy")
-    blind = change(fidelity, gradient=0.0, features=0.0, errors="predicted", start="random")
+    blind = change(fidelity, gradient=0.0, features=0.0, boundary="loss", start="random")
     rows = (
         ("gradient only", change(fidelity, **bare, start="random"), "seeds", ""),
         ("+ fidelity", fidelity, "seeds", "gradient only"),

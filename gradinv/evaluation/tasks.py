@@ -24,6 +24,7 @@ from gradinv.models import Model
 from gradinv.peers import PeerResult, Stopped, breaching_attack
 from gradinv.recovery.labels import METHODS as LABEL_METHODS
 from gradinv.recovery.labels import restore_labels
+from gradinv.recovery.recover import recover
 from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError, Observation, Snapshot
 from gradinv.victim import final_gradient, observe
@@ -209,7 +210,7 @@ def _finite(value: float) -> float | None:
 def _weighed(bench: Bench, observation: Observation, config: AttackConfig, like: str) -> AttackConfig:
     """The settings with the weight of gradient matching scaled: it belongs to the way `like` to compare gradients, and
     the settings' own way shall pull the same noise with a pixel gradient of the same norm."""
-    labels = restore_labels(bench.model, observation, config.labels).labels
+    recovered = recover(bench.model, observation, config)
     size = bench.model.preprocessing.size
     generator = torch.Generator().manual_seed(config.seed)
     noise = config.start_scale * torch.randn(observation.batch_size, 3, size, size, generator=generator)
@@ -219,8 +220,8 @@ def _weighed(bench: Bench, observation: Observation, config: AttackConfig, like:
             config, match=match, gradient=1.0, features=0.0, bn="none", tv=0.0, l2=0.0, group=0.0
         )
         images = noise.to(bench.model.device).requires_grad_()
-        judgement = Objective(bench.model, observation, labels, only)(images, images.detach())
-        return float(torch.autograd.grad(judgement.total, images)[0].norm())
+        found = Objective(bench.model, observation, recovered, only)(images, images.detach())
+        return float(torch.autograd.grad(found.total, images)[0].norm())
 
     return dataclasses.replace(config, gradient=config.gradient * pull(like) / max(pull(config.match), 1e-30))
 

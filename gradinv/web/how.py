@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gradinv import figures
 from gradinv.attack.consensus import consensus
-from gradinv.attack.objective import bn_distance, l2_distance, paper_variation
+from gradinv.attack.terms import bn_distance, l2_distance, paper_variation
 from gradinv.batchnorm import batch_statistics, running_statistics
 from gradinv.gallery import pooled
 from gradinv.images import to_pixels

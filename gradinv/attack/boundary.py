@@ -1,0 +1,146 @@
+"""Where the network is cut: above the boundary everything is solved, below it the pixels are searched for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradinv.config import AttackConfig
+from gradinv.models import Model
+from gradinv.network import Segment, parts, stage_of
+from gradinv.types import GradinvError, Recovered, SolvedNode
+
+USABLE = 0.5
+"""The relative error up to which solved activations are worth searching with, as the median over the images."""
+
+EXACT = 0.01
+"""The relative error up to which solved activations count as exact, as the median over the images."""
+
+LOGITS, FEATURES = "logits", "features"
+"""What the network as a whole gives beside nodes: the final layer's output and its input."""
+
+
+def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
+    """What `boundary=auto` becomes: the lowest node that is solved well enough to search below it.
+
+    Where there is none (the gradient was changed, the client was in train mode, the images are many or large) the
+    `matching` preset takes the place of the `demo` preset; fields that differ from the latter were chosen and stay.
+    Any other boundary stays as it is. Raises GradinvError where it names a node that could not be solved.
+    """
+    if not config.needs_layers:  # the control, which uses none
+        return replace(config, boundary="loss") if config.boundary == "auto" else config
+    usable = [node for node in recovered.nodes if float(node.error.median()) <= USABLE]
+    if config.boundary != "auto":
+        return replace(config, boundary=_solved(model, recovered, config.boundary).name)
+    if usable and stage_of(usable[-1].name) != "layer4":
+        return replace(config, boundary=usable[-1].name)
+    usual, instead = (AttackConfig.preset(name, model.name).to_dict() for name in ("demo", "matching"))
+    chosen = {name: value for name, value in config.to_dict().items() if value != usual[name]}
+    # Without the features there are no output errors either; and only a node's segment knows a soft maximum.
+    known = {} if recovered.features is not None else {"boundary": "loss", "features": 0.0}
+    return AttackConfig.from_dict({**instead, **chosen, "pooling": (), **known})
+
+
+def _solved(model: Model, recovered: Recovered, boundary: str) -> SolvedNode:
+    name = parts(model.network).node(boundary)
+    found = next((node for node in recovered.nodes if node.name == name), None)
+    if found is None:
+        reached = f"down to {recovered.nodes[-1].name} only" if recovered.nodes else "at no node"
+        raise GradinvError(
+            f"The activations of {name} could not be solved, {reached} ({recovered.stopped.rstrip('.')}); set boundary "
+            "to auto or logits."
+        )
+    return found
+
+
+Cotangent = Callable[[Tensor, slice], Tensor]
+"""From the value at which the network is cut and a part of the batch to the loss's derivative with respect to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Boundary:
+    """The network as far as an attack runs it, and what is known where it ends.
+
+    `run` takes normalised images (B, 3, S, S) and the sharpness of the stem's maximum (None: the maximum itself) to
+    values by name. `cotangent` is the derivative of the client's loss with respect to the value `upper`, for the images
+    of a part of the batch; pulled back it gives their share of the gradient of `parameters`. `solved` are the nodes
+    whose activations the images are held to.
+    """
+
+    run: Callable[[Tensor, float | None], Mapping[str, Tensor]]
+    upper: str
+    cotangent: Cotangent
+    parameters: frozenset[str]
+    solved: tuple[SolvedNode, ...] = ()
+
+
+def boundary_of(model: Model, recovered: Recovered, config: AttackConfig) -> Boundary:
+    """The boundary that a `settled` config names. Raises GradinvError where what it needs is not solved."""
+    if config.boundary in ("loss", "logits") or not config.needs_layers:
+        if config.pooling:
+            raise GradinvError("The stem's maximum is softened where a node is the boundary only; leave pooling empty.")
+        return _whole(model, recovered, config)
+    solved = _held_to(recovered, _solved(model, recovered, config.boundary)) if config.activations > 0 else ()
+    upper, cotangent = _solved(model, recovered, config.boundary), None
+    if config.gradient > 0:
+        upper, cotangent = _with_cotangent(model, recovered, upper)
+    order = parts(model.network).nodes
+    top = max((upper, *solved), key=lambda node: order.index(node.name))
+    segment = Segment(model.network, top.name, [upper.name, *(node.name for node in solved)])
+    below = frozenset(parts(model.network).below(upper.name))
+    known = upper.activation if cotangent is None else cotangent
+    known = known.to(model.device, next(model.network.parameters()).dtype)
+    return Boundary(segment, upper.name, lambda _, part: known[part], below, solved)
+
+
+def _with_cotangent(model: Model, recovered: Recovered, lowest: SolvedNode) -> tuple[SolvedNode, Tensor]:
+    """The lowest node at or above the boundary whose cotangent is known as well."""
+    for node in reversed(recovered.nodes[: recovered.nodes.index(lowest) + 1]):
+        if node.cotangent is not None:
+            return node, node.cotangent
+    raise GradinvError(f"No cotangent is known at or above {lowest.name}; set gradient to 0 or boundary to logits.")
+
+
+def _held_to(recovered: Recovered, lowest: SolvedNode) -> tuple[SolvedNode, ...]:
+    """The solved nodes from the boundary up to the end of the stage in which the first exact one lies: what is above
+    follows from it, and would cost a longer pass."""
+    nodes = list(reversed(recovered.nodes[: recovered.nodes.index(lowest) + 1]))
+    exact = next((node for node in nodes if float(node.error.median()) <= EXACT), nodes[0])
+    last = max(index for index, node in enumerate(nodes) if stage_of(node.name) == stage_of(exact.name))
+    return tuple(nodes[: last + 1])
+
+
+def _whole(model: Model, recovered: Recovered, config: AttackConfig) -> Boundary:
+    """The whole network, with the output errors of the current images (the paper) or with those that are solved."""
+    count, labels = len(recovered.labels), recovered.labels.to(model.device)
+    # The client's own rescaling multiplies each gradient that is compared with its (clipping, for one).
+    factor = recovered.scale / count
+
+    def predicted(logits: Tensor, part: slice) -> Tensor:
+        """s (softmax(z) − y) / K: the paper's, where s = 1."""
+        return (logits.softmax(1) - F.one_hot(labels[part], logits.shape[1])) * factor
+
+    def known(_: Tensor, part: slice) -> Tensor:
+        """s A / K."""
+        return errors[part]
+
+    cotangent: Cotangent = predicted
+    if config.boundary == "logits" and config.gradient > 0:
+        if recovered.errors is None:
+            raise GradinvError("The output errors are not solved; recover them, or set boundary to loss.")
+        errors, cotangent = recovered.errors.to(model.device) * factor, known
+
+    def run(images: Tensor, _: float | None) -> Mapping[str, Tensor]:
+        inputs: list[Tensor] = []
+        handle = model.final_layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        try:
+            logits = model.network(images)
+        finally:
+            handle.remove()
+        return {FEATURES: inputs[0], LOGITS: logits}
+
+    parameters = frozenset(name for name, _ in model.network.named_parameters())
+    return Boundary(run, LOGITS, cotangent, parameters)

@@ -12,7 +12,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from gradinv.attack.boundary import matching_instead
 from gradinv.attack.objective import matched_parameters
+from gradinv.attack.optimiser import HISTORY
 from gradinv.batchnorm import check_train_mode, running_statistics
 from gradinv.config import AttackConfig
 from gradinv.models import Model
@@ -134,19 +136,23 @@ _PER_PACKED = 2
 # The part of the machine's memory that seeds side by side take at the most, unless a config asks for more.
 _PARALLEL_SHARE = 0.25
 
+# How many times the images a seed holds: with the gradient, a snapshot, and what the optimiser keeps.
+_PER_SEED = {"adam": 8, "l-bfgs": 10 + 2 * HISTORY}
+
 _outputs: WeakKeyDictionary[Model, int] = WeakKeyDictionary()
 
 
 def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
     """About how many bytes a run adds to the loaded model, from above.
 
-    Per seed its images, Adam's two moments, the gradient and a snapshot; for each of the `parallel_seeds` the
+    Per seed its images, what the optimiser keeps, the gradient and a snapshot; for each of the `parallel_seeds` the
     gradients with their double backward, and what one evaluation holds of the images that are in the network at a
     time; once, packed weights. A CUDA graph keeps its evaluation's memory, and autograd, with which it is compared,
-    takes as much beside it. Raises GradinvError where the network has no stage of the name that the config matches up
-    to, and for a stepping that cannot be had here.
+    takes as much beside it. With `boundary=auto` what is more of both that may run. Raises GradinvError where the
+    network has no stage of the name that the config matches up to, and for a stepping that cannot be had here.
     """
-    return _estimated(model, batch_size, config, parallel_seeds(model, batch_size, config))
+    may_run = [config, *([matching_instead(model, config)] if config.boundary == "auto" else [])]
+    return max(_estimated(model, batch_size, own, parallel_seeds(model, batch_size, own)) for own in may_run)
 
 
 def parallel_seeds(model: Model, batch_size: int, config: AttackConfig) -> int:
@@ -179,7 +185,7 @@ def _estimated(model: Model, batch_size: int, config: AttackConfig, parallel: in
     held = evaluations * (held + _PER_OUTPUT * outputs_per_image(model) * together)
     if mode == "packed":
         held += _PER_PACKED * sum(weights.values())
-    return config.seeds * 8 * image_bytes + round(4 * held)
+    return config.seeds * _PER_SEED[config.optimiser] * image_bytes + round(4 * held)
 
 
 def outputs_per_image(model: Model) -> int:

@@ -513,19 +513,24 @@ class Inversion:
         )
 
 
-_paces: dict[tuple[str, str], float] = {}
+_paces: dict[tuple[str, str, str, bool], float] = {}
+
+
+def _kind(model: str, config: AttackConfig) -> tuple[str, str, str, bool]:
+    """What decides how long an iteration takes."""
+    return model, config.layers, config.boundary, config.gradient > 0
 
 
 def _measured(model: str, config: AttackConfig, cost: int, seconds: float, steps: int) -> None:
     """Remember how fast a run was. The first steps of one are slower than the rest, so that few tell nothing."""
     if steps >= MEASURABLE:
-        _paces[model, config.layers] = seconds / cost
+        _paces[_kind(model, config)] = seconds / cost
 
 
 def estimate(model: str, config: AttackConfig, cost: int) -> float | None:
-    """About how many seconds a run takes, by the last one here of the same network that matched the same layers; None
+    """About how many seconds a run takes, by the last one here of the same network that searched for the same; None
     before there was any. `cost` is the run's."""
-    pace = _paces.get((model, config.layers))
+    pace = _paces.get(_kind(model, config))
     return None if pace is None else pace * cost
 
 

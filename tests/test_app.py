@@ -241,7 +241,7 @@ def test_a_wrong_advanced_setting_is_one_sentence(visit: Open) -> None:
     app = visit()
     app.text_input(key="set_stages").set_value("half").run()
     sound(app)
-    assert "Stages are numbers separated by commas" in text(app)
+    assert "Numbers separated by commas are expected" in text(app)
     assert app.button(key="start").disabled
     app.text_input(key="set_stages").set_value("0.5, 0.4").run()
     assert "sum to 1" in text(app)

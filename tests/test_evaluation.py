@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import objective_for
 from PIL import Image
 from torch.nn import functional as F
 
@@ -266,18 +267,18 @@ def test_the_batch_size_and_the_defences_also_count_who_is_recognised(folder: Pa
 
 
 def test_the_ablation_adds_one_thing_a_row() -> None:
-    config = AttackConfig.preset("demo", "resnet18-tiny", seeds=4, bn="exact", group=0.0, registration="lazy")
+    config = AttackConfig.preset("matching", "resnet18-tiny", seeds=4, bn="exact", group=0.0, registration="lazy")
     rows = {row.name: row for row in plans.ablation_rows(config, 4)}
     settings = {name: row.config.to_dict() for name, row in rows.items() if row.config}
 
     def differs(a: str, b: str) -> set[str]:
         return {key for key in settings[a] if settings[a][key] != settings[b][key]}
 
-    assert differs("gradient only", "+ fidelity") == {"tv", "bn", "features", "errors", "layers"}
+    assert differs("gradient only", "+ fidelity") == {"tv", "bn", "features", "boundary", "layers"}
     assert differs("+ fidelity", "+ lazy group") == {"group"}
     assert differs("+ lazy group", "+ registered group") == {"registration"}
     assert differs("+ fidelity", "gradient off") == {"gradient"}
-    assert differs("gradient off", "gradient and features off") == {"features", "errors"}
+    assert differs("gradient off", "gradient and features off") == {"features", "boundary"}
     assert settings["+ fidelity"] == config.to_dict() | {"group": 0, "registration": "lazy"}
     assert settings["+ lazy group"]["group"] == plans.GROUP_WEIGHT
     assert settings["+ registered group"]["registration"] == "affine"
@@ -288,6 +289,10 @@ def test_the_ablation_adds_one_thing_a_row() -> None:
     assert own["+ fidelity"] == AttackConfig(group=0.0, registration="lazy")
     with pytest.raises(GradinvError, match=r"^The ablation's group rows need at least two seeds; set seeds to 2"):
         plans.ablation_rows(AttackConfig(seeds=1), 4)
+    demo = AttackConfig.preset("demo")
+    for rows_of in (plans.ablation_rows, plans.matching_rows):
+        with pytest.raises(GradinvError, match=r"is about gradient matching; take the preset matching or paper\.$"):
+            rows_of(demo, 4)
 
 
 def test_the_comparison_has_equal_iterations_and_a_single_seed() -> None:

@@ -26,9 +26,9 @@ LOGITS, FEATURES = "logits", "features"
 def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
     """What `boundary=auto` becomes: the lowest node that is solved well enough to search below it.
 
-    Where there is none (the gradient was changed, the client was in train mode, the images are many or large) the
-    `matching` preset takes the place of the `demo` preset; fields that differ from the latter were chosen and stay.
-    Any other boundary stays as it is. Raises GradinvError where it names a node that could not be solved.
+    Where there is none (the gradient was changed, the client was in train mode, the images are many or large) it is
+    `matching_instead`. Any other boundary stays as it is. Raises GradinvError where it names a node that could not be
+    solved.
     """
     if not config.needs_layers:  # the control, which uses none
         return replace(config, boundary="loss") if config.boundary == "auto" else config
@@ -37,11 +37,18 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
         return replace(config, boundary=_solved(model, recovered, config.boundary).name)
     if usable and stage_of(usable[-1].name) != "layer4":
         return replace(config, boundary=usable[-1].name)
+    instead = matching_instead(model, config)
+    if recovered.features is None:  # then there are no output errors either
+        return replace(instead, boundary="loss", features=0.0, start="random")
+    return instead
+
+
+def matching_instead(model: Model, config: AttackConfig) -> AttackConfig:
+    """The `matching` preset in the place of the `demo` preset, for a config whose layers cannot be solved. Fields that
+    differ from the latter were chosen, and stay as far as they have a meaning for the whole network."""
     usual, instead = (AttackConfig.preset(name, model.name).to_dict() for name in ("demo", "matching"))
     chosen = {name: value for name, value in config.to_dict().items() if value != usual[name]}
-    # Without the features there are no output errors either; and only a node's segment knows a soft maximum.
-    known = {} if recovered.features is not None else {"boundary": "loss", "features": 0.0}
-    return AttackConfig.from_dict({**instead, **chosen, "pooling": (), **known})
+    return AttackConfig.from_dict({**instead, **chosen, "boundary": "logits", "pooling": ()})
 
 
 def _solved(model: Model, recovered: Recovered, boundary: str) -> SolvedNode:

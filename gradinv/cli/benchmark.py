@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         help="seeds at a time, 0: as many as a run takes (default: 0)",
     )
     options.add_argument("--breaching", action="store_true", help="also the attacks of breaching on the same gradient")
-    options.add_argument("--preset", default="demo", help="paper or demo (default: %(default)s)")
+    options.add_argument("--preset", default="matching", help="paper, matching or demo (default: %(default)s)")
     options.add_argument("--config", metavar="FILE", help="settings as JSON over those of the preset, or a run.json")
     running = parser.add_argument_group("the measurement")
     running.add_argument("--rounds", type=int, default=5, metavar="N", help="repeats of all (default: %(default)s)")

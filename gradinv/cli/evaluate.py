@@ -94,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     running.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that share the CPU (default: %(default)s)"
     )
-    running.add_argument("--preset", default="demo", help="paper or demo (default: %(default)s)")
+    running.add_argument(
+        "--preset", help="paper, matching or demo (default: demo; matching for the ablation and matching evaluations)"
+    )
     running.add_argument("--config", metavar="FILE", help="settings as JSON over those of the preset, or a run.json")
     running.add_argument("--out", metavar="DIR", help="folder of the results (default: evaluations/<name>-<model>)")
     if chosen:
@@ -113,7 +115,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> int:
     from gradinv.cli.settings import config_from, settings_given
     from gradinv.evaluation.ledger import Ledger
-    from gradinv.evaluation.plan import EXPERIMENTS, Plan
+    from gradinv.evaluation.plan import ABOUT_MATCHING, EXPERIMENTS, Plan
     from gradinv.models import load_model
     from gradinv.types import GradinvError
 
@@ -128,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise GradinvError(f"--workers takes a number of processes of at least 1, not {args.workers}.")
     model = load_model(args.model, device=args.device, image_size=args.image_size)
-    config = config_from(args.preset, model.name, settings)
+    preset = args.preset or ("matching" if name in ABOUT_MATCHING else "demo")
+    config = config_from(preset, model.name, settings)
     plan = Plan(
         command=name,
         model=args.model if args.model != "auto" else model.name,

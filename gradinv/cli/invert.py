@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     )
     options.add_argument("--image-size", type=int, metavar="PX", help="side of the images (default: the model's own)")
     options.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
-    options.add_argument("--preset", default="demo", help="paper or demo (default: %(default)s)")
+    options.add_argument("--preset", default="demo", help="paper, matching or demo (default: %(default)s)")
     options.add_argument("--config", metavar="FILE", help="settings as JSON over those of the preset, or a run.json")
     options.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<time>-<model>)")
     options.add_argument(
@@ -247,7 +247,7 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], r
             state=stream.state,
             resumed=resumed,
         )
-        shown = _with_progress(first, stream, recorder, config.iterations, baseline)
+        shown = _with_progress(first, stream, recorder, baseline)
         try:
             for _ in recorder.follow(thinned(shown, task.every)):
                 pass
@@ -628,7 +628,7 @@ def _describe(say: Callable[[str], None], task: _Task) -> None:
             "none": "Batch-normalisation statistics are not matched (--bn none).",
         }[config.bn]
     )
-    if config.gradient == 0:
+    if config.gradient == 0 and not config.needs_layers:
         say("A control: the gradient is not matched (--gradient 0), only the labels are read from it.")
     repeats = 0 if labels is None else len(labels) - len(set(labels))
     if repeats and config.labels == "column-minimum":
@@ -646,25 +646,36 @@ def _describe_labels(say: Callable[[str], None], task: _Task, first: Snapshot) -
     say(f"Labels restored from the gradient: {names}{right}; read by {read}{sure}")
     if first.features_residual is not None:
         say(f"Recovered features explain the final layer's gradient up to {percent(first.features_residual)}.")
+    if first.boundary not in ("loss", "logits"):
+        say(f"The layers are solved down to {first.boundary}; below it the pixels are searched for.")
+    elif task.config.boundary == "auto":
+        say("The layers below could not be solved, so pixels are searched for until their gradient matches.")
 
 
 def _with_progress(
-    first: Snapshot, stream: Iterator[Snapshot], recorder: Recorder, total: int, baseline: float | None
+    first: Snapshot, stream: Iterator[Snapshot], recorder: Recorder, baseline: float | None
 ) -> Iterator[Snapshot]:
     """Pass the snapshots on and show how far the run is; on the standard error, and only where that is a terminal."""
     from tqdm import tqdm
 
     yield first
-    with tqdm(total=total, initial=first.step, unit="it", dynamic_ncols=True, disable=None) as bar:
+    with tqdm(total=first.steps, initial=first.step, unit="it", dynamic_ncols=True, disable=None) as bar:
         for snapshot in stream:
-            distance = sum(snapshot.distance) / max(1, len(snapshot.distance))
-            shown = f"distance {distance:.3f}"
+            name, values = _told(snapshot)
+            shown = [f"{name} {sum(values) / max(1, len(values)):.3f}"]
             if baseline is not None:
                 # The PSNR of the last record: it is measured there anyway.
-                shown += f", PSNR {recorder.curves[-1]['consensus_psnr']:.1f} dB (constant {baseline:.1f})"
-            bar.set_postfix_str(shown, refresh=False)
+                shown += [f"PSNR {recorder.curves[-1]['consensus_psnr']:.1f} dB (constant {baseline:.1f})"]
+            bar.set_postfix_str(", ".join(shown), refresh=False)
             bar.update(snapshot.step - bar.n)
             yield snapshot
+
+
+def _told(snapshot: Snapshot) -> tuple[str, tuple[float, ...]]:
+    """What says how far the seeds are: the gradients' distance, or that of the solved activations."""
+    if "activations" in snapshot.terms:
+        return "activations", snapshot.terms["activations"].raw
+    return "distance", snapshot.distance
 
 
 @contextlib.contextmanager

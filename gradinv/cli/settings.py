@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradinv.config import AttackConfig
+from gradinv.config import AttackConfig, upgraded
 from gradinv.types import GradinvError
 
 
@@ -60,7 +60,7 @@ def settings_given(args: argparse.Namespace) -> dict[str, Any]:
             raise GradinvError(f"The configuration {args.config} must be a JSON object of settings.")
     given = vars(args)
     names = (item.name for item in dataclasses.fields(AttackConfig))
-    return {**settings, **{name: given[_setting(name)] for name in names if _setting(name) in given}}
+    return {**upgraded(settings), **{name: given[_setting(name)] for name in names if _setting(name) in given}}
 
 
 def config_from(preset: str, model: str, settings: Mapping[str, Any]) -> AttackConfig:

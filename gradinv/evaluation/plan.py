@@ -194,8 +194,9 @@ def ablation_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
     The features come out of the final layer's gradient, so the first control still knows that layer; the second knows
     only BN statistics, labels and TV. What all rows share are the choices that are not terms: optimiser, box, stages.
     Settings without a group or a registration get GROUP_WEIGHT and the registration of the `paper` preset.
-    Raises GradinvError for a single seed, which has no group.
+    Raises GradinvError for a single seed, which has no group, and for settings that do not match gradients.
     """
+    _check_matching("ablation", config)
     if config.seeds < 2:
         raise GradinvError("The ablation's group rows need at least two seeds; set seeds to 2 or more.")
     change = dataclasses.replace
@@ -222,8 +223,9 @@ def matching_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
     """Table 5: the same attack with either way to compare gradients.
 
     The weight that the settings name belongs to their own way; the other one's is scaled on each batch so that both
-    pull the same start with a pixel gradient of the same norm.
+    pull the same start with a pixel gradient of the same norm. Raises GradinvError for settings that do not match them.
     """
+    _check_matching("matching", config)
     return tuple(
         Row(
             name,
@@ -234,6 +236,15 @@ def matching_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
         )
         for name, over in (("l2", ()), ("cosine", ("l2",)))
     )
+
+
+ABOUT_MATCHING = ("ablation", "matching")
+"""The evaluations of settings that match gradients, with no layer solved."""
+
+
+def _check_matching(what: str, config: AttackConfig) -> None:
+    if config.gradient == 0 or config.needs_layers:
+        raise GradinvError(f"The evaluation {what} is about gradient matching; take the preset matching or paper.")
 
 
 def size_rows(config: AttackConfig, sizes: Sequence[int]) -> tuple[Row, ...]:

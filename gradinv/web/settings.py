@@ -15,7 +15,10 @@ from gradinv.types import GradinvError
 
 MODEL, PRESET = "resnet50-tiny", "demo"
 PRESETS = {
-    "demo": "Demo: what was measured to work best with the bundled networks on a CPU.",
+    "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. Where "
+    "they are not, Matching takes its place.",
+    "matching": "Matching: pixels are searched for until their gradient matches, with what worked best for the bundled "
+    "networks on a CPU.",
     "paper": "Paper: the constants of the CVPR 2021 paper, for large images and a GPU; on a CPU take fewer iterations.",
 }
 BN = {
@@ -126,6 +129,8 @@ def _widget(item: dataclasses.Field[Any], default: Any) -> Any:
         return st.toggle(name, default, **common)
     if isinstance(default, tuple):
         return _shares(st.text_input(name, ", ".join(f"{share:g}" for share in default), **common))
+    if isinstance(default, str):
+        return st.text_input(name, default, **common)
     least = told["least"]
     if isinstance(default, int):
         return int(st.number_input(name, int(least), None, default, **common))
@@ -147,7 +152,9 @@ def _shares(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.replace(";", ",").split(",") if part.strip())
     except ValueError as error:
-        raise GradinvError(f"Stages are numbers separated by commas, such as 0.25, 0.3, 0.45, not {text!r}.") from error
+        raise GradinvError(
+            f"Numbers separated by commas are expected, such as 0.25, 0.3, 0.45, not {text!r}."
+        ) from error
 
 
 def _restore_defaults() -> None:

@@ -282,6 +282,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "iterations": 600,
         "match": "cosine",
         "gradient": 0.0,
+        "layers": "layer3",
         "boundary": "auto",
         "activations": 1.0,
         "bn_weight": 0.0,

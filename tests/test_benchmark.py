@@ -24,7 +24,7 @@ from gradinv.models import Model, load_model
 from gradinv.peers import PeerResult
 from gradinv.types import GradinvError
 
-DEMO = AttackConfig.preset("demo", layers="all")
+DEMO = AttackConfig.preset("matching", layers="all")
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from gradinv.types import GradinvError
 
 MODEL, PRESET = "resnet50-tiny", "demo"
 PRESETS = {
-    "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. Where "
-    "they are not, Matching takes its place.",
+    "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. "
+    "Where none can be, Matching takes its place.",
     "matching": "Matching: pixels are searched for until their gradient matches, with what worked best for the bundled "
     "networks on a CPU.",
     "paper": "Paper: the constants of the CVPR 2021 paper, for large images and a GPU; on a CPU take fewer iterations.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
 
@@ -19,6 +19,7 @@ _CORRELATION = 1.0  # pixels of the map over which an activation's correlation f
 _REFRESH = 25  # iterations between two exact residuals
 _PROBE = 0.4  # the twin's share of the iterations
 _LEAST = 50  # iterations before convergence is believed
+_STUCK = 0.75  # the residual falls below this share as the iterations double, unless equations contradict each other
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,27 +81,38 @@ def solve_block_input(
     problem = _Problem(block, gradients, cotangents, activations, shape, noise)
     halt = _Halt(stop, started + seconds)
     search = _Search(problem, problem.targets, problem.start)
-    marks = {0: problem.start}
-    while search.count < iterations and not halt():
+    done = 0
+    readings = {0: (problem.start, math.inf)}
+    while done < iterations and not halt():
         search.step()
-        if search.count % _REFRESH == 0 or search.count == iterations:
-            search.refresh()
-            marks[search.count] = search.x
-            if progress is not None:
-                progress(search.count, problem.residual(search.x.clamp(min=0)))
-            half = marks[search.count // (2 * _REFRESH) * _REFRESH]
-            moved = float((search.x - half).norm() / search.x.norm().clamp(min=1e-30))
-            if search.count >= _LEAST and moved < tolerance:
-                break
+        done += 1
+        if search.count % _REFRESH and done < iterations:
+            continue
+        search.refresh()
+        x = search.x.clamp(min=0)
+        misfit = problem.misfit(x, problem.targets)
+        readings[search.count] = x, misfit
+        if progress is not None:
+            progress(done, problem.residual(x))
+        if search.count < _LEAST:
+            continue
+        before, misfit_before = readings[search.count // (2 * _REFRESH) * _REFRESH]
+        if misfit > _STUCK * misfit_before and misfit > 3 * problem.noise * problem.size and done + _LEAST < iterations:
+            # The layers contradict the gradient: it is less exact than was assumed.
+            problem.assume(math.sqrt(problem.noise * misfit / problem.size))
+            search = _Search(problem, problem.targets, problem.start)
+            readings = {0: (problem.start, math.inf)}
+        elif float((x - before).norm()) < tolerance * float(x.norm()):
+            break
     search.refresh()
     x = search.x.clamp(min=0)
     halt.until = math.inf  # the estimate is what makes the result of use
-    error = _twin(problem, x, search.count, halt, progress)
+    error = _twin(problem, x, search.count, halt)
     return ConvexSolution(
         x=problem.maps(x).contiguous(),
         error=error,
         residual=problem.residual(x),
-        iterations=search.count,
+        iterations=done,
         seconds=time.monotonic() - started,
         equations=problem.equations,
         unknowns=problem.unknowns,
@@ -200,13 +212,17 @@ class _Problem:
             delta = _given(cotangents, unit.name, "cotangent").double()
             if len(delta) != count or delta.shape[1] != unit.conv.out_channels:
                 raise GradinvError(f"The cotangent of {unit.name} has the shape {tuple(delta.shape)}, not the batch's.")
-            rows.append(_gradient_rows(delta, unit, height, width))
             gradient = _given(gradients, f"{unit.name}.weight", "gradient").to(device).double()
-            right.append(gradient.permute(0, 2, 3, 1).reshape(-1, channels))
-        matrix, known = torch.cat(rows), torch.cat(right)
-        told = matrix.square().sum(1) > 0  # a dead channel says nothing
-        scale = matrix.square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-        self._matrix, self._known = matrix[told] / scale, known[told] / scale
+            part = _gradient_rows(delta, unit, height, width)
+            told = part.square().sum(1) > 0  # a dead channel says nothing
+            if told.any():
+                # Rounding is a share of each convolution's own numbers.
+                scale = part[told].square().sum(1).mean().sqrt()
+                rows.append(part[told] / scale)
+                right.append(gradient.permute(0, 2, 3, 1).reshape(-1, channels)[told] / scale)
+        if not rows:
+            raise GradinvError(f"No gradient passes through {block.name}, so its input cannot be solved.")
+        self._matrix, self._known = torch.cat(rows), torch.cat(right)
         unknowns = count * height * width
         self.unknowns = unknowns
 
@@ -218,32 +234,48 @@ class _Problem:
             rest = rest + shortcut.offset.double()[:, None, None]
         self.targets = [h - first.offset.double()[:, None, None], out - rest]
         self.on = [h > 0, out > 0]
-        self.equations = int(told.sum()) + round(sum(int(on.sum()) for on in self.on) / channels)
-        self.norm = float(torch.stack([h.norm(), out.norm()]).norm().clamp(min=1e-30))
+        self.equations = len(self._matrix) + round(self._count() / channels)
+        # The root mean square of what the layers' equations give.
+        self.size = math.sqrt(float(h.square().sum() + out.square().sum()) / max(1, self._count())) or 1.0
 
         self.exact = _Layers(first, shortcut, shape, torch.float64)
         self.quick = _Layers(first, shortcut, shape, torch.float32)
         self.sign = math.sqrt(self.exact.power())  # x ≥ 0 weighs as much as the other equations
 
         self._prior = _alike(height, width, device)
-        shared = self._spread(self._matrix.T).T  # A R
-        gram = shared @ self._matrix.T
-        self.tau = 2 * noise**2 * float(gram.diagonal().mean()) + 1e-14
-        gram.diagonal().add_(self.tau)
-        self._factor = torch.linalg.cholesky(gram)
-        self._whitened = torch.linalg.solve_triangular(self._factor, shared, upper=False)
         self._quick_prior = self._prior.float()
-        self._dense: Tensor | None = None
+        self._shared = self._spread(self._matrix.T).T  # A R
+        self._gram = self._shared @ self._matrix.T
+        self._mean = _channel_means(shortcut, out, channels).expand(unknowns, channels)
+        self.layer_noise = noise * self.size
+        self.assume(noise)
+        if (shown := self._shown_noise(self.start)) > noise:
+            self.assume(shown)
+        self.ridge = self.layer_noise**2 / float(self.start.var().clamp(min=1e-30))
+
+    def assume(self, noise: float) -> None:
+        """Take the gradient's equations for wrong by this share."""
+        self.noise = noise
+        self.tau = 2 * noise**2 * float(self._gram.diagonal().mean()) + 1e-14
+        self._factor = torch.linalg.cholesky(self._gram + self.tau * torch.eye(len(self._gram)).to(self._gram))
+        self._whitened = torch.linalg.solve_triangular(self._factor, self._shared, upper=False)
         self._quick_whitened = self._whitened.float()
-        if unknowns <= 2 * len(self._matrix):
+        self._dense: Tensor | None = None
+        if self.unknowns <= 2 * len(self._matrix):
             dense = -self._whitened.T @ self._whitened
-            for image in torch.arange(unknowns, device=device).view(count, -1):
-                dense[image[0] : image[-1] + 1, image[0] : image[-1] + 1] += self._prior
+            size = len(self._prior)
+            for at in range(0, self.unknowns, size):
+                dense[at : at + size, at : at + size] += self._prior
             self._dense = dense.float()
-        mean = _channel_means(shortcut, out, channels).expand(unknowns, channels)
-        self.start = mean + self.explained(self._known - self._matrix @ mean)
-        spread = self.start.var().clamp(min=1e-30)
-        self.ridge = float(noise**2 * (h.square().mean() + out.square().mean()) / 2 / spread)
+        self.start = self._mean + self.explained(self._known - self._matrix @ self._mean)
+
+    def _shown_noise(self, x: Tensor) -> float:
+        """The share by which the gradient's equations contradict each other, 0 where they cannot."""
+        spare = len(self._matrix) - self.unknowns
+        if spare <= 0:
+            return 0.0
+        wrong = float((self._matrix @ x - self._known).square().sum()) / (spare * self.shape[1])
+        return math.sqrt(wrong / (2 * float(self._gram.diagonal().mean() * x.var().clamp(min=1e-30))))
 
     def maps(self, x: Tensor) -> Tensor:
         """(n, C) → (B, C, H, W), channels last."""
@@ -271,16 +303,19 @@ class _Problem:
             return self._dense @ x
         return self._spread(x) - self._quick_whitened.T @ (self._quick_whitened @ x)
 
-    def deviation(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """A random deviation that the gradient's equations leave open, as large as x varies: (n, C) → (n, C)."""
-        size = like.std(0)
+    def deviation(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A random deviation from x that the gradient's equations leave open: (n, C) → (n, C).
 
-        def normal(rows: int) -> Tensor:
-            return torch.randn(rows, self.shape[1], generator=generator, dtype=torch.float64).to(like) * size
-
+        It varies as x does: with the covariance of its channels, and as R says between positions.
+        """
+        centred = x - x.mean(0)
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
+        mix = vectors * values.clamp(min=0).sqrt()
+        free = _normal((self.unknowns, self.shape[1]), generator, x) @ mix.T
         factor = torch.linalg.cholesky(self._prior)
-        free = (factor @ normal(self.unknowns).view(self.shape[0], len(factor), -1)).view(like.shape)
-        return free - self.explained(self._matrix @ free + math.sqrt(self.tau) * normal(len(self._matrix)))
+        free = (factor @ free.view(self.shape[0], len(factor), -1)).view(x.shape)
+        wrong = math.sqrt(self.tau) * float(x.std()) * _normal((len(self._matrix), self.shape[1]), generator, x)
+        return free - self.explained(self._matrix @ free + wrong)
 
     def violations(self, residuals: list[Tensor]) -> list[Tensor]:
         """Of the layers' residuals and of x what is not allowed: all where the node is on, else what is too high, and
@@ -292,17 +327,18 @@ class _Problem:
         """The residuals at x (n, C), in float64."""
         return [*(p - t for p, t in zip(self.exact(self.maps(x)), targets, strict=True)), self.sign * x]
 
-    def misfit(self, x: Tensor) -> float:
-        """The root mean square of the layers' residuals at x."""
-        wrong = self.violations(self.forward(x, self.targets))[:2]
-        return math.sqrt(sum(float(w.square().sum()) for w in wrong) / max(1, sum(int(on.sum()) for on in self.on)))
+    def misfit(self, x: Tensor, targets: list[Tensor]) -> float:
+        """The root mean square of the layers' violated equations at x."""
+        wrong = self.violations(self.forward(x, targets))[:2]
+        return math.sqrt(sum(float(w.square().sum()) for w in wrong) / max(1, self._count()))
 
     def residual(self, x: Tensor) -> float:
         """The share of the right sides that x leaves unexplained."""
-        wrong = self.violations(self.forward(x, self.targets))[:2]
-        layers = math.sqrt(sum(float(w.square().sum()) for w in wrong)) / self.norm
         gradient = float((self._matrix @ x - self._known).norm() / self._known.norm().clamp(min=1e-30))
-        return max(layers, gradient)
+        return max(self.misfit(x, self.targets) / self.size, gradient)
+
+    def _count(self) -> int:
+        return sum(int(on.sum()) for on in self.on)
 
 
 class _Search:
@@ -368,36 +404,41 @@ class _Search:
         return length
 
 
-def _twin(
-    problem: _Problem, x: Tensor, iterations: int, halt: _Halt, progress: Callable[[int, float], None] | None
-) -> Tensor:
+def _twin(problem: _Problem, x: Tensor, iterations: int, halt: _Halt) -> Tensor:
     """The relative error (B,) of x (n, C) after so many iterations, measured where the answer is known.
 
-    The twin's targets are met by x, up to noise of the size of the residual. Its search starts at x plus a deviation,
-    and ends after a part of the iterations; the rest is a power law through the last two readings.
+    The twin's equations are met by x, up to the noise that is assumed. Its search starts at x plus a deviation, and
+    ends after a part of the iterations; the rest is a power law through two readings. Where the real residual is larger
+    than the twin's, so is the error.
     """
     generator = torch.Generator().manual_seed(0)
-    count = problem.shape[0]
-    size = x.view(count, -1).norm(dim=1).clamp(min=1e-30)
-    noise = problem.misfit(x)
+    images = problem.shape[0]
+    size = x.view(images, -1).norm(dim=1).clamp(min=1e-30)
     targets = []
     for output, target, on in zip(problem.exact(problem.maps(x)), problem.targets, problem.on, strict=True):
         met = torch.where(on, output, torch.maximum(output, target))
-        targets.append(met + noise * torch.randn(met.shape, generator=generator, dtype=met.dtype).to(met))
+        targets.append(met + problem.layer_noise * _normal(met.shape, generator, met))
     search = _Search(problem, targets, x + problem.deviation(x, generator))
-    end = max(1, round(_PROBE * iterations))
-    readings = {}
+    end = max(2, round(_PROBE * iterations))
+    readings = []
     while search.count < end:
         if halt():
             return torch.ones_like(size)
         search.step()
         if search.count in (end // 2, end):
             search.refresh()
-            readings[search.count] = (search.x.clamp(min=0) - x).view(count, -1).norm(dim=1) / size
-    last = readings[end]
-    middle = readings.get(end // 2, last)
-    power = (torch.log(middle / last.clamp(min=1e-30)) / math.log(2)).clamp(0, 2)
-    return (last * (end / max(1, iterations)) ** power).clamp(max=1)
+            solved = search.x.clamp(min=0)
+            error = (solved - x).view(images, -1).norm(dim=1) / size
+            readings.append(torch.cat([error, error.new_tensor([problem.misfit(solved, targets)])]))
+    middle, last = (reading.clamp(min=1e-30) for reading in readings)
+    power = (torch.log(middle / last) / math.log(end / (end // 2))).clamp(0, 2)
+    final = last * (end / max(end, iterations)) ** power
+    excess = problem.misfit(x, problem.targets) / final[-1]
+    return (final[:-1] * excess.clamp(min=1)).clamp(max=1)
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 
 
 def _given(known: Mapping[str, Tensor], name: str, what: str) -> Tensor:

@@ -90,10 +90,10 @@ def solve_block_input(
             continue
         search.refresh()
         x = search.x.clamp(min=0)
-        misfit = problem.misfit(x, problem.targets)
+        misfit = search.misfit()
         readings[search.count] = x, misfit
         if progress is not None:
-            progress(done, problem.residual(x))
+            progress(done, misfit / problem.size)
         if search.count < _LEAST:
             continue
         before, misfit_before = readings[search.count // (2 * _REFRESH) * _REFRESH]
@@ -107,7 +107,7 @@ def solve_block_input(
     search.refresh()
     x = search.x.clamp(min=0)
     halt.until = math.inf  # the estimate is what makes the result of use
-    error = _twin(problem, x, search.count, halt)
+    error = _twin(problem, x, search.misfit(), search.count, halt)
     return ConvexSolution(
         x=problem.maps(x).contiguous(),
         error=error,
@@ -234,6 +234,8 @@ class _Problem:
             rest = rest + shortcut.offset.double()[:, None, None]
         self.targets = [h - first.offset.double()[:, None, None], out - rest]
         self.on = [h > 0, out > 0]
+        # A residual below its floor is none.
+        self._floors = [torch.where(on, -math.inf, 0.0).to(h.device, torch.float32) for on in self.on]
         self.equations = len(self._matrix) + round(self._count() / channels)
         # The root mean square of what the layers' equations give.
         self.size = math.sqrt(float(h.square().sum() + out.square().sum()) / max(1, self._count())) or 1.0
@@ -242,6 +244,9 @@ class _Problem:
         self.quick = _Layers(first, shortcut, shape, torch.float32)
         self.sign = math.sqrt(self.exact.power())  # x ≥ 0 weighs as much as the other equations
 
+        self._whitened: Tensor | None = None  # (ARAᵀ + τ)^(−½) A R
+        self._quick_whitened: Tensor | None = None
+        self._dense: Tensor | None = None  # T, where that is the cheaper form
         self._prior = _alike(height, width, device)
         self._quick_prior = self._prior.float()
         self._shared = self._spread(self._matrix.T).T  # A R
@@ -258,15 +263,7 @@ class _Problem:
         self.noise = noise
         self.tau = 2 * noise**2 * float(self._gram.diagonal().mean()) + 1e-14
         self._factor = torch.linalg.cholesky(self._gram + self.tau * torch.eye(len(self._gram)).to(self._gram))
-        self._whitened = torch.linalg.solve_triangular(self._factor, self._shared, upper=False)
-        self._quick_whitened = self._whitened.float()
-        self._dense: Tensor | None = None
-        if self.unknowns <= 2 * len(self._matrix):
-            dense = -self._whitened.T @ self._whitened
-            size = len(self._prior)
-            for at in range(0, self.unknowns, size):
-                dense[at : at + size, at : at + size] += self._prior
-            self._dense = dense.float()
+        self._whitened = self._quick_whitened = self._dense = None
         self.start = self._mean + self.explained(self._known - self._matrix @ self._mean)
 
     def _shown_noise(self, x: Tensor) -> float:
@@ -293,10 +290,18 @@ class _Problem:
 
     def explained(self, right: Tensor) -> Tensor:
         """RAᵀ(ARAᵀ + τ)⁻¹ of a right side (p, C) → (n, C)."""
-        return self._whitened.T @ torch.linalg.solve_triangular(self._factor, right, upper=False)
+        return self._shared.T @ torch.cholesky_solve(right, self._factor)
 
     def covariance(self, x: Tensor) -> Tensor:
         """T x: (n, C) → (n, C), in float32 quick and rough."""
+        if self._whitened is None or self._quick_whitened is None:
+            self._whitened = torch.linalg.solve_triangular(self._factor, self._shared, upper=False)
+            self._quick_whitened = self._whitened.float()
+            if self.unknowns <= 2 * len(self._matrix):
+                dense, size = -self._whitened.T @ self._whitened, len(self._prior)
+                for at in range(0, self.unknowns, size):
+                    dense[at : at + size, at : at + size] += self._prior
+                self._dense = dense.float()
         if x.dtype == torch.float64:
             return self._spread(x) - self._whitened.T @ (self._whitened @ x)
         if self._dense is not None:
@@ -320,22 +325,23 @@ class _Problem:
     def violations(self, residuals: list[Tensor]) -> list[Tensor]:
         """Of the layers' residuals and of x what is not allowed: all where the node is on, else what is too high, and
         what of x is negative."""
-        layers = [torch.where(on, r, r.clamp(min=0)) for on, r in zip(self.on, residuals[:2], strict=True)]
+        floors = self._floors if residuals[0].dtype == torch.float32 else [floor.double() for floor in self._floors]
+        layers = [torch.maximum(r, floor) for r, floor in zip(residuals[:2], floors, strict=True)]
         return [*layers, residuals[2].clamp(max=0)]
 
     def forward(self, x: Tensor, targets: list[Tensor]) -> list[Tensor]:
         """The residuals at x (n, C), in float64."""
         return [*(p - t for p, t in zip(self.exact(self.maps(x)), targets, strict=True)), self.sign * x]
 
-    def misfit(self, x: Tensor, targets: list[Tensor]) -> float:
-        """The root mean square of the layers' violated equations at x."""
-        wrong = self.violations(self.forward(x, targets))[:2]
-        return math.sqrt(sum(float(w.square().sum()) for w in wrong) / max(1, self._count()))
+    def mean_square(self, residuals: list[Tensor]) -> float:
+        """The mean square of the layers' violated equations."""
+        return sum(float(w.square().sum()) for w in self.violations(residuals)[:2]) / max(1, self._count())
 
     def residual(self, x: Tensor) -> float:
         """The share of the right sides that x leaves unexplained."""
         gradient = float((self._matrix @ x - self._known).norm() / self._known.norm().clamp(min=1e-30))
-        return max(self.misfit(x, self.targets) / self.size, gradient)
+        layers = math.sqrt(self.mean_square(self.forward(x, self.targets))) / self.size
+        return max(layers, gradient)
 
     def _count(self) -> int:
         return sum(int(on.sum()) for on in self.on)
@@ -363,6 +369,10 @@ class _Search:
         self.x = self._start + self._problem.covariance(self._sum)
         self._residuals = [r.float() for r in self._problem.forward(self.x, self._targets)]
         self._dual = self._sum.float()
+
+    def misfit(self) -> float:
+        """The root mean square of the layers' violated equations."""
+        return self._problem.mean_square(self._residuals) ** 0.5
 
     def step(self) -> None:
         problem = self._problem
@@ -394,17 +404,18 @@ class _Search:
         curve = problem.ridge * float((self._direction_dual * self._direction).sum())
         for _ in range(4):
             at = [r + length * c for r, c in zip(self._residuals, change, strict=True)] if length else self._residuals
-            on = [problem.on[0] | (at[0] > 0), problem.on[1] | (at[1] > 0), at[2] < 0]
-            first = sum(float((torch.where(m, a, 0) * c).sum()) for m, a, c in zip(on, at, change, strict=True))
-            second = sum(float(torch.where(m, c, 0).square().sum()) for m, c in zip(on, change, strict=True))
+            wrong = problem.violations(at)
+            first = sum(float((w * c).sum()) for w, c in zip(wrong, change, strict=True))
+            counted = [c * (w == a) for w, a, c in zip(wrong, at, change, strict=True)]
+            second = sum(float((part * c).sum()) for part, c in zip(counted, change, strict=True))
             more = -(first + inner + length * curve) / max(second + curve, 1e-38)
             length += more
-            if abs(more) <= 1e-3 * abs(length):
+            if abs(more) <= 1e-2 * abs(length):
                 break
         return length
 
 
-def _twin(problem: _Problem, x: Tensor, iterations: int, halt: _Halt) -> Tensor:
+def _twin(problem: _Problem, x: Tensor, misfit: float, iterations: int, halt: _Halt) -> Tensor:
     """The relative error (B,) of x (n, C) after so many iterations, measured where the answer is known.
 
     The twin's equations are met by x, up to the noise that is assumed. Its search starts at x plus a deviation, and
@@ -429,11 +440,11 @@ def _twin(problem: _Problem, x: Tensor, iterations: int, halt: _Halt) -> Tensor:
             search.refresh()
             solved = search.x.clamp(min=0)
             error = (solved - x).view(images, -1).norm(dim=1) / size
-            readings.append(torch.cat([error, error.new_tensor([problem.misfit(solved, targets)])]))
+            readings.append(torch.cat([error, error.new_tensor([search.misfit()])]))
     middle, last = (reading.clamp(min=1e-30) for reading in readings)
     power = (torch.log(middle / last) / math.log(end / (end // 2))).clamp(0, 2)
     final = last * (end / max(end, iterations)) ** power
-    excess = problem.misfit(x, problem.targets) / final[-1]
+    excess = misfit / final[-1]
     return (final[:-1] * excess.clamp(min=1)).clamp(max=1)
 
 

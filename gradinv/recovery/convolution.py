@@ -113,6 +113,10 @@ def solve_input(
     matrices = [part.matrix(height, width) for part in equations]
     right = [part.right_side() for part in equations]
     kept = [torch.ones(len(part), dtype=torch.bool) for part in matrices]
+    # Those of channels that are off everywhere hold for any x, and say nothing of what is usual.
+    telling = [(m.abs().amax((1, 2)) > 0) | (r.abs().amax((1, 2)) > 0) for m, r in zip(matrices, right, strict=True)]
+    if not any(part.any() for part in telling):
+        telling = kept
     if doubtful is not None and _enough(matrices, [~doubtful, *kept[1:]], unknowns):
         kept[0] = ~doubtful
     for _ in range(12):
@@ -120,7 +124,7 @@ def solve_input(
         g = torch.cat([r[k].flatten(0, 1) for r, k in zip(right, kept, strict=True)])
         x, spread = _least_squares(a, g)
         misfit = [(m @ x - r).flatten(1).norm(dim=1) for m, r in zip(matrices, right, strict=True)]
-        used = torch.cat([part[k] for part, k in zip(misfit, kept, strict=True)])
+        used = torch.cat([part[k & one] for part, k, one in zip(misfit, kept, telling, strict=True)])
         usual = _STANDS_OUT * used.median()
         limits = [torch.maximum(usual, _ROUNDING * r.flatten(1).norm(dim=1)) for r in right]
         # The worst eighth at most: what is explained by the others shows only after they are gone.
@@ -194,14 +198,16 @@ class Gate:
         return replace(self, mask=self.mask ^ flips, margin=torch.where(flips, torch.inf, self.margin))
 
 
-def gate(full: Tensor, solution: Solution) -> Gate:
-    """Which units are on, from a node's solved activations: those above a few σ.
+def gate(full: Tensor, solution: Solution, floor: Tensor) -> Gate:
+    """Which units are on, from a node's solved activations: those above a few σ, which is at least the share `floor`
+    (B,) of an image's root mean square: an error of the cotangents that x makes up for leaves no residual.
 
     Of the exact zeros a share grows wrong as the limit falls, of the small values as it rises; both are least at about
     √(2 ln(‖x‖ / σ)), ‖x‖ the root mean square.
     """
-    x, sigma = solution.x, solution.sigma.clamp(min=1e-300)
+    x = solution.x
     size = x.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
+    sigma = torch.maximum(solution.sigma, floor.view(-1, 1, 1, 1) * size).clamp(min=1e-300)
     limit = 1.2 * (2 * (size / sigma).clamp(min=3).log()).sqrt()
     return Gate(full, x > limit * sigma, (x / sigma - limit).abs())
 

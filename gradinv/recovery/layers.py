@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +28,13 @@ from gradinv.types import Observation, SolvedNode
 
 _USELESS = 0.5  # a node whose typical image has a larger relative error is not said to be solved
 _TOO_ROUGH = 0.1  # below a node with a larger one the masks are guesses, and nothing is solved
-_FINE = 1e-3  # up to this error the gradient's equations alone are enough
+# Where a solution of fewer equations for each unknown has a larger error than this, the layers' own are taken as well.
+_AMPLE, _FINE = 1.5, 1e-3
+# A gradient of at least so many numbers, of which at least this share is 0, may be pruned.
+_COUNTED, _PRUNED = 1000, 0.02
 _DOUBTFUL = 4.0  # an entry of a mask this many σ or fewer from being the other is left out where that can be
+_CROSSTALK = 0.1  # the share of the cotangents' relative error that reaches values which should be 0
+_ROUNDING = 4e-7  # the relative error of what float32 gradients give at the best
 _ROUNDS = 3  # of mending masks and solving again
 
 
@@ -38,18 +43,18 @@ def solve_layers(
     observation: Observation,
     fit: Fit,
     *,
-    until: str = STEM,
+    until: str | None = None,
     stop: threading.Event | None = None,
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> tuple[tuple[SolvedNode, ...], str]:
     """Solve the network's nodes from the last block downwards, as far as the gradient determines them.
 
-    fit: the final layer's solution, in whose order the images stay; until: the lowest node that is wanted. `progress`
-    is called with each node, `stop` is looked at between two. → the nodes, the highest first, float32 on the model's
-    device, and a sentence that says why there are no more ("" where `until` was reached). Computed in float64 on the
-    CPU. Raises GradinvError where the network has no such node.
+    fit: the final layer's solution, in whose order the images stay; until: the lowest node that is wanted, None for as
+    many as there are. `progress` is called with each node, `stop` is looked at between two. → the nodes, the highest
+    first, float32 on the model's device, and a sentence that says why there are no more ("" where `until` was reached).
+    Computed in float64 on the CPU. Raises GradinvError where the network has no such node.
     """
-    parts(model.network).node(until)
+    lowest = None if until is None else parts(model.network).node(until)
     if observation.mode != "eval":
         return (), "In train mode batch normalisation mixes the images, so no layer below the final one is linear."
     way = _Way(model, observation, fit, stop or threading.Event())
@@ -57,7 +62,7 @@ def solve_layers(
         for node in way.down():
             if progress is not None:
                 progress(node)
-            if node.name == parts(model.network).node(until):
+            if node.name == lowest:
                 return way.nodes(), ""
             if way.stop.is_set():
                 return way.nodes(), "The way down was stopped."
@@ -95,8 +100,6 @@ class _Way:
         self._model = model
         self._observation = observation
         self._fit = fit
-        # All cotangents are proportional to what the final layer's equations give, which is no more exact than this.
-        self._floor = 4 * fit.residual
         self._shapes = node_shapes(model.network, model.preprocessing.size)
         self._solved: list[SolvedNode] = []
 
@@ -123,6 +126,8 @@ class _Way:
             node = self._solve(step)
             self._solved.append(replace(node, seconds=time.perf_counter() - began))
             yield self._solved[-1]
+            if node.method == "convex":
+                raise Unsolved(f"Below {node.name} there are fewer equations than unknowns")
             if float(node.error.median()) > _TOO_ROUGH:
                 error = 100 * float(node.error.median())
                 raise Unsolved(f"{node.name} is known to {error:.0f} % only, too rough to go on below it")
@@ -144,7 +149,10 @@ class _Way:
         units = (unit for unit in block.units[-2:])
         names = [name for unit in units for name in (f"{unit.name}.weight", f"{unit.bn_name}.bias")]
         gradients = {name: self._gradient(name) for name in names}
-        top = last_gate(block, gradients, self._pooled(height * width), height, width)
+        pooled = self._pooled(height * width)
+        # All cotangents are proportional to what the final layer's equations give, which is no more exact than this.
+        self._floor = (pooled.sigma.norm(dim=1) / pooled.features.norm(dim=1)).clamp(min=_ROUNDING)
+        top = last_gate(block, gradients, pooled, height, width)
         return mended_by_bias(top, gradients[names[-1]])[0]
 
     def _pooled(self, positions: int) -> Pooled:
@@ -169,21 +177,22 @@ class _Way:
         solution, mended = None, 0
         if count >= unknowns:
             solution, mended = self._exact(step, shape)
-        if solution is None or float(solution.error.median()) > _FINE:
-            node = self._convex(step, shape) if step.first else None
+        few = count < _AMPLE * unknowns and (solution is None or float(solution.error.median()) > _FINE)
+        if few and step.first:
+            node = self._convex(step, shape)
             if node is not None and (solution is None or node.error.median() < solution.error.median()):
                 self._gate = Gate(self._pulled(step, shape), node.activation > 0, torch.zeros_like(node.activation))
                 return replace(node, cotangent=self._gate.cotangent)
         if solution is None:
             raise Unsolved(f"{step.unit.name} gives {count} equations for {unknowns} unknowns of {step.node}")
-        error = float(solution.error.median())
+        error = float(self._error(solution, equations).median())
         if not error < _USELESS:
             raise Unsolved(
                 f"{step.node} cannot be told from noise ({count} equations for {unknowns} unknowns leave an error of "
                 f"{100 * error:.0f} %)"
             )
         share = mended / self._gate.mask.numel()
-        self._gate = gate(self._pulled(step, shape), solution)
+        self._gate = gate(self._pulled(step, shape), solution, _CROSSTALK * self._floor)
         if step.bias is not None:
             self._gate, _ = mended_by_bias(self._gate, self._gradient(step.bias))
         return SolvedNode(
@@ -191,13 +200,23 @@ class _Way:
             solution.x.clamp(min=0) * self._gate.mask,
             self._gate.cotangent,
             "exact",
-            solution.error.square().add(self._floor**2).sqrt().clamp(max=1),
+            self._error(solution, equations),
             solution.residual,
             count,
             unknowns,
             share,
             0.0,
         )
+
+    def _error(self, solution: Solution, equations: Sequence[Equations]) -> Tensor:
+        """The relative error of each image (B,), which is at least that of all cotangents. What is left unexplained ten
+        times as much as in the final layer is no noise but a wrong equation, of which σ knows nothing."""
+        error = (solution.error.square() + self._floor.square()).sqrt()
+        right = torch.cat([part.gradient.flatten() for part in equations])
+        final = self._gradient(f"{self._model.final}.weight")
+        relative = solution.residual / max(self._fit.residual, _ROUNDING)
+        absolute = relative * float(right.square().mean() / final.square().mean().clamp(min=1e-300)) ** 0.5
+        return (error.clamp(min=solution.residual) if min(relative, absolute) > 10 else error).clamp(max=1)
 
     def _exact(self, step: _Step, shape: tuple[int, int, int, int]) -> tuple[Solution, int]:
         """By the gradient's equations alone, masks mended on the way: → the solution, how many entries were turned."""
@@ -267,4 +286,17 @@ class _Way:
         return torch.as_tensor(pulled + self._outer.cotangent if identity else pulled)
 
     def _gradient(self, name: str) -> Tensor:
-        return self._observation.gradients[name].detach().cpu().double()
+        gradient = self._observation.gradients[name].detach().cpu().double()
+        if _is_pruned(gradient):
+            raise Unsolved(f"Entries of the gradient of {name} were set to 0, and so are no equations")
+        return gradient
+
+
+def _is_pruned(gradient: Tensor) -> bool:
+    """Whether zeros stand where small numbers were: then all others are larger than a limit, and they differ from each
+    other, which those of a quantised gradient do not."""
+    size = gradient.abs().flatten()
+    present = size[size > 0]
+    if len(size) < _COUNTED or len(present) > (1 - _PRUNED) * len(size) or len(present) < 2:
+        return False
+    return float(present.min()) > 0.05 * float(present.median()) and len(present.unique()) > 0.5 * len(present)

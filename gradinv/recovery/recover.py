@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.recovery.final_layer import FinalLayer
+from gradinv.network import parts
+from gradinv.recovery.final_layer import FinalLayer, Fit
 from gradinv.recovery.labels import restore_labels
-from gradinv.types import Observation, Recovered, SolvedNode
+from gradinv.recovery.layers import solve_layers
+from gradinv.types import GradinvError, Observation, Recovered, SolvedNode
 
 
 @torch.no_grad()
@@ -34,14 +37,46 @@ def recover(
     found = Recovered(restored.labels, restored.method, restored.confidence)
     if not config.needs_features:
         return found
-    fit = restored.fit or FinalLayer(model, observation).fit(restored.labels.cpu())
+    try:
+        layer = FinalLayer(model, observation)
+    except GradinvError as error:
+        if config.boundary != "auto":
+            raise
+        return replace(found, stopped=str(error))
+    fit = restored.fit or layer.fit(restored.labels.cpu())
+    nodes: tuple[SolvedNode, ...] = ()
+    stopped = ""
+    if config.needs_layers:
+        fit = layer.refined(fit, restored.labels.cpu())
+        nodes, stopped = _layers(model, observation, config, fit, stop, progress)
     device = model.device
-    return Recovered(
-        restored.labels,
-        restored.method,
-        restored.confidence,
-        fit.features.float().to(device),
-        fit.errors.float().to(device),
-        fit.residual,
-        fit.scale,
+    return replace(
+        found,
+        features=fit.features.float().to(device),
+        errors=fit.errors.float().to(device),
+        residual=fit.residual,
+        scale=fit.scale,
+        nodes=nodes,
+        stopped=stopped,
     )
+
+
+def _layers(
+    model: Model,
+    observation: Observation,
+    config: AttackConfig,
+    fit: Fit,
+    stop: threading.Event | None,
+    progress: Callable[[SolvedNode], None] | None,
+) -> tuple[tuple[SolvedNode, ...], str]:
+    if config.boundary != "auto":
+        until = parts(model.network).node(config.boundary)
+        nodes, stopped = solve_layers(model, observation, fit, until=until, stop=stop, progress=progress)
+        if stopped and not (stop is not None and stop.is_set()):
+            raise GradinvError(f"The gradient does not determine {until}: {stopped} Set boundary to auto.")
+        return nodes, stopped
+    try:
+        parts(model.network)
+    except GradinvError as error:
+        return (), str(error)
+    return solve_layers(model, observation, fit, stop=stop, progress=progress)

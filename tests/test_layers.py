@@ -1,0 +1,368 @@
+"""The way down on small random ResNets, on gradients in double precision unless said."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from gradinv.config import AttackConfig
+from gradinv.defenses import parse
+from gradinv.models import ImageClass, Model
+from gradinv.network import Segment, parts
+from gradinv.recovery import convolution, layers, recover
+from gradinv.recovery.convolution import Equations, Gate, mended_by_bias, mended_by_residual, solve_input
+from gradinv.recovery.final_layer import FinalLayer
+from gradinv.recovery.layers import solve_layers
+from gradinv.types import GradinvError, Observation, Preprocessing, Recovered, SolvedNode
+
+CLASSES = 12
+LABELS = [3, 7]
+AUTO = AttackConfig(boundary="auto", activations=1.0, gradient=0.0, labels="auto")
+
+
+def resnet(block: type[BasicBlock | Bottleneck], blocks: list[int], size: int) -> Model:
+    """A random network whose features are zero in about half of the channels, as those of trained ones are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ResNet(block, blocks, num_classes=CLASSES).double()
+        network.train()
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0  # what is stored is the last batch's
+        with torch.no_grad():
+            network(torch.randn(8, 3, size, size, dtype=torch.float64))
+            # A bias that switches whole channels of the last block off, and logits of a trained network's size.
+            last = parts(network).blocks[-1]
+            last.units[-1].bn.bias -= torch.linspace(-0.5, 2, len(last.units[-1].bn.bias))
+            parts(network).blocks[-2].units[-1].bn.bias -= torch.linspace(-0.5, 2, len(last.units[-1].bn.bias))
+            network.fc.weight *= 5
+    network.eval()
+    classes = tuple(ImageClass(f"n{i:08d}", f"class {i}") for i in range(CLASSES))
+    return Model("random", network, "0" * 64, Preprocessing(size, size), classes, None)
+
+
+BASIC = (BasicBlock, [1, 1, 2, 2])
+BOTTLENECK = (Bottleneck, [1, 1, 1, 2])
+
+
+def batch(model: Model, labels: list[int], seed: int = 0) -> tuple[Tensor, Observation]:
+    """Smooth pictures, normalised (B, 3, S, S), and the gradient of their mean cross-entropy in double precision."""
+    size = model.preprocessing.size
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(len(labels), 3, size // 4, size // 4, generator=generator, dtype=torch.float64)
+    images = model.preprocessing.normalise(F.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1))
+    parameters = dict(model.network.named_parameters())
+    loss = F.cross_entropy(model.network(images), torch.tensor(labels))
+    gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    return images, Observation(gradients, len(labels), model.preprocessing, model.name, model.sha256)
+
+
+def truth(model: Model, images: Tensor) -> dict[str, Tensor]:
+    nodes = parts(model.network).nodes
+    with torch.no_grad():
+        found = Segment(model.network, nodes[-1], nodes)(images)
+    return {name: value.relu() for name, value in found.items()}
+
+
+@pytest.fixture(scope="module")
+def basic() -> Model:
+    return resnet(*BASIC, 64)
+
+
+@pytest.fixture(scope="module")
+def two(basic: Model) -> tuple[Tensor, Observation, Recovered, list[int]]:
+    """A batch of two: images, the observation, what is recovered from it, and which image each recovered one is."""
+    images, observation = batch(basic, LABELS)
+    recovered = recover(basic, observation, AUTO)
+    return images, observation, recovered, ordered(recovered)
+
+
+def ordered(recovered: Recovered, labels: list[int] | None = None) -> list[int]:
+    return [(labels or LABELS).index(label) for label in recovered.labels.tolist()]
+
+
+def relative(found: Tensor, true: Tensor) -> Tensor:
+    return (found.double() - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)
+
+
+def paired(recovered: Recovered, true: Tensor, name: str = "") -> list[int]:
+    """Which true image each recovered one is: by its own highest node, where labels repeat."""
+    return [int(relative(node.expand_as(true), true).argmin()) for node in recovered.nodes[0].activation.double()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "labels"), [(BASIC, 64, [3, 7, 1]), (BOTTLENECK, 64, [5, 2]), (BASIC, 32, [4, 9])]
+)
+def test_layers_are_exact_down_to_where_equations_end(kind, size, labels):
+    model = resnet(*kind, size)
+    images, observation = batch(model, labels)
+    recovered = recover(model, observation, AUTO)
+    order = [labels.index(label) for label in recovered.labels.tolist()]
+    true = truth(model, images)
+    exact = [node for node in recovered.nodes if node.method == "exact"]
+    assert len(exact) >= 5
+    for node in exact:
+        assert relative(node.activation, true[node.name][order]).max() < 1e-6, node.name
+        assert node.equations >= node.unknowns
+    assert recovered.stopped
+
+
+def test_one_image_is_solved_down_to_the_stem(basic):
+    model = basic
+    images, observation = batch(model, [6])
+    recovered = recover(model, observation, AUTO)
+    assert [node.name for node in recovered.nodes] == list(parts(model.network).nodes[-2::-1])
+    assert relative(recovered.nodes[-1].activation, truth(model, images)["maxpool"]).max() < 1e-6
+    assert "max pooling" in recovered.stopped
+
+
+def test_cotangents_are_those_of_the_loss(basic, two):
+    model, (images, _, recovered, order) = basic, two
+    nodes = parts(model.network).nodes
+    # In the segment a node's value is its pre-activation; the loss of the whole network by way of it.
+    found = Segment(model.network, nodes[-1], nodes)(images)
+    features = found[nodes[-1]].relu().mean((2, 3))
+    loss = F.cross_entropy(model.network.fc(features), torch.tensor(LABELS))
+    for node in recovered.nodes:
+        (expected,) = torch.autograd.grad(loss, found[node.name], retain_graph=True)
+        assert relative(node.cotangent, expected[order]).max() < 1e-5, node.name
+
+
+def test_repeated_labels_and_a_rescaled_gradient(basic):
+    model = basic
+    images, observation = batch(model, [3, 3, 8])
+    scaled = replace(observation, gradients={name: 3 * value for name, value in observation.gradients.items()})
+    recovered = recover(model, scaled, AUTO)
+    assert sorted(recovered.labels.tolist()) == [3, 3, 8]
+    assert recovered.scale == pytest.approx(3, rel=1e-5)
+    true = truth(model, images)
+    order = paired(recovered, true[recovered.nodes[0].name])
+    assert sorted(order) == [0, 1, 2]
+    assert relative(recovered.nodes[4].activation, true[recovered.nodes[4].name][order]).max() < 1e-6
+
+
+@pytest.mark.parametrize("level", [1e-5, 1e-3])
+def test_the_error_is_known_within_a_factor_of_two(basic, level):
+    model = basic
+    images, observation = batch(model, [3, 7, 1])
+    norm = torch.cat([value.flatten() for value in observation.gradients.values()]).std()
+    generator = torch.Generator().manual_seed(1)
+    noisy = {
+        name: value + level * norm * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        for name, value in observation.gradients.items()
+    }
+    recovered = recover(model, replace(observation, gradients=noisy), AUTO)
+    order = ordered(recovered, [3, 7, 1])
+    true = truth(model, images)
+    exact = [node for node in recovered.nodes if node.method == "exact"]
+    assert len(exact) >= 5
+    for node in exact:
+        ratio = float(node.error.median() / relative(node.activation, true[node.name][order]).median())
+        assert 0.4 < ratio < 2.5, (node.name, ratio)
+
+
+def test_half_precision_gradients_go_far(basic):
+    model = basic
+    images, observation = batch(model, [3, 7])
+    rounded = {name: value.half().double() for name, value in observation.gradients.items()}
+    recovered = recover(model, replace(observation, gradients=rounded), AUTO)
+    order = ordered(recovered)
+    true = truth(model, images)
+    assert len(recovered.nodes) >= 4
+    for node in recovered.nodes:
+        assert relative(node.activation, true[node.name][order]).median() < 3 * float(node.error.median()) < 1
+
+
+@pytest.mark.parametrize("defence", ["noise:1e-2", "prune:0.9", "quantise:6"])
+def test_behind_a_defence_the_way_ends_with_a_sentence_and_tells_its_error(basic, defence):
+    model = basic
+    images, observation = batch(model, [3, 7])
+    recovered = recover(model, parse(defence)(observation), AUTO)
+    assert recovered.stopped
+    true = truth(model, images)
+    for node in recovered.nodes:
+        # Labels may be wrong as well, so images are paired by what is nearest.
+        nearest = [
+            float(relative(image.double().expand_as(true[node.name]), true[node.name]).min())
+            for image in node.activation
+        ]
+        assert sorted(nearest)[len(nearest) // 2] < 4 * float(node.error.median()), node.name
+
+
+def test_features_without_zeros_are_refused():
+    model = resnet(*BASIC, 64)
+    with torch.no_grad():
+        parts(model.network).blocks[-1].units[-1].bn.bias += 30
+    _, observation = batch(model, [3, 7, 1])
+    recovered = recover(model, observation, AUTO)
+    assert recovered.nodes == ()
+    assert "exactly 0" in recovered.stopped
+
+
+def test_train_mode_ends_above_batch_normalisation(basic):
+    model = basic
+    _, observation = batch(model, [3, 7])
+    recovered = recover(model, replace(observation, mode="train"), AUTO)
+    assert recovered.nodes == () and recovered.features is not None
+    assert "train mode" in recovered.stopped
+
+
+def test_other_networks_keep_their_features(small_model, observation):
+    recovered = recover(small_model, observation, AUTO)
+    assert recovered.nodes == () and recovered.features is not None
+    assert "torchvision's ResNets" in recovered.stopped
+
+
+def test_a_node_as_the_boundary_is_reached_or_refused(basic):
+    model = basic
+    _, observation = batch(model, [3, 7, 1])
+    recovered = recover(model, observation, replace(AUTO, boundary="layer3"))
+    assert recovered.nodes[-1].name == "layer3.1" and recovered.stopped == ""
+    with pytest.raises(GradinvError, match="does not determine maxpool"):
+        recover(model, observation, replace(AUTO, boundary="maxpool"))
+    with pytest.raises(GradinvError, match="no node"):
+        recover(model, observation, replace(AUTO, boundary="layer3.7"))
+
+
+def test_the_way_down_can_be_stopped_and_tells_each_node(basic):
+    model = basic
+    _, observation = batch(model, [3])
+    stop, told = threading.Event(), list[SolvedNode]()
+
+    def progress(node: SolvedNode) -> None:
+        told.append(node)
+        if len(told) == 3:
+            stop.set()
+
+    recovered = recover(model, observation, AUTO, stop=stop, progress=progress)
+    assert (
+        [node.name for node in recovered.nodes]
+        == [node.name for node in told]
+        == ["layer4.1.conv1", "layer4.0", "layer4.0.conv1"]
+    )
+    assert "stopped" in recovered.stopped
+
+
+def test_what_needs_no_layers_solves_none(basic, monkeypatch):
+    model = basic
+    _, observation = batch(model, [3])
+    monkeypatch.setattr(sys.modules["gradinv.recovery.recover"], "solve_layers", None)
+    assert recover(model, observation, AttackConfig()).features is None
+    assert recover(model, observation, AttackConfig(boundary="logits")).features is not None
+
+
+@pytest.fixture(scope="module")
+def problem(basic: Model, two: tuple[Tensor, Observation, Recovered, list[int]]) -> tuple[Equations, Gate, Tensor]:
+    """The last convolution of layer3 as the client has it: its equations, the gate behind it, its true input."""
+    images, observation, _, order = two
+    nodes = parts(basic.network).nodes
+    found = Segment(basic.network, nodes[-1], nodes)(images)
+    loss = F.cross_entropy(basic.network.fc(found[nodes[-1]].relu().mean((2, 3))), torch.tensor(LABELS))
+    (cotangent,) = torch.autograd.grad(loss, found["layer3.1"])
+    block = next(block for block in parts(basic.network).blocks if block.name == "layer3.1")
+    on = found["layer3.1"][order] > 0
+    # What would pass where a unit is off is not in the cotangent: something of the usual size.
+    usual = cotangent[cotangent != 0].abs().median()
+    gate = Gate(torch.where(on, cotangent[order], usual), on, torch.full(on.shape, 50.0))
+    unit = block.units[-1]
+    gradient = observation.gradients[f"{unit.name}.weight"]
+    equations = Equations(unit, gate.cotangent * unit.slope.view(-1, 1, 1), gradient)
+    return equations, gate, found[block.units[0].name].relu().detach()[order]
+
+
+def wrong(gate: Gate, equations: Equations, entries: list[tuple[int, int, int, int]]) -> tuple[Gate, Equations]:
+    mask, margin = gate.mask.clone(), gate.margin.clone()
+    for entry in entries:
+        mask[entry] ^= True
+        margin[entry] = 5.0
+    gate = replace(gate, mask=mask, margin=margin)
+    return gate, replace(equations, cotangent=gate.cotangent * equations.unit.slope.view(-1, 1, 1))
+
+
+def strongest(gate: Gate, count: int) -> list[tuple[int, int, int, int]]:
+    """Entries through which much passes, of different channels."""
+    places = gate.full.abs().flatten().argsort(descending=True).tolist()
+    found: dict[int, tuple[int, int, int, int]] = {}
+    for place in places:
+        entry = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), gate.full.shape))
+        found.setdefault(entry[1], entry)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def test_planted_wrong_mask_entries_are_mended_by_the_residual(problem):
+    equations, gate, true = problem
+    entries = strongest(gate, 3)
+    bad, unexplained = wrong(gate, equations, entries)
+    solution = solve_input([unexplained], tuple(true.shape))
+    assert {entry[1] for entry in entries} <= set(solution.suspects.nonzero()[:, 0].tolist())
+    assert relative(solution.x, true).max() < 1e-6  # the suspects' equations are left out
+    mended, turned = mended_by_residual(bad, unexplained, solution.x, solution.suspects)
+    assert turned == 3 and torch.equal(mended.mask, gate.mask)
+
+
+def test_planted_wrong_mask_entries_are_mended_by_the_bias(problem):
+    equations, gate, _ = problem
+    first, second = strongest(gate, 2)
+    neighbour = (1 - second[0], *second[1:])
+    bad, _ = wrong(gate, equations, [first, second, neighbour])
+    mended, turned = mended_by_bias(bad, gate.cotangent.sum((0, 2, 3)))
+    assert turned == 3 and torch.equal(mended.mask, gate.mask)
+    same, none = mended_by_bias(gate, gate.cotangent.sum((0, 2, 3)))
+    assert none == 0 and torch.equal(same.mask, gate.mask)
+
+
+def test_equations_hold_for_the_true_input(basic):
+    """The linear form of ∇W, and the pulled-back cotangent, against autograd."""
+    model = basic
+    for unit in parts(model.network).blocks[2].all_units:  # with a stride: 3 × 3 and 1 × 1
+        x = torch.rand(2, unit.conv.in_channels, 6, 6, dtype=torch.float64, requires_grad=True)
+        output = unit.conv(x)
+        cotangent = torch.randn(output.shape, dtype=torch.float64)
+        weight, pulled = torch.autograd.grad(output, [unit.conv.weight, x], cotangent)
+        equations = Equations(unit, cotangent, weight)
+        columns = x.detach().permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        torch.testing.assert_close(equations.matrix(6, 6) @ columns, equations.right_side())
+        torch.testing.assert_close(equations.pulled_back(6, 6), pulled)
+        taps = unit.conv.kernel_size[0] ** 2
+        touched = 72 if taps > 1 else 18
+        assert equations.count(6, 6) == (unit.conv.out_channels * taps if touched == 72 else 18)
+
+
+def test_the_final_layer_is_refined_to_the_last_digit(basic):
+    model = basic
+    _, observation = batch(model, [3, 7, 1])
+    layer, labels = FinalLayer(model, observation), torch.tensor([3, 7, 1])
+    fit = layer.fit(labels)
+    assert layer.refined(fit, labels).residual <= min(fit.residual, 1e-8)
+
+
+def test_a_wrong_layer_is_never_called_exact(basic, monkeypatch):
+    """Where masks cannot be mended, the residual tells."""
+    model = basic
+    images, observation = batch(model, [3, 7])
+    original = layers.last_gate
+
+    def spoilt(*args):
+        gate = original(*args)
+        mask = gate.mask.clone()
+        mask[:, ::7] ^= True
+        return replace(gate, mask=mask, margin=torch.full_like(gate.margin, 1e3))
+
+    monkeypatch.setattr(layers, "last_gate", spoilt)
+    monkeypatch.setattr(convolution, "_JOINT_FLIPS", 0)
+    fit = FinalLayer(model, observation).fit(torch.tensor(LABELS))
+    nodes, stopped = solve_layers(model, observation, fit)
+    true = truth(model, images)
+    assert stopped
+    for node in nodes:
+        assert float(relative(node.activation, true[node.name]).median()) < max(3 * float(node.error.median()), 1e-5)

@@ -13,7 +13,7 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from gradinv.network import Block, parts
-from gradinv.recovery.convex import ConvexSolution, solve_block_input
+from gradinv.recovery.convex import ConvexSolution, solve_block_input, solve_identity_block
 from gradinv.types import GradinvError
 
 
@@ -134,6 +134,24 @@ def test_claims_little_where_equations_are_too_few(known):
     assert true.min() > 0.02
     ratio = solution.error / true
     assert ratio.min() > 1 / 3 and ratio.max() < 3
+
+
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_solves_an_identity_block_from_its_output_alone(known, kind):
+    case = known(kind, "layer2.1", 2)
+    out = {case.block.name: case.activations[case.block.name]}
+    h, x = solve_identity_block(case.block, case.gradients, case.cotangents, out)
+    truth = case.activations[case.block.units[-2].name]
+    wrong = (h.x - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+    assert wrong.max() < 0.01 and (h.error > wrong / 3).all()
+    assert h.x.shape == truth.shape and x.x.shape == case.truth.shape and x.x.min() >= 0
+    assert case.errors(x).max() < 0.3 and (x.error > case.errors(x) / 3).all()
+
+
+def test_an_identity_block_has_no_shortcut(known):
+    case = known(BasicBlock, "layer2.0", 2)
+    with pytest.raises(GradinvError, match="shortcut"):
+        solve_identity_block(case.block, case.gradients, case.cotangents, case.activations)
 
 
 def test_an_event_ends_it(known):

@@ -18,6 +18,7 @@ from gradinv.types import GradinvError
 _CORRELATION = 1.0  # pixels of the map over which an activation's correlation falls to 1/e
 _REFRESH = 25  # iterations between two exact residuals
 _PROBE = 0.2  # the twin's share of the iterations
+_SKIPPED = 2.0  # x varies more than its solution where out = 0; measured
 _LEAST = 50  # iterations before convergence is believed
 _STUCK = 0.75  # the residual falls below this share as the iterations double, unless equations contradict each other
 
@@ -81,8 +82,72 @@ def solve_block_input(
     Raises GradinvError where something needed is missing or has another shape.
     """
     started = time.monotonic()
-    problem = _Problem(block, gradients, cotangents, activations, shape, noise)
-    halt = _Halt(stop, started + seconds)
+    problem = _of_input(block, gradients, cotangents, activations, shape, noise)
+    x, error, done = _solve(problem, tolerance, iterations, started + seconds, stop, progress, [shape[1]])
+    return ConvexSolution(
+        x=problem.maps(x).contiguous(),
+        error=error[0],
+        residual=problem.residual(x),
+        iterations=done,
+        seconds=time.monotonic() - started,
+        equations=problem.equations,
+        unknowns=problem.unknowns,
+    )
+
+
+@torch.no_grad()
+def solve_identity_block(
+    block: Block,
+    gradients: Mapping[str, Tensor],
+    cotangents: Mapping[str, Tensor],
+    activations: Mapping[str, Tensor],
+    *,
+    noise: float = 1e-6,
+    tolerance: float = 2e-3,
+    iterations: int = 400,
+    seconds: float = math.inf,
+    stop: Event | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[ConvexSolution, ConvexSolution]:
+    """Solve an identity block's last inner node h and its input x together, from its output alone.
+
+    Only the last convolution's cotangent is known (the mask of h, through which it would pass on, is not), only the
+    block's activation is needed. With ∇W = A h as in `solve_block_input`, everything is linear in (h, x):
+
+        BN(conv(h)) + x = out where out > 0, ≤ 0 where out = 0; h ≥ 0; x ≥ 0; BN(conv1(x)) ≤ h in a basic block
+
+    That is the less certain step: on the bundled networks h came out with errors of 6e-4 to 0.14 and x with 0.02 to
+    0.08, the estimates at 0.7 to 1.6 and 0.7 to 4 times these.
+
+    The two solutions are h and x; `equations` and `unknowns` are those of both, per channel of h. The rest is as for
+    `solve_block_input`. With the mask of h its input can then be solved again, from more equations. Raises GradinvError
+    where something needed is missing, or the block has a shortcut of its own.
+    """
+    started = time.monotonic()
+    problem = _of_identity(block, gradients, cotangents, activations, noise)
+    inner = block.units[-1].conv.in_channels
+    channels = [inner, problem.shape[1] - inner]
+    z, error, done = _solve(problem, tolerance, iterations, started + seconds, stop, progress, channels)
+    parts = problem.maps(z).split(channels, 1)
+    residual, seconds = problem.residual(z), time.monotonic() - started
+    h, x = (
+        ConvexSolution(part.contiguous(), wrong, residual, done, seconds, problem.equations, problem.unknowns)
+        for part, wrong in zip(parts, [error[0], (_SKIPPED * error[1]).clamp(max=1)], strict=True)
+    )
+    return h, x
+
+
+def _solve(
+    problem: _Problem,
+    tolerance: float,
+    iterations: int,
+    until: float,
+    stop: Event | None,
+    progress: Callable[[int, float], None] | None,
+    channels: list[int],
+) -> tuple[Tensor, list[Tensor], int]:
+    """The solution (n, C), the relative errors (B,) of its parts of so many `channels`, the iterations."""
+    halt = _Halt(stop, until)
     search = _Search(problem, problem.targets, problem.start)
     done = 0
     readings = {0: (problem.start, math.inf)}
@@ -110,16 +175,7 @@ def solve_block_input(
     search.refresh()
     x = search.x.clamp(min=0)
     halt.until = math.inf  # the estimate is what makes the result of use
-    error = _twin(problem, x, search.misfit(), search.count, halt)
-    return ConvexSolution(
-        x=problem.maps(x).contiguous(),
-        error=error,
-        residual=problem.residual(x),
-        iterations=done,
-        seconds=time.monotonic() - started,
-        equations=problem.equations,
-        unknowns=problem.unknowns,
-    )
+    return x, _twin(problem, x, search.misfit(), search.count, halt, channels), done
 
 
 class _Halt:
@@ -139,14 +195,7 @@ class _Layers:
     def __init__(self, unit: Unit, shortcut: Unit | None, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         self._units = (unit, shortcut)
         self._shape = shape
-        self._weights = [
-            None
-            if part is None
-            else (part.conv.weight.detach().double() * part.slope.double()[:, None, None, None])
-            .to(dtype)
-            .contiguous(memory_format=torch.channels_last)
-            for part in self._units
-        ]
+        self._weights = [None if part is None else _weight(part, dtype) for part in self._units]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (B, C, H, W) → both outputs (B, O, h, w), without BN's offsets."""
@@ -183,6 +232,39 @@ class _Layers:
         return float(torch.cat(powers).mean())
 
 
+class _Joint:
+    """An identity block as linear maps of (h, x), the last unit's input and the block's: BN's slopes in the weights."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        first, last = block.units[0], block.units[-1]
+        self._channels = [last.conv.in_channels, first.conv.in_channels]
+        self._last, self._geometry = _weight(last, dtype), _geometry(last)
+        # Of a bottleneck's first convolution the output is another node than h.
+        self._first = _weight(first, dtype) if len(block.units) == 2 else None
+
+    def __call__(self, z: Tensor) -> list[Tensor]:
+        """(B, C, H, W) → conv(h) + x and, in a basic block, conv1(x) − h."""
+        h, x = z.split(self._channels, 1)
+        outputs = [F.conv2d(h, self._last, None, *self._geometry) + x]
+        if self._first is not None:
+            outputs.append(F.conv2d(x, self._first, None, *self._geometry) - h)
+        return outputs
+
+    def transposed(self, outputs: list[Tensor]) -> Tensor:
+        stride, padding, dilation = self._geometry
+        h = F.conv_transpose2d(outputs[0], self._last, None, stride, padding, 0, 1, dilation)
+        x = outputs[0]
+        if self._first is not None:
+            h = h - outputs[1]
+            x = x + F.conv_transpose2d(outputs[1], self._first, None, stride, padding, 0, 1, dilation)
+        return torch.cat([h, x], 1)
+
+    def power(self) -> float:
+        """The mean of the squared norms of all equations' rows."""
+        weights = [self._last] if self._first is None else [self._last, self._first]
+        return 1 + float(torch.cat([w.double().square().sum((1, 2, 3)) for w in weights]).mean())
+
+
 class _Problem:
     """The equations, and the Gaussian that the gradient's make of x.
 
@@ -196,65 +278,42 @@ class _Problem:
 
     def __init__(
         self,
-        block: Block,
-        gradients: Mapping[str, Tensor],
-        cotangents: Mapping[str, Tensor],
-        activations: Mapping[str, Tensor],
+        rows: Tensor,
+        right: Tensor,
+        layers: Callable[[torch.dtype], _Layers | _Joint],
+        targets: list[Tensor],
+        on: list[Tensor],
+        mean: Tensor,
         shape: tuple[int, int, int, int],
         noise: float,
     ) -> None:
+        """rows: A (p, n); right: G (p, ≤ C), of the first channels where the gradient does not speak of all; layers:
+        the linear maps whose outputs are the `targets` where `on`, at most these elsewhere; mean: m (C,)."""
         self.shape = shape
         count, channels, height, width = shape
-        first, shortcut = block.units[0], block.shortcut
-        units = [first] if shortcut is None else [first, shortcut]
-        h = _given(activations, first.name, "activation").double()
-        out = _given(activations, block.name, "activation").double()
-        device = h.device
-        rows, right = [], []
-        for unit in units:
-            delta = _given(cotangents, unit.name, "cotangent").double()
-            if len(delta) != count or delta.shape[1] != unit.conv.out_channels:
-                raise GradinvError(f"The cotangent of {unit.name} has the shape {tuple(delta.shape)}, not the batch's.")
-            gradient = _given(gradients, f"{unit.name}.weight", "gradient").to(device).double()
-            part = _gradient_rows(delta, unit, height, width)
-            told = part.square().sum(1) > 0  # a dead channel says nothing
-            if told.any():
-                # Rounding is a share of each convolution's own numbers.
-                scale = part[told].square().sum(1).mean().sqrt()
-                rows.append(part[told] / scale)
-                right.append(gradient.permute(0, 2, 3, 1).reshape(-1, channels)[told] / scale)
-        if not rows:
-            raise GradinvError(f"No gradient passes through {block.name}, so its input cannot be solved.")
-        self._matrix, self._known = torch.cat(rows), torch.cat(right)
-        unknowns = count * height * width
-        self.unknowns = unknowns
-
-        inner = h
-        for unit in block.units[1:-1]:
-            inner = activations[unit.name].double() if unit.name in activations else F.relu(_affine(unit, inner))
-        rest = _affine(block.units[-1], inner)
-        if shortcut is not None:
-            rest = rest + shortcut.offset.double()[:, None, None]
-        self.targets = [h - first.offset.double()[:, None, None], out - rest]
-        self.on = [h > 0, out > 0]
+        self._matrix, self._known = rows, right
+        self._told = right.shape[1]
+        self._positions = count * height * width
+        self.targets, self.on = targets, on
         # A residual below its floor is none.
-        self._floors = [torch.where(on, -math.inf, 0.0).to(h.device, torch.float32) for on in self.on]
-        self.equations = len(self._matrix) + round(self._count() / channels)
+        self._floors = [torch.where(part, -math.inf, 0.0).float() for part in on]
+        self.equations = len(rows) + round(self._count() / self._told)
+        self.unknowns = self._positions * channels // self._told
         # The root mean square of what the layers' equations give.
-        self.size = math.sqrt(float(h.square().sum() + out.square().sum()) / max(1, self._count())) or 1.0
+        squares = sum(float(target[part].square().sum()) for target, part in zip(targets, on, strict=True))
+        self.size = math.sqrt(squares / max(1, self._count())) or 1.0
 
-        self.exact = _Layers(first, shortcut, shape, torch.float64)
-        self.quick = _Layers(first, shortcut, shape, torch.float32)
+        self.exact, self.quick = layers(torch.float64), layers(torch.float32)
         self.sign = math.sqrt(self.exact.power())  # x ≥ 0 weighs as much as the other equations
 
         self._whitened: Tensor | None = None  # (ARAᵀ + τ)^(−½) A R
         self._quick_whitened: Tensor | None = None
         self._dense: Tensor | None = None  # T, where that is the cheaper form
-        self._prior = _alike(height, width, device)
+        self._prior = _alike(height, width, rows.device)
         self._quick_prior = self._prior.float()
-        self._shared = self._spread(self._matrix.T).T  # A R
-        self._gram = self._shared @ self._matrix.T
-        self._mean = _channel_means(shortcut, out, channels).expand(unknowns, channels)
+        self._shared = self._spread(rows.T).T  # A R
+        self._gram = self._shared @ rows.T
+        self._mean = mean.expand(self._positions, channels)
         self.layer_noise = noise * self.size
         self.assume(noise)
         if (shown := self._shown_noise(self.start)) > noise:
@@ -265,16 +324,21 @@ class _Problem:
         """Take the gradient's equations for wrong by this share."""
         self.noise = noise
         self.tau = 2 * noise**2 * float(self._gram.diagonal().mean()) + 1e-14
-        self._factor = torch.linalg.cholesky(self._gram + self.tau * torch.eye(len(self._gram)).to(self._gram))
+        one = torch.eye(len(self._gram)).to(self._gram)
+        self._factor, failed = torch.linalg.cholesky_ex(self._gram + self.tau * one)
+        while failed:  # rounding made it indefinite
+            self.tau *= 10
+            self._factor, failed = torch.linalg.cholesky_ex(self._gram + self.tau * one)
         self._whitened = self._quick_whitened = self._dense = None
-        self.start = self._mean + self.explained(self._known - self._matrix @ self._mean)
+        self.start = self._mean.clone()
+        self.start[:, : self._told] += self.explained(self._known - self._matrix @ self._mean[:, : self._told])
 
     def _shown_noise(self, x: Tensor) -> float:
         """The share by which the gradient's equations contradict each other, 0 where they cannot."""
-        spare = len(self._matrix) - self.unknowns
+        spare = len(self._matrix) - self._positions
         if spare <= 0:
             return 0.0
-        wrong = float((self._matrix @ x - self._known).square().sum()) / (spare * self.shape[1])
+        wrong = float((self._matrix @ x[:, : self._told] - self._known).square().sum()) / (spare * self._told)
         return math.sqrt(wrong / (2 * float(self._gram.diagonal().mean() * x.var().clamp(min=1e-30))))
 
     def maps(self, x: Tensor) -> Tensor:
@@ -284,7 +348,7 @@ class _Problem:
 
     def columns(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (n, C)."""
-        return x.permute(0, 2, 3, 1).reshape(self.unknowns, self.shape[1])
+        return x.permute(0, 2, 3, 1).reshape(self._positions, self.shape[1])
 
     def _spread(self, x: Tensor) -> Tensor:
         """R x: (n, …) → (n, …)."""
@@ -296,13 +360,16 @@ class _Problem:
         return self._shared.T @ torch.cholesky_solve(right, self._factor)
 
     def covariance(self, x: Tensor) -> Tensor:
-        """T x: (n, C) → (n, C), in float32 quick and rough."""
+        """T x: (n, C) → (n, C), in float32 quick and rough; R x of channels that the gradient does not speak of."""
+        if x.shape[1] > self._told:
+            parts = x[:, : self._told].contiguous(), x[:, self._told :].contiguous()
+            return torch.cat([self.covariance(parts[0]), self._spread(parts[1])], 1)
         if self._whitened is None or self._quick_whitened is None:
             self._whitened = torch.linalg.solve_triangular(self._factor, self._shared, upper=False)
             self._quick_whitened = self._whitened.float()
-            if self.unknowns <= 2 * len(self._matrix):
+            if self._positions <= 2 * len(self._matrix):
                 dense, size = -self._whitened.T @ self._whitened, len(self._prior)
-                for at in range(0, self.unknowns, size):
+                for at in range(0, self._positions, size):
                     dense[at : at + size, at : at + size] += self._prior
                 self._dense = dense.float()
         if x.dtype == torch.float64:
@@ -319,18 +386,19 @@ class _Problem:
         centred = x - x.mean(0)
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
         mix = vectors * values.clamp(min=0).sqrt()
-        free = _normal((self.unknowns, self.shape[1]), generator, x) @ mix.T
+        free = _normal(x.shape, generator, x) @ mix.T
         factor = torch.linalg.cholesky(self._prior)
         free = (factor @ free.view(self.shape[0], len(factor), -1)).view(x.shape)
-        wrong = math.sqrt(self.tau) * float(x.std()) * _normal((len(self._matrix), self.shape[1]), generator, x)
-        return free - self.explained(self._matrix @ free + wrong)
+        wrong = math.sqrt(self.tau) * float(x.std()) * _normal(self._known.shape, generator, x)
+        free[:, : self._told] -= self.explained(self._matrix @ free[:, : self._told] + wrong)
+        return free
 
     def violations(self, residuals: list[Tensor]) -> list[Tensor]:
         """Of the layers' residuals and of x what is not allowed: all where the node is on, else what is too high, and
         what of x is negative."""
         floors = self._floors if residuals[0].dtype == torch.float32 else [floor.double() for floor in self._floors]
-        layers = [torch.maximum(r, floor) for r, floor in zip(residuals[:2], floors, strict=True)]
-        return [*layers, residuals[2].clamp(max=0)]
+        layers = [torch.maximum(r, floor) for r, floor in zip(residuals[:-1], floors, strict=True)]
+        return [*layers, residuals[-1].clamp(max=0)]
 
     def forward(self, x: Tensor, targets: list[Tensor]) -> list[Tensor]:
         """The residuals at x (n, C), in float64."""
@@ -338,16 +406,72 @@ class _Problem:
 
     def mean_square(self, residuals: list[Tensor]) -> float:
         """The mean square of the layers' violated equations."""
-        return sum(float(w.square().sum()) for w in self.violations(residuals)[:2]) / max(1, self._count())
+        return sum(float(w.square().sum()) for w in self.violations(residuals)[:-1]) / max(1, self._count())
 
     def residual(self, x: Tensor) -> float:
         """The share of the right sides that x leaves unexplained."""
-        gradient = float((self._matrix @ x - self._known).norm() / self._known.norm().clamp(min=1e-30))
+        gradient = float((self._matrix @ x[:, : self._told] - self._known).norm() / self._known.norm().clamp(min=1e-30))
         layers = math.sqrt(self.mean_square(self.forward(x, self.targets))) / self.size
         return max(layers, gradient)
 
     def _count(self) -> int:
         return sum(int(on.sum()) for on in self.on)
+
+
+def _of_input(
+    block: Block,
+    gradients: Mapping[str, Tensor],
+    cotangents: Mapping[str, Tensor],
+    activations: Mapping[str, Tensor],
+    shape: tuple[int, int, int, int],
+    noise: float,
+) -> _Problem:
+    """The problem of `solve_block_input`."""
+    first, shortcut = block.units[0], block.shortcut
+    units = [first] if shortcut is None else [first, shortcut]
+    h = _given(activations, first.name, "activation").double()
+    out = _given(activations, block.name, "activation").double()
+    rows, right = _gradient_equations(units, gradients, cotangents, shape)
+    inner = h
+    for unit in block.units[1:-1]:
+        inner = activations[unit.name].double() if unit.name in activations else F.relu(_affine(unit, inner))
+    rest = _affine(block.units[-1], inner)
+    if shortcut is not None:
+        rest = rest + shortcut.offset.double()[:, None, None]
+    return _Problem(
+        rows,
+        right,
+        lambda dtype: _Layers(first, shortcut, shape, dtype),
+        [h - first.offset.double()[:, None, None], out - rest],
+        [h > 0, out > 0],
+        _channel_means(shortcut, out, shape[1]),
+        shape,
+        noise,
+    )
+
+
+def _of_identity(
+    block: Block,
+    gradients: Mapping[str, Tensor],
+    cotangents: Mapping[str, Tensor],
+    activations: Mapping[str, Tensor],
+    noise: float,
+) -> _Problem:
+    """The problem of `solve_identity_block`."""
+    if block.shortcut is not None:
+        raise GradinvError(f"{block.name} has a shortcut of its own; solve its input from its inner nodes.")
+    first, last = block.units[0], block.units[-1]
+    out = _given(activations, block.name, "activation").double()
+    count, channels, height, width = out.shape
+    inner = last.conv.in_channels
+    rows, right = _gradient_equations([last], gradients, cotangents, (count, inner, height, width))
+    targets, on = [out - last.offset.double()[:, None, None]], [out > 0]
+    if len(block.units) == 2:
+        targets.append((-first.offset.double()[:, None, None]).expand_as(out))
+        on.append(torch.zeros_like(out, dtype=torch.bool))
+    mean = torch.cat([(out.mean() / 2).expand(inner), out.mean((0, 2, 3))])
+    shape = count, inner + channels, height, width
+    return _Problem(rows, right, lambda dtype: _Joint(block, dtype), targets, on, mean, shape, noise)
 
 
 class _Search:
@@ -380,7 +504,7 @@ class _Search:
     def step(self) -> None:
         problem = self._problem
         wrong = problem.violations(self._residuals)
-        gradient = problem.columns(problem.quick.transposed(wrong[:2])) + problem.sign * wrong[2]
+        gradient = problem.columns(problem.quick.transposed(wrong[:-1])) + problem.sign * wrong[-1]
         gradient += problem.ridge * self._dual
         moved = problem.covariance(gradient)
         slope = float((gradient * moved).sum())
@@ -418,8 +542,11 @@ class _Search:
         return length
 
 
-def _twin(problem: _Problem, x: Tensor, misfit: float, iterations: int, halt: _Halt) -> Tensor:
-    """The relative error (B,) of x (n, C) after so many iterations, measured where the answer is known.
+def _twin(
+    problem: _Problem, x: Tensor, misfit: float, iterations: int, halt: _Halt, channels: list[int]
+) -> list[Tensor]:
+    """The relative errors (B,) of x's parts of so many channels after so many iterations, measured where the answer is
+    known.
 
     The twin's equations are met by x, up to the noise that is assumed. Its search starts at x plus a deviation, and
     ends after a part of the iterations; the rest is a power law through two readings. Where the real residual is larger
@@ -427,7 +554,11 @@ def _twin(problem: _Problem, x: Tensor, misfit: float, iterations: int, halt: _H
     """
     generator = torch.Generator().manual_seed(0)
     images = problem.shape[0]
-    size = x.view(images, -1).norm(dim=1).clamp(min=1e-30)
+
+    def sizes(x: Tensor) -> Tensor:
+        return torch.stack([part.reshape(images, -1).norm(dim=1) for part in x.split(channels, 1)])
+
+    size = sizes(x).clamp(min=1e-30)
     targets = []
     for output, target, on in zip(problem.exact(problem.maps(x)), problem.targets, problem.on, strict=True):
         met = torch.where(on, output, torch.maximum(output, target))
@@ -437,18 +568,17 @@ def _twin(problem: _Problem, x: Tensor, misfit: float, iterations: int, halt: _H
     readings = []
     while search.count < end:
         if halt():
-            return torch.ones_like(size)
+            return list(torch.ones_like(size))
         search.step()
         if search.count in (end // 2, end):
             search.refresh()
             solved = search.x.clamp(min=0)
-            error = (solved - x).view(images, -1).norm(dim=1) / size
-            readings.append(torch.cat([error, error.new_tensor([search.misfit()])]))
+            readings.append(torch.cat([(sizes(solved - x) / size).view(-1), size.new_tensor([search.misfit()])]))
     middle, last = (reading.clamp(min=1e-30) for reading in readings)
     power = (torch.log(middle / last) / math.log(end / (end // 2))).clamp(0, 2)
     final = last * (end / max(end, iterations)) ** power
     excess = misfit / final[-1]
-    return (final[:-1] * excess.clamp(min=1)).clamp(max=1)
+    return list((final[:-1] * excess.clamp(min=1)).clamp(max=1).view(size.shape))
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
@@ -461,10 +591,41 @@ def _given(known: Mapping[str, Tensor], name: str, what: str) -> Tensor:
     return known[name]
 
 
+def _gradient_equations(
+    units: Sequence[Unit],
+    gradients: Mapping[str, Tensor],
+    cotangents: Mapping[str, Tensor],
+    shape: tuple[int, int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """A (p, n) and G (p, C) of the input, of `shape`, that the units' convolutions share."""
+    count, channels, height, width = shape
+    rows, right = [], []
+    for unit in units:
+        delta = _given(cotangents, unit.name, "cotangent").double()
+        if len(delta) != count or delta.shape[1] != unit.conv.out_channels:
+            raise GradinvError(f"The cotangent of {unit.name} has the shape {tuple(delta.shape)}, not the batch's.")
+        gradient = _given(gradients, f"{unit.name}.weight", "gradient").to(delta.device).double()
+        part = _gradient_rows(delta, unit, height, width)
+        told = part.square().sum(1) > 0  # a dead channel says nothing
+        if told.any():
+            # Rounding is a share of each convolution's own numbers.
+            scale = part[told].square().sum(1).mean().sqrt()
+            rows.append(part[told] / scale)
+            right.append(gradient.permute(0, 2, 3, 1).reshape(-1, channels)[told] / scale)
+    if not rows:
+        raise GradinvError(f"No gradient passes through {units[0].name}, so its input cannot be solved.")
+    return torch.cat(rows), torch.cat(right)
+
+
+def _weight(unit: Unit, dtype: torch.dtype) -> Tensor:
+    """The convolution's weight with BN's slope in it, in the layout that is quick."""
+    weight = unit.conv.weight.detach().double() * unit.slope.double()[:, None, None, None]
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
 def _affine(unit: Unit, x: Tensor) -> Tensor:
     """BN(conv(x)) in float64, whatever the network's own type: (B, C, H, W) → (B, O, h, w)."""
-    weight = unit.conv.weight.detach().double() * unit.slope.double()[:, None, None, None]
-    return F.conv2d(x, weight, unit.offset.double(), *_geometry(unit), unit.conv.groups)
+    return F.conv2d(x, _weight(unit, torch.float64), unit.offset.double(), *_geometry(unit), unit.conv.groups)
 
 
 def _geometry(unit: Unit) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

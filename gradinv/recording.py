@@ -42,7 +42,7 @@ from gradinv.config import AttackConfig
 from gradinv.images import from_grid, to_grid, to_image
 from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
 from gradinv.paths import write_whole
-from gradinv.types import GradinvError, Observation, Snapshot, Term, memory_exhausted
+from gradinv.types import GradinvError, Observation, Recovered, Snapshot, Term, memory_exhausted
 
 FORMAT = 1
 OBSERVATION = "observation.safetensors"
@@ -187,9 +187,9 @@ class Recorder:
     store shows before any work is done; it raises GradinvError.
 
     `every` (steps between two records), `defences`, `weights` (what to load the model by, where that is not its name)
-    and the number of `ranks` that share the seeds are recorded. With `state`, which tells where the run stands at the
-    snapshot that is recorded, the run can be resumed after it was stopped or killed at any moment; with `resumed` as
-    well it goes on in the store of such a run.
+    and the number of `ranks` that share the seeds are recorded, and of what was `recovered` before the search its
+    table. With `state`, which tells where the run stands at the snapshot that is recorded, the run can be resumed after
+    it was stopped or killed at any moment; with `resumed` as well it goes on in the store of such a run.
     """
 
     def __init__(
@@ -207,6 +207,7 @@ class Recorder:
         ranks: int = 1,
         state: Callable[[], RunState] | None = None,
         resumed: Resumption | None = None,
+        recovered: Recovered | None = None,
     ) -> None:
         if (originals is None) != (labels is None):
             raise GradinvError("Originals and their true labels are recorded together; give both or neither.")
@@ -254,6 +255,7 @@ class Recorder:
                 "ranks": ranks,
             },
             "labels": {"true": self._labels, "restored": None, "method": config.labels, "confidence": None},
+            **({} if recovered is None else {"recovered": solved(recovered)}),
             "iterations": {"done": 0, "total": config.iterations},
             "seconds": 0.0,
             "seconds_per_iteration": None,
@@ -293,6 +295,8 @@ class Recorder:
         self._store.write("curves.csv", (head + self._lines(self.curves)).encode())
         self._update(
             labels=resumed.run["labels"],
+            # Solved once more, it took another time.
+            **{name: resumed.run[name] for name in ("recovered",) if name in resumed.run},
             iterations={"done": done, "total": self._config.iterations},
             seconds=resumed.state.seconds,
         )
@@ -710,6 +714,37 @@ def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 def _executed(snapshot: Snapshot) -> dict[str, Any]:
     """How the steps so far were run, where there were any."""
     return {name: getattr(snapshot, name) for name in _EXECUTED} if snapshot.stepping else {}
+
+
+def solved(recovered: Recovered) -> dict[str, Any]:
+    """What was solved in closed form, without its tensors: as run.json and the command `recover` tell it.
+
+    `error` has each image's, in the order of the restored labels; what is not finite is null.
+    """
+    return {
+        "features_residual": _finite(recovered.residual),
+        "scale": _finite(recovered.scale),
+        "nodes": [
+            {
+                "name": node.name,
+                "shape": list(node.activation.shape[1:]),
+                "method": node.method,
+                "equations": node.equations,
+                "unknowns": node.unknowns,
+                "residual": _finite(node.residual),
+                "error": [_finite(value) for value in node.error.tolist()],
+                "mended": node.mended,
+                "seconds": node.seconds,
+            }
+            for node in recovered.nodes
+        ],
+        "stopped": recovered.stopped,
+        "seconds": sum(node.seconds for node in recovered.nodes),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:

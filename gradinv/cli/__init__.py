@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from gradinv import __version__
-from gradinv.cli import benchmark, evaluate, head, identify, invert, models, replay
+from gradinv.cli import benchmark, evaluate, head, identify, invert, models, recover, replay
 from gradinv.cli.say import complain, diagnosis
 
 # Each module has HELP, EXAMPLES, `add_arguments(parser, chosen)` and `run(args)`. torch takes seconds to import: only
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "identify": identify,
     "invert": invert,
     "models": models,
+    "recover": recover,
     "replay": replay,
 }
 
@@ -37,6 +38,7 @@ EXAMPLES = """\
 examples:
   gradinv invert goldfish tabby lion coffee --model resnet18-tiny --seeds 1
   gradinv identify --observation client.safetensors --imagenet val
+  gradinv recover goldfish tabby --model resnet18-tiny
   gradinv replay runs/20250131-120000-resnet18-tiny --gif consensus.gif
   gradinv models
 
@@ -105,6 +107,6 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
             formatter_class=layout,
             allow_abbrev=False,
         )
-        added.set_defaults(run=module.run)
+        added.set_defaults(run=module.run, command=name)
         module.add_arguments(added, name == chosen)
     return parser

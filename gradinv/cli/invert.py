@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
-import os
 import signal
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gradinv.cli.replay import report
-from gradinv.cli.say import complain, diagnosis, listed, percent, speaker
+from gradinv.cli.say import complain, diagnosis, percent, solved_to, speaker
+from gradinv.cli.task import Task, add_client, add_network, begin, describe, describe_labels, write_barred
 
 # torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from gradinv.attack.state import RunState
     from gradinv.config import AttackConfig
     from gradinv.distributed import Ranks
-    from gradinv.models import Model
     from gradinv.recording import Recorder, Resumption
-    from gradinv.sources import Picture
-    from gradinv.types import Observation, Snapshot
+    from gradinv.types import Observation, Recovered, Snapshot, SolvedNode
 
 
 RECORDS = 100  # at most so many steps of a run are recorded, unless --every says otherwise
 
-NAMED = 12  # classes of a batch that are named before the work
 REFRESH = 0.5  # seconds between two updates of the progress bar
 
 HELP = "reconstruct pictures from the gradient of their batch"
@@ -60,55 +54,11 @@ exit codes: 0; 2 bad use; 1 the run failed; 130 stopped by Ctrl-C, with what was
 
 def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     """The options of the command, with all settings of the attack where it is the one that was `chosen`."""
-    pictures = parser.add_argument_group("the client's pictures")
-    pictures.add_argument("images", nargs="*", metavar="IMAGE", help="a picture file, or the name of a gallery picture")
-    pictures.add_argument("--samples", type=int, metavar="N", help="draw N pictures from the gallery")
-    pictures.add_argument("--imagenet", metavar="DIR", help="a folder in ImageNet layout (else: GRADINV_IMAGENET)")
-    pictures.add_argument("--random", type=int, metavar="N", help="draw N pictures from that folder")
-    pictures.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="how many pictures to draw where none is named (from --imagenet, else the gallery); otherwise a check",
-    )
-    pictures.add_argument(
-        "--class",
-        action="append",
-        default=[],
-        dest="classes",
-        metavar="CLASS",
-        help="class name or WordNet id of the picture files: once for all, or once for each; by default that of the "
-        "file's folder (n01443537), else what the network takes the picture for",
-    )
-    shared = parser.add_argument_group("what the client shares")
-    shared.add_argument(
-        "--mode",
-        choices=("eval", "train"),
-        help="the forward mode of the client's network; in train mode its running statistics after the step are shared "
-        "too (default: train where --bn inferred needs that, else eval)",
-    )
-    shared.add_argument(
-        "--defence",
-        action="append",
-        default=[],
-        dest="defences",
-        metavar="D",
-        help="what the client does to its gradient first, in the order given: none, clip:C (norm), noise:S (standard "
-        "deviation), dp:C,E,D (clipped to C, with noise for (E, D)-privacy of the whole batch), prune:P (share), "
-        "quantise:B (bits)",
-    )
-    shared.add_argument(
+    add_client(parser).add_argument(
         "--save-observation", metavar="FILE", help="write what the server receives to FILE and end there"
     )
-    shared.add_argument(
-        "--observation", metavar="FILE", help="invert what was saved like that, or by your own loop, without pictures"
-    )
     options = parser.add_argument_group("the run")
-    options.add_argument(
-        "--model", default="auto", help="a name that `gradinv models` lists, or a weights file (default: %(default)s)"
-    )
-    options.add_argument("--image-size", type=int, metavar="PX", help="side of the images (default: the model's own)")
-    options.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    add_network(options)
     options.add_argument("--preset", default="demo", help="paper, matching or demo (default: %(default)s)")
     options.add_argument("--config", metavar="FILE", help="settings as JSON over those of the preset, or a run.json")
     options.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<time>-<model>)")
@@ -123,15 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
-    """All that a run starts from. `pixels` (B, 3, S, S) and `labels` are None where nobody knows them."""
+class _Run(Task):
+    """An inversion: how often it is recorded and where, and what it goes on from."""
 
-    model: Model
-    config: AttackConfig
-    observation: Observation
-    pixels: Tensor | None
-    labels: list[int] | None
-    defences: list[str]
     every: int
     out: Path | None
     resumed: Resumption | None = None
@@ -198,7 +142,7 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
     return 0
 
 
-def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], ranks: Ranks) -> int:
+def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ranks: Ranks) -> int:
     from gradinv import metrics
     from gradinv.attack.inversion import invert
     from gradinv.models import MODELS
@@ -211,6 +155,9 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], r
     ranks.tell(_Told(weights, size, device, config, task.observation, task.every, state))
     stop = threading.Event()
     with ranks.together():
+        began = time.perf_counter()
+        recovered = _recover(task, ranks)
+        solved = time.perf_counter() - began
         stream = invert(
             model,
             task.observation,
@@ -221,11 +168,14 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], r
             stop=stop,
             resume=state,
             ranks=ranks,
+            recovered=recovered,
         )
     first = next(stream)  # what cannot be run is said here, before anything is written
     if ranks.count > 1:
         say(f"{ranks.count} ranks share the {config.seeds} seeds.")
     _describe_labels(say, task, first)
+    if resumed is None:
+        _describe_layers(say, recovered, first, solved)
     out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
     baseline = (
         None if task.pixels is None else float(metrics.psnr(metrics.constant_colour(task.pixels), task.pixels).mean())
@@ -246,6 +196,7 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], r
             ranks=ranks.count,
             state=stream.state,
             resumed=resumed,
+            recovered=recovered,
         )
         shown = _with_progress(first, stream, recorder, baseline)
         try:
@@ -258,6 +209,25 @@ def _invert(args: argparse.Namespace, task: _Task, say: Callable[[str], None], r
         # Still within: torchrun sends SIGTERM where another rank was lost, which is to be said first.
         # Without a signal of its own, this rank was stopped by another's.
         return _ended(args, say, recorder.run, out, error, received[0] if received else signal.SIGTERM)
+
+
+def _recover(task: _Run, ranks: Ranks) -> Recovered:
+    """What is solved before the search. Where that takes long, a terminal shows which layer it has come to."""
+    from tqdm import tqdm
+
+    from gradinv.checks import check_memory
+    from gradinv.recovery.recover import recover
+
+    # What would be wrong after the layers is said before.
+    share = replace(task.config, seeds=len(ranks.share(task.config.seeds)))
+    check_memory(task.model, task.observation.batch_size, share)
+    with tqdm(desc="Solving layers", unit="layer", leave=False, dynamic_ncols=True, disable=None) as bar:
+
+        def progress(node: SolvedNode) -> None:
+            bar.set_postfix_str(node.name, refresh=False)
+            bar.update()
+
+        return recover(task.model, task.observation, task.config, progress=progress)
 
 
 def _ended(
@@ -290,50 +260,20 @@ def _ended(
     return 0
 
 
-def _begun(args: argparse.Namespace, say: Callable[[str], None]) -> _Task:
-    """A run as the arguments have it: of pictures, or of what somebody else observed."""
-    import torch
-
+def _begun(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
+    """A run as the arguments have it."""
     from gradinv.cli.settings import config_from, settings_given
-    from gradinv.defenses import parse_all
-    from gradinv.models import load_model
     from gradinv.types import GradinvError
-    from gradinv.victim import observe
 
     out = _choose_folder(args.out)
     if args.every is not None and args.every < 1:
         raise GradinvError(f"--every takes a number of steps of at least 1, not {args.every}.")
     settings = settings_given(args)
-    pixels, labels, observation = None, None, None
-    if args.observation is not None:
-        observation = _read_observation(args)
-        size = observation.preprocessing.size if args.image_size is None else args.image_size
-        model = load_model(_model_of(args, observation), device=args.device, image_size=size)
-        config = config_from(args.preset, model.name, settings)
-    else:
-        model = load_model(args.model, device=args.device, image_size=args.image_size)
-        config = config_from(args.preset, model.name, settings)
-        mode = _choose_mode(args, config)
-        pictures = _choose_pictures(args, model, config.seed, say)
-        pixels = _open_pictures(pictures, model, say)
-        labels = _choose_labels(args, pictures, pixels, model, say)
-        observation = observe(model, pixels, torch.tensor(labels), share_bn=config.bn == "exact", mode=mode)
-    defences = parse_all(args.defences, config.seed)
-    for defence in defences:
-        observation = defence(observation)
-    return _Task(
-        model=model,
-        config=config,
-        observation=observation,
-        pixels=pixels,
-        labels=labels,
-        defences=[defence.text for defence in defences],
-        every=every(args, config),
-        out=out,
-    )
+    task = begin(args, lambda model: config_from(args.preset, model, settings), say)
+    return _Run(**vars(task), every=every(args, task.config), out=out)
 
 
-def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Task:
+def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
     """The run in the folder --resume, from where it last stood. Raises GradinvError where it cannot go on."""
     import torch
 
@@ -363,7 +303,7 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Task:
     for name, value in now.items():
         if environment.get(name) != value:
             say(f"It ran with {name} {environment.get(name)} and goes on with {value}: the last digits may differ.")
-    return _Task(
+    return _Run(
         model=model,
         config=resumed.config,
         observation=resumed.observation,
@@ -389,7 +329,7 @@ def _beside_resume(args: argparse.Namespace) -> str:
     return f"--{settings[0].replace('_', '-')}" if settings else ""
 
 
-def _save(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -> int:
+def _save(args: argparse.Namespace, task: _Run, say: Callable[[str], None]) -> int:
     """Write the observation and end."""
     task.observation.save(Path(args.save_observation).expanduser())
     say(
@@ -411,47 +351,6 @@ def _save(args: argparse.Namespace, task: _Task, say: Callable[[str], None]) -> 
     return 0
 
 
-def _read_observation(args: argparse.Namespace) -> Observation:
-    """Raises GradinvError for a file that is none, and where something else is said of the client as well."""
-    from gradinv.types import GradinvError, Observation
-
-    names = ("samples", "imagenet", "random", "batch_size", "mode")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-    given += ["--class"] if args.classes else []
-    given = [f"the picture {args.images[0]}"] if args.images else given
-    if given:
-        raise GradinvError(f"An observation is inverted without any pictures; leave {given[0]} or --observation out.")
-    return Observation.load(Path(args.observation).expanduser())
-
-
-def _model_of(args: argparse.Namespace, observation: Observation) -> str:
-    """The model that the observation names, unless another is asked for."""
-    from gradinv.models import MODELS
-    from gradinv.types import GradinvError
-
-    if args.model != "auto":
-        return str(args.model)
-    if observation.model_name not in MODELS:
-        raise GradinvError(
-            f"The observation is of {observation.model_name!r}, which is not the name of a model; name the weights "
-            "file with --model."
-        )
-    return observation.model_name
-
-
-def _choose_mode(args: argparse.Namespace, config: AttackConfig) -> str:
-    from gradinv.types import GradinvError
-
-    if config.bn != "inferred":
-        return args.mode or "eval"
-    if args.mode == "eval":
-        raise GradinvError(
-            "In eval mode the client keeps no new running statistics from which --bn inferred could tell the batch's; "
-            "leave --mode eval out, or take another --bn."
-        )
-    return "train"
-
-
 def _choose_folder(name: str | None) -> Path | None:
     """The folder that was asked for. Raises GradinvError where something is in it already, or it cannot be written."""
     from gradinv.types import GradinvError
@@ -460,12 +359,11 @@ def _choose_folder(name: str | None) -> Path | None:
     try:
         if name is not None and path.is_dir() and any(path.iterdir()):
             raise GradinvError(f"The folder {path} is not empty; name another with --out, or remove it first.")
-        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        barred = write_barred(path)
     except OSError as error:
         raise GradinvError(f"The folder {path} cannot be used ({error.strerror}); name another with --out.") from error
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "is write-protected" if there.is_dir() else "is a file"
-        raise GradinvError(f"Nothing can be written to {path}, since {there} {reason}; name another with --out.")
+    if barred:
+        raise GradinvError(f"Nothing can be written to {path}, since {barred}; name another with --out.")
     return None if name is None else path
 
 
@@ -474,119 +372,7 @@ def every(args: argparse.Namespace, config: AttackConfig) -> int:
     return every if every is not None else -(-config.iterations // RECORDS)
 
 
-def _choose_pictures(args: argparse.Namespace, model: Model, seed: int, say: Callable[[str], None]) -> list[Picture]:
-    """By name, or drawn from the gallery or a folder. Raises GradinvError where the request contradicts itself."""
-    from gradinv import sources
-    from gradinv.types import GradinvError
-
-    if args.images:
-        if args.samples is not None or args.random is not None or args.imagenet is not None:
-            raise GradinvError("Pictures are either named or drawn at random (--samples, --imagenet), not both.")
-        if args.batch_size not in (None, len(args.images)):
-            raise GradinvError(
-                f"The batch size is the number of pictures named, {len(args.images)}, not {args.batch_size}; "
-                "leave --batch-size out."
-            )
-        gallery = sources.gallery(model)
-        return [sources.from_path(name) if _is_path(name) else sources.find(gallery, name) for name in args.images]
-    if args.samples is not None and (args.random is not None or args.imagenet is not None):
-        raise GradinvError("Pictures are drawn from the gallery (--samples) or a folder (--imagenet), not both.")
-    counts = {count for count in (args.samples, args.random, args.batch_size) if count is not None}
-    if len(counts) > 1:
-        raise GradinvError(
-            f"The batch size is {args.batch_size} and {args.samples if args.random is None else args.random} pictures "
-            "are to be drawn; leave one of the two out."
-        )
-    if not counts:
-        wanted = "--random N" if args.imagenet is not None else "--samples N"
-        raise GradinvError(f"Which pictures? Name some (gradinv invert goldfish lion) or draw some with {wanted}.")
-    (count,) = counts
-    if args.random is not None or args.imagenet is not None:
-        known = {item.wnid for item in model.classes}
-        pictures, warning = sources.ImageFolder(args.imagenet).draw(count, seed, known)
-    else:
-        pictures, warning = sources.draw(sources.gallery(model), count, seed)
-    if warning:
-        say(warning)
-    return pictures
-
-
-def _is_path(name: str) -> bool:
-    path = Path(name)
-    return path.name != name or path.suffix != "" or path.is_file()
-
-
-def _open_pictures(pictures: Sequence[Picture], model: Model, say: Callable[[str], None]) -> Tensor:
-    """Decode and preprocess: → pixels (B, 3, S, S) in [0, 1]. Notes on what was converted are said."""
-    import torch
-
-    from gradinv.images import to_pixels
-
-    batch = []
-    for picture in pictures:
-        image, notes = picture.load()
-        for note in notes:
-            say(note)
-        batch.append(to_pixels(image, model.preprocessing))
-    return torch.stack(batch)
-
-
-def _choose_labels(
-    args: argparse.Namespace, pictures: Sequence[Picture], pixels: Tensor, model: Model, say: Callable[[str], None]
-) -> list[int]:
-    """Each picture's label: named by --class, known to its source, or else what the network takes it for."""
-    from gradinv.types import GradinvError
-
-    files = [index for index, picture in enumerate(pictures) if args.images and _is_path(args.images[index])]
-    if args.classes and len(args.classes) not in (1, len(files)):
-        raise GradinvError(
-            f"--class was given {len(args.classes)} times for {len(files)} picture files; "
-            "give it once, or once for each."
-        )
-    if args.classes and not files:
-        raise GradinvError("--class is for picture files; the classes of the other pictures are known.")
-    named = [_find_class(name, model) for name in args.classes]
-    chosen = dict(zip(files, named * len(files) if len(named) == 1 else named, strict=False))
-    labels = []
-    for index, picture in enumerate(pictures):
-        label = chosen.get(index)
-        if label is None and picture.wnid:
-            label = model.class_index(picture.wnid)
-            if label is None:
-                raise GradinvError(
-                    f"{model.name} does not know the class {picture.name} of {picture.title}; "
-                    "take another model, or another class with --class."
-                )
-        if label is None:
-            label = int(model.predict(pixels[index : index + 1])[0])
-            say(f"{picture.title}: no class was given; {model.name} takes it for {model.class_name(label)}.")
-        labels.append(label)
-    return labels
-
-
-def _find_class(text: str, model: Model) -> int:
-    """The label of a WordNet id or a class name, or of the only class whose name contains the text."""
-    from gradinv.types import GradinvError
-
-    if (label := model.class_index(text)) is not None:
-        return label
-    names = [item.name.casefold() for item in model.classes]
-    wanted = text.casefold().strip()
-    exact = [label for label, name in enumerate(names) if name == wanted]
-    found = exact or [label for label, name in enumerate(names) if wanted and wanted in name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise GradinvError(
-            f"The class {text!r} could be {listed([model.class_name(label) for label in found[:5]], 'or')}; "
-            "name one of them."
-        )
-    near = difflib.get_close_matches(wanted, names, n=3)
-    hint = f"did you mean {listed(near, 'or')}?" if near else "name another, or take another model."
-    raise GradinvError(f"{model.name} has no class {text!r}; {hint}")
-
-
-def _check(task: _Task) -> None:
+def _check(task: _Run) -> None:
     """Raises GradinvError where there is nothing to describe: the observation is damaged or lacks statistics."""
     from gradinv.attack.objective import bn_targets
     from gradinv.checks import check_observation
@@ -595,30 +381,9 @@ def _check(task: _Task) -> None:
     bn_targets(task.model, task.observation, task.config)
 
 
-def _describe(say: Callable[[str], None], task: _Task) -> None:
-    from gradinv.defenses import parse_all
-
-    model, observation, config, labels = task.model, task.observation, task.config, task.labels
-    size = model.preprocessing.size
-    accuracy = "" if model.accuracy is None else f", top-1 {model.accuracy:g} %"
-    say(f"{model.name}: {len(model.classes)} classes at {size} × {size} px{accuracy}, on {model.device}")
-    if labels is not None:
-        names = [model.class_name(label) for label in labels[:NAMED]]
-        more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
-        say(f"The client's batch: {', '.join(names)}{more}")
-    for defence in parse_all(task.defences, config.seed):
-        say(f"Its defence {defence.text}: {defence.note}")
-    if task.defences and (observation.bn is not None or observation.running is not None):
-        say("No defence covers the batch-normalisation statistics that it shares.")
-    norm = sum(float(gradient.square().sum()) for gradient in observation.gradients.values()) ** 0.5
-    numbers = sum(gradient.numel() for gradient in observation.gradients.values())
-    say(
-        f"The server receives the mean gradient of {len(observation.gradients)} parameters ({numbers:,} numbers, "
-        f"norm {norm:.3g}) and the batch size {observation.batch_size}."
-    )
-    say("It knows the weights and the preprocessing, but neither the pictures nor their labels.")
-    if observation.mode == "train":
-        say("The client's network is in train mode, in which batch normalisation takes the batch's own statistics.")
+def _describe(say: Callable[[str], None], task: _Run) -> None:
+    describe(say, task)
+    config = task.config
     say(
         {
             "approx": "Batch-normalisation statistics: those stored in the weights (--bn approx).",
@@ -630,26 +395,21 @@ def _describe(say: Callable[[str], None], task: _Task) -> None:
     )
     if config.gradient == 0 and not config.needs_layers:
         say("A control: the gradient is not matched (--gradient 0), only the labels are read from it.")
-    repeats = 0 if labels is None else len(labels) - len(set(labels))
-    if repeats and config.labels == "column-minimum":
-        say(f"Classes repeat: {config.labels} restores distinct labels, so at least {repeats} will be wrong.")
 
 
-def _describe_labels(say: Callable[[str], None], task: _Task, first: Snapshot) -> None:
-    restored, labels, asked = first.labels, task.labels, task.config.labels
-    names = ", ".join(task.model.class_name(label) for label in restored)
-    right = ""
-    if labels is not None:
-        right = f" ({sum((Counter(labels) & Counter(restored)).values())} of {len(labels)} right)"
-    read = f"auto: {first.label_method}" if asked == "auto" else asked
-    sure = "" if first.label_confidence is None else f", confidence {percent(first.label_confidence)}"
-    say(f"Labels restored from the gradient: {names}{right}; read by {read}{sure}")
+def _describe_labels(say: Callable[[str], None], task: _Run, first: Snapshot) -> None:
+    describe_labels(say, task, first.labels, first.label_method, first.label_confidence)
     if first.features_residual is not None:
         say(f"Recovered features explain the final layer's gradient up to {percent(first.features_residual)}.")
-    if first.boundary not in ("loss", "logits"):
-        say(f"The layers are solved down to {first.boundary}; below it the pixels are searched for.")
-    elif task.config.boundary == "auto":
-        say("The layers below could not be solved, so pixels are searched for until their gradient matches.")
+
+
+def _describe_layers(say: Callable[[str], None], recovered: Recovered, first: Snapshot, seconds: float) -> None:
+    """How deep the layers were solved, in so many seconds, and what is left to search for."""
+    if any(node.name == first.boundary for node in recovered.nodes):
+        depth = solved_to(recovered.nodes)
+        say(f"Layers solved from the gradient {depth}, {seconds:.0f} s; the pixels are searched for below it.")
+    elif recovered.stopped:
+        say(f"{recovered.stopped} So the pixels are searched for until their gradient matches.")
 
 
 def _with_progress(

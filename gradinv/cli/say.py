@@ -5,6 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradinv.types import SolvedNode
+
+AS_GOOD_AS_EXACT = 1e-3
+"""The relative error, the median over the images, up to which a solved layer is called exact."""
 
 
 def speaker(args: argparse.Namespace) -> Callable[[str], None]:
@@ -42,14 +49,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequ
     """Aligned columns, those of `numbers` to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if column in numbers else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
+    return "\n".join(aligned(row, widths, numbers) for row in cells)
+
+
+def aligned(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[int] = ()) -> str:
+    """One row of a table: each cell as wide as its column, those of `numbers` to the right."""
+    filled = (
+        cell.rjust(width) if column in numbers else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
-    return "\n".join(line.rstrip() for line in lines)
+    return "  ".join(filled).rstrip()
 
 
 def listed(words: Sequence[str], last: str) -> str:
@@ -62,3 +71,12 @@ def percent(share: float) -> str:
     if 0 < value < 0.01:
         return "less than 0.01 %"
     return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
+
+
+def solved_to(nodes: Sequence[SolvedNode]) -> str:
+    """How deep the layers are solved, and how well: the lowest that is exact, and the lowest of all."""
+    exact = [node for node in nodes if float(node.error.median()) <= AS_GOOD_AS_EXACT]
+    words = [f"{node.name} (exact)" for node in exact[-1:]]
+    if not exact or exact[-1] is not nodes[-1]:
+        words.append(f"{nodes[-1].name} (to {percent(float(nodes[-1].error.median()))})")
+    return f"down to {listed(words, 'and')}"

@@ -1,0 +1,333 @@
+"""What a command on a client's gradient starts from: the arguments that say whose it is, and what they come to."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradinv.cli.say import listed, percent
+
+# torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradinv.config import AttackConfig
+    from gradinv.models import Model
+    from gradinv.sources import Picture
+    from gradinv.types import Observation
+
+
+NAMED = 12  # classes of a batch that are named before the work
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Whose gradient it is and what is asked of it. `pixels` (B, 3, S, S) and `labels` are None where nobody knows
+    them; they serve the evaluation and never reach the attack."""
+
+    model: Model
+    config: AttackConfig
+    observation: Observation
+    pixels: Tensor | None
+    labels: list[int] | None
+    defences: list[str]
+
+
+def add_client(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The client's pictures and what it shares of them. → the group of the latter, for more of its kind."""
+    pictures = parser.add_argument_group("the client's pictures")
+    pictures.add_argument("images", nargs="*", metavar="IMAGE", help="a picture file, or the name of a gallery picture")
+    pictures.add_argument("--samples", type=int, metavar="N", help="draw N pictures from the gallery")
+    pictures.add_argument("--imagenet", metavar="DIR", help="a folder in ImageNet layout (else: GRADINV_IMAGENET)")
+    pictures.add_argument("--random", type=int, metavar="N", help="draw N pictures from that folder")
+    pictures.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="how many pictures to draw where none is named (from --imagenet, else the gallery); otherwise a check",
+    )
+    pictures.add_argument(
+        "--class",
+        action="append",
+        default=[],
+        dest="classes",
+        metavar="CLASS",
+        help="class name or WordNet id of the picture files: once for all, or once for each; by default that of the "
+        "file's folder (n01443537), else what the network takes the picture for",
+    )
+    shared = parser.add_argument_group("what the client shares")
+    shared.add_argument(
+        "--mode",
+        choices=("eval", "train"),
+        help="the forward mode of the client's network; in train mode its running statistics after the step are shared "
+        "too (default: eval, or train where a setting needs that)",
+    )
+    shared.add_argument(
+        "--defence",
+        action="append",
+        default=[],
+        dest="defences",
+        metavar="D",
+        help="what the client does to its gradient first, in the order given: none, clip:C (norm), noise:S (standard "
+        "deviation), dp:C,E,D (clipped to C, with noise for (E, D)-privacy of the whole batch), prune:P (share), "
+        "quantise:B (bits)",
+    )
+    shared.add_argument(
+        "--observation",
+        metavar="FILE",
+        help="take what was saved by `gradinv invert --save-observation`, or by your own loop, without pictures",
+    )
+    return shared
+
+
+def add_network(group: argparse._ArgumentGroup) -> None:
+    """The network, and where it runs."""
+    group.add_argument(
+        "--model", default="auto", help="a name that `gradinv models` lists, or a weights file (default: %(default)s)"
+    )
+    group.add_argument("--image-size", type=int, metavar="PX", help="side of the images (default: the model's own)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+
+
+def begin(args: argparse.Namespace, configure: Callable[[str], AttackConfig], say: Callable[[str], None]) -> Task:
+    """What the arguments of `add_client` and `add_network` ask for: pictures, or what somebody else observed.
+
+    configure: from the model's name to the settings, which may depend on it.
+    """
+    import torch
+
+    from gradinv.defenses import parse_all
+    from gradinv.models import load_model
+    from gradinv.victim import observe
+
+    pixels, labels = None, None
+    if args.observation is not None:
+        observation = _read_observation(args)
+        size = observation.preprocessing.size if args.image_size is None else args.image_size
+        model = load_model(_model_of(args, observation), device=args.device, image_size=size)
+        config = configure(model.name)
+    else:
+        model = load_model(args.model, device=args.device, image_size=args.image_size)
+        config = configure(model.name)
+        mode = _choose_mode(args, config)
+        pictures = _choose_pictures(args, model, config.seed, say)
+        pixels = _open_pictures(pictures, model, say)
+        labels = _choose_labels(args, pictures, pixels, model, say)
+        observation = observe(model, pixels, torch.tensor(labels), share_bn=config.bn == "exact", mode=mode)
+    defences = parse_all(args.defences, config.seed)
+    for defence in defences:
+        observation = defence(observation)
+    return Task(model, config, observation, pixels, labels, [defence.text for defence in defences])
+
+
+def _read_observation(args: argparse.Namespace) -> Observation:
+    """Raises GradinvError for a file that is none, and where something else is said of the client as well."""
+    from gradinv.types import GradinvError, Observation
+
+    names = ("samples", "imagenet", "random", "batch_size", "mode")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    given += ["--class"] if args.classes else []
+    given = [f"the picture {args.images[0]}"] if args.images else given
+    if given:
+        raise GradinvError(f"An observation is inverted without any pictures; leave {given[0]} or --observation out.")
+    return Observation.load(Path(args.observation).expanduser())
+
+
+def _model_of(args: argparse.Namespace, observation: Observation) -> str:
+    """The model that the observation names, unless another is asked for."""
+    from gradinv.models import MODELS
+    from gradinv.types import GradinvError
+
+    if args.model != "auto":
+        return str(args.model)
+    if observation.model_name not in MODELS:
+        raise GradinvError(
+            f"The observation is of {observation.model_name!r}, which is not the name of a model; name the weights "
+            "file with --model."
+        )
+    return observation.model_name
+
+
+def _choose_mode(args: argparse.Namespace, config: AttackConfig) -> str:
+    from gradinv.types import GradinvError
+
+    if config.bn != "inferred":
+        return args.mode or "eval"
+    if args.mode == "eval":
+        raise GradinvError(
+            "In eval mode the client keeps no new running statistics from which --bn inferred could tell the batch's; "
+            "leave --mode eval out, or take another --bn."
+        )
+    return "train"
+
+
+def _choose_pictures(args: argparse.Namespace, model: Model, seed: int, say: Callable[[str], None]) -> list[Picture]:
+    """By name, or drawn from the gallery or a folder. Raises GradinvError where the request contradicts itself."""
+    from gradinv import sources
+    from gradinv.types import GradinvError
+
+    if args.images:
+        if args.samples is not None or args.random is not None or args.imagenet is not None:
+            raise GradinvError("Pictures are either named or drawn at random (--samples, --imagenet), not both.")
+        if args.batch_size not in (None, len(args.images)):
+            raise GradinvError(
+                f"The batch size is the number of pictures named, {len(args.images)}, not {args.batch_size}; "
+                "leave --batch-size out."
+            )
+        gallery = sources.gallery(model)
+        return [sources.from_path(name) if _is_path(name) else sources.find(gallery, name) for name in args.images]
+    if args.samples is not None and (args.random is not None or args.imagenet is not None):
+        raise GradinvError("Pictures are drawn from the gallery (--samples) or a folder (--imagenet), not both.")
+    counts = {count for count in (args.samples, args.random, args.batch_size) if count is not None}
+    if len(counts) > 1:
+        raise GradinvError(
+            f"The batch size is {args.batch_size} and {args.samples if args.random is None else args.random} pictures "
+            "are to be drawn; leave one of the two out."
+        )
+    if not counts:
+        wanted = "--random N" if args.imagenet is not None else "--samples N"
+        named = f"gradinv {args.command} goldfish lion"
+        raise GradinvError(f"Which pictures? Name some ({named}) or draw some with {wanted}.")
+    (count,) = counts
+    if args.random is not None or args.imagenet is not None:
+        known = {item.wnid for item in model.classes}
+        pictures, warning = sources.ImageFolder(args.imagenet).draw(count, seed, known)
+    else:
+        pictures, warning = sources.draw(sources.gallery(model), count, seed)
+    if warning:
+        say(warning)
+    return pictures
+
+
+def _is_path(name: str) -> bool:
+    path = Path(name)
+    return path.name != name or path.suffix != "" or path.is_file()
+
+
+def _open_pictures(pictures: Sequence[Picture], model: Model, say: Callable[[str], None]) -> Tensor:
+    """Decode and preprocess: → pixels (B, 3, S, S) in [0, 1]. Notes on what was converted are said."""
+    import torch
+
+    from gradinv.images import to_pixels
+
+    batch = []
+    for picture in pictures:
+        image, notes = picture.load()
+        for note in notes:
+            say(note)
+        batch.append(to_pixels(image, model.preprocessing))
+    return torch.stack(batch)
+
+
+def _choose_labels(
+    args: argparse.Namespace, pictures: Sequence[Picture], pixels: Tensor, model: Model, say: Callable[[str], None]
+) -> list[int]:
+    """Each picture's label: named by --class, known to its source, or else what the network takes it for."""
+    from gradinv.types import GradinvError
+
+    files = [index for index, picture in enumerate(pictures) if args.images and _is_path(args.images[index])]
+    if args.classes and len(args.classes) not in (1, len(files)):
+        raise GradinvError(
+            f"--class was given {len(args.classes)} times for {len(files)} picture files; "
+            "give it once, or once for each."
+        )
+    if args.classes and not files:
+        raise GradinvError("--class is for picture files; the classes of the other pictures are known.")
+    named = [_find_class(name, model) for name in args.classes]
+    chosen = dict(zip(files, named * len(files) if len(named) == 1 else named, strict=False))
+    labels = []
+    for index, picture in enumerate(pictures):
+        label = chosen.get(index)
+        if label is None and picture.wnid:
+            label = model.class_index(picture.wnid)
+            if label is None:
+                raise GradinvError(
+                    f"{model.name} does not know the class {picture.name} of {picture.title}; "
+                    "take another model, or another class with --class."
+                )
+        if label is None:
+            label = int(model.predict(pixels[index : index + 1])[0])
+            say(f"{picture.title}: no class was given; {model.name} takes it for {model.class_name(label)}.")
+        labels.append(label)
+    return labels
+
+
+def _find_class(text: str, model: Model) -> int:
+    """The label of a WordNet id or a class name, or of the only class whose name contains the text."""
+    from gradinv.types import GradinvError
+
+    if (label := model.class_index(text)) is not None:
+        return label
+    names = [item.name.casefold() for item in model.classes]
+    wanted = text.casefold().strip()
+    exact = [label for label, name in enumerate(names) if name == wanted]
+    found = exact or [label for label, name in enumerate(names) if wanted and wanted in name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise GradinvError(
+            f"The class {text!r} could be {listed([model.class_name(label) for label in found[:5]], 'or')}; "
+            "name one of them."
+        )
+    near = difflib.get_close_matches(wanted, names, n=3)
+    hint = f"did you mean {listed(near, 'or')}?" if near else "name another, or take another model."
+    raise GradinvError(f"{model.name} has no class {text!r}; {hint}")
+
+
+def write_barred(path: Path) -> str:
+    """Why nothing can be written into a folder, which need not be there yet; empty where it can. Raises OSError where
+    even that cannot be told."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is write-protected"
+
+
+def describe(say: Callable[[str], None], task: Task) -> None:
+    """The network, the client's batch and what the server has of it."""
+    from gradinv.defenses import parse_all
+
+    model, observation, config, labels = task.model, task.observation, task.config, task.labels
+    size = model.preprocessing.size
+    accuracy = "" if model.accuracy is None else f", top-1 {model.accuracy:g} %"
+    say(f"{model.name}: {len(model.classes)} classes at {size} × {size} px{accuracy}, on {model.device}")
+    if labels is not None:
+        names = [model.class_name(label) for label in labels[:NAMED]]
+        more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
+        say(f"The client's batch: {', '.join(names)}{more}")
+    for defence in parse_all(task.defences, config.seed):
+        say(f"Its defence {defence.text}: {defence.note}")
+    if task.defences and (observation.bn is not None or observation.running is not None):
+        say("No defence covers the batch-normalisation statistics that it shares.")
+    norm = sum(float(gradient.square().sum()) for gradient in observation.gradients.values()) ** 0.5
+    numbers = sum(gradient.numel() for gradient in observation.gradients.values())
+    say(
+        f"The server receives the mean gradient of {len(observation.gradients)} parameters ({numbers:,} numbers, "
+        f"norm {norm:.3g}) and the batch size {observation.batch_size}."
+    )
+    say("It knows the weights and the preprocessing, but neither the pictures nor their labels.")
+    if observation.mode == "train":
+        say("The client's network is in train mode, in which batch normalisation takes the batch's own statistics.")
+    repeats = 0 if labels is None else len(labels) - len(set(labels))
+    if repeats and config.labels == "column-minimum":
+        say(f"Classes repeat: {config.labels} restores distinct labels, so at least {repeats} will be wrong.")
+
+
+def describe_labels(
+    say: Callable[[str], None], task: Task, restored: Sequence[int], method: str, confidence: float | None
+) -> None:
+    """The labels that were read, how, and how many are right where that is known."""
+    labels, asked = task.labels, task.config.labels
+    names = ", ".join(task.model.class_name(label) for label in restored)
+    right = ""
+    if labels is not None:
+        right = f" ({sum((Counter(labels) & Counter(restored)).values())} of {len(labels)} right)"
+    read = f"auto: {method}" if asked == "auto" else asked
+    sure = "" if confidence is None else f", confidence {percent(confidence)}"
+    say(f"Labels restored from the gradient: {names}{right}; read by {read}{sure}")

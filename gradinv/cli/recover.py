@@ -140,9 +140,10 @@ def _recover(say: Callable[[str], None], task: Task, rows: _Rows, stop: threadin
     rows.restored = restored
     if config.boundary in ("loss", "logits") and (first.residual is not None or config.boundary == "loss"):
         return first
-    if stop.is_set():
-        return replace(first, stopped="The way down was stopped.")
-    return recover(model, observation, config, stop=stop, progress=rows.show)
+    if not stop.is_set():
+        first = recover(model, observation, config, stop=stop, progress=rows.show)
+    # A layer that was left half-way gives another reason.
+    return replace(first, stopped="The way down was stopped.") if stop.is_set() else first
 
 
 class _Rows:

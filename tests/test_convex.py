@@ -136,6 +136,22 @@ def test_claims_little_where_equations_are_too_few(known):
     assert ratio.min() > 1 / 3 and ratio.max() < 3
 
 
+def test_cotangents_that_are_wrong_are_seen(known):
+    case = known(BasicBlock, "layer2.1", 4)
+    for value in case.cotangents.values():
+        value[:, 8:] = 0  # too few equations to see it from the gradient alone
+    for value in case.gradients.values():
+        value[8:] = 0
+    generator = torch.Generator().manual_seed(1)
+    for key, value in case.cotangents.items():
+        kept = torch.rand(value.shape, generator=generator) > 0.1
+        case.cotangents[key] = value * kept
+    solution = case.solve(iterations=100)
+    assert torch.isfinite(solution.x).all()
+    true = case.errors(solution)
+    assert (true < 1).all() and (solution.error > true / 3).all()
+
+
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
 def test_solves_an_identity_block_from_its_output_alone(known, kind):
     case = known(kind, "layer2.1", 2)

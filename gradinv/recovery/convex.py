@@ -18,6 +18,9 @@ from gradinv.types import GradinvError
 _CORRELATION = 1.0  # pixels of the map over which an activation's correlation falls to 1/e
 _REFRESH = 25  # iterations between two exact residuals
 _PROBE = 0.2  # the twin's share of the iterations
+_ABSURD = 3.0  # a start that explains the layers so badly comes of equations that contradict each other
+_MOST = 0.3  # the largest noise that is assumed
+_TURN = 10.0  # a larger share of the last direction is rounding
 _SKIPPED = 2.0  # x varies more than its solution where out = 0; measured
 _LEAST = 50  # iterations before convergence is believed
 _STUCK = 0.75  # the residual falls below this share as the iterations double, unless equations contradict each other
@@ -149,6 +152,9 @@ def _solve(
     """The solution (n, C), the relative errors (B,) of its parts of so many `channels`, the iterations."""
     halt = _Halt(stop, until)
     search = _Search(problem, problem.targets, problem.start)
+    while not search.misfit() < _ABSURD * problem.size and problem.noise < _MOST and not halt():
+        problem.assume(10 * problem.noise)
+        search = _Search(problem, problem.targets, problem.start)
     done = 0
     readings = {0: (problem.start, math.inf)}
     while done < iterations and not halt():
@@ -165,9 +171,14 @@ def _solve(
         if search.count < _LEAST:
             continue
         before, misfit_before = readings[search.count // (2 * _REFRESH) * _REFRESH]
-        if misfit > _STUCK * misfit_before and misfit > 3 * problem.noise * problem.size and done + _LEAST < iterations:
+        if (
+            misfit > _STUCK * misfit_before
+            and misfit > 3 * problem.noise * problem.size
+            and problem.noise < _MOST
+            and done + _LEAST < iterations
+        ):
             # The layers contradict the gradient: it is less exact than was assumed.
-            problem.assume(math.sqrt(problem.noise * misfit / problem.size))
+            problem.assume(min(_MOST, math.sqrt(problem.noise * misfit / problem.size)))
             search = _Search(problem, problem.targets, problem.start)
             readings = {0: (problem.start, math.inf)}
         elif float((x - before).norm()) < tolerance * float(x.norm()):
@@ -317,7 +328,7 @@ class _Problem:
         self.layer_noise = noise * self.size
         self.assume(noise)
         if (shown := self._shown_noise(self.start)) > noise:
-            self.assume(shown)
+            self.assume(min(_MOST, shown))
         self.ridge = self.layer_noise**2 / float(self.start.var().clamp(min=1e-30))
 
     def assume(self, noise: float) -> None:
@@ -488,6 +499,7 @@ class _Search:
         self._dual = torch.zeros_like(start, dtype=torch.float32)  # the same, for the steps
         self._gradient: Tensor | None = None
         self._slope = 0.0
+        self._direction = self._direction_dual = self._dual
         self.count = 0
         self.refresh()
 
@@ -508,12 +520,18 @@ class _Search:
         gradient += problem.ridge * self._dual
         moved = problem.covariance(gradient)
         slope = float((gradient * moved).sum())
-        if self._gradient is None:
-            self._direction, self._direction_dual = -moved, -gradient
-        else:
-            turn = max(0.0, (slope - float((self._gradient * moved).sum())) / max(self._slope, 1e-38))
+        self.count += 1
+        if slope <= 0:  # nothing but rounding is left; T is not exactly positive in float32
+            self._gradient = None
+            return
+        turn = 0.0
+        if self._gradient is not None:
+            turn = (slope - float((self._gradient * moved).sum())) / self._slope
+        if 0 < turn < _TURN:
             self._direction = turn * self._direction - moved
             self._direction_dual = turn * self._direction_dual - gradient
+        else:
+            self._direction, self._direction_dual = -moved, -gradient
         self._gradient, self._slope = gradient, slope
         change = [*problem.quick(problem.maps(self._direction)), problem.sign * self._direction]
         length = self._length(change)
@@ -521,7 +539,6 @@ class _Search:
         self._dual += length * self._direction_dual
         for residual, part in zip(self._residuals, change, strict=True):
             residual.add_(part, alpha=length)
-        self.count += 1
 
     def _length(self, change: list[Tensor]) -> float:
         """The step at which the objective is least along the direction: Newton's method, it being piecewise quadratic
@@ -535,7 +552,9 @@ class _Search:
             first = sum(float((w * c).sum()) for w, c in zip(wrong, change, strict=True))
             counted = [c * (w == a) for w, a, c in zip(wrong, at, change, strict=True)]
             second = sum(float((part * c).sum()) for part, c in zip(counted, change, strict=True))
-            more = -(first + inner + length * curve) / max(second + curve, 1e-38)
+            if second + curve <= 0:
+                break
+            more = -(first + inner + length * curve) / (second + curve)
             length += more
             if abs(more) <= 1e-2 * abs(length):
                 break

@@ -24,6 +24,7 @@ STEM = "maxpool"
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 # What pads a window of the soft maximum: below any activation, and finite, or its product with 0 would be no number.
 _NOTHING = -1e4
+_SHARPEST = 10.0  # up to here the exponentials of a stem's values fit into float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +149,16 @@ def stage_of(node: str) -> str:
     return node.partition(".")[0]
 
 
+def skip_of(block: str) -> str:
+    """What a `Segment` calls that which a block's shortcut adds to its output."""
+    return f"{block}.skip"
+
+
 class Segment:
     """The network from the images up to a node, and no further.
 
     Calling it gives pre-activations: what a node is before its ReLU. They have a derivative also where the unit is off.
+    A node within a block is not all that goes on upwards: beside it the shortcut leads past it, see `skip_of`.
     """
 
     def __init__(self, network: nn.Module, upper: str, nodes: Collection[str] = ()) -> None:
@@ -159,7 +166,9 @@ class Segment:
         network is no ResNet or has no such nodes."""
         self._parts = parts(network)
         self.upper = self._parts.node(upper)
-        self._wanted = {self.upper, *(self._parts.node(name) for name in nodes)}
+        skips = {skip_of(block.name) for block in self._parts.blocks}
+        self._skips = skips.intersection(nodes)
+        self._wanted = {self.upper, *(self._parts.node(name) for name in set(nodes) - skips)}
         order = self._parts.nodes
         if above := [name for name in self._wanted if order.index(name) > order.index(self.upper)]:
             raise GradinvError(f"The node {above[0]} lies above {self.upper}, where the network is cut.")
@@ -178,12 +187,16 @@ class Segment:
         value = F.relu(value)
         for block in self._parts.blocks:
             inner = value
+            skipped = skip_of(block.name) in self._skips
+            if skipped:
+                found[skip_of(block.name)] = value if block.shortcut is None else block.shortcut(value)
             for unit in block.units[:-1]:
                 inner = unit(inner)
                 if self._done(unit.name, inner, found):
                     return found
                 inner = F.relu(inner)
-            value = block.units[-1](inner) + (value if block.shortcut is None else block.shortcut(value))
+            past = found[skip_of(block.name)] if skipped else value if block.shortcut is None else block.shortcut(value)
+            value = block.units[-1](inner) + past
             if self._done(block.name, value, found):
                 return found
             value = F.relu(value)
@@ -201,10 +214,16 @@ def soft_maximum(values: Tensor, pool: nn.MaxPool2d, sharpness: float) -> Tensor
     A gradient then reaches every value of a window, not only the present maximum; β → ∞ is the maximum itself.
     """
     kernel, stride, padding = (cast(int, getattr(pool, name)) for name in ("kernel_size", "stride", "padding"))
-    padded = F.pad(values, (padding,) * 4, value=_NOTHING)
-    windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4)
-    weights = (sharpness * windows).softmax(-1)
-    return (weights * windows).sum(-1)
+    if sharpness > _SHARPEST:
+        padded = F.pad(values, (padding,) * 4, value=_NOTHING)
+        windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4)
+        weights = (sharpness * windows).softmax(-1)
+        return (weights * windows).sum(-1)
+    # As a quotient of two average poolings it takes a seventh of the time. Float32 holds the exponentials of a channel
+    # around half of its largest value; only windows without a positive value lose some, which a ReLU sets to 0 anyway.
+    shift = values.detach().amax((2, 3), keepdim=True).clamp(min=0) / 2
+    weights = (sharpness * (values - shift)).clamp(-60, 80).exp()
+    return F.avg_pool2d(weights * values, kernel, stride, padding) / F.avg_pool2d(weights, kernel, stride, padding)
 
 
 def node_shapes(network: nn.Module, size: int) -> dict[str, tuple[int, int, int]]:

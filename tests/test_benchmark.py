@@ -175,7 +175,7 @@ def test_variants_take_turns_there_and_back(small_model: Model, monkeypatch: pyt
 
     def noted(self: Any, iterations: int) -> float:
         if iterations == 2:  # neither the warm-up nor the count
-            order.append((len(self._run.images[0]), self.mode))
+            order.append((len(self._run.full_size()[0]), self.mode))
         return original(self, iterations)
 
     monkeypatch.setattr(benchmark._Ours, "__call__", noted)

@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 import gradinv
-from gradinv import cli, inversion, metrics, state, victim
+from gradinv import cli, metrics, victim
+from gradinv.attack import inversion, state
 from gradinv.cli.invert import signals_set
 from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import AttackConfig
@@ -216,7 +217,8 @@ def test_more_pictures_than_classes(tmp_path: Path, capfd: pytest.CaptureFixture
     network = torchvision.models.resnet18(num_classes=2)
     safetensors.torch.save_file(network.state_dict(), tmp_path / "two.safetensors")
     files = [str(picture(tmp_path / f"{name}.png", seed)) for seed, name in enumerate("abc")]
-    args = ["invert", *files, "--model", "two.safetensors", "--image-size", "32", "--out", "run"]
+    options = ["--preset", "matching", "--model", "two.safetensors", "--image-size", "32", "--out", "run"]
+    args = ["invert", *files, *options]
     assert cli.main(args) == 2 and not (tmp_path / "run").exists()
     said = capfd.readouterr()
     assert one_sentence(said.err) == (
@@ -362,8 +364,10 @@ def test_mistyped_arguments_are_one_sentence(
 def changed(item: dataclasses.Field[Any]) -> tuple[list[str], Any]:
     """A flag that changes a field, and the value that it then has."""
     flag = "--" + item.name.replace("_", "-")
-    if item.name == "stages":
+    if isinstance(item.default, tuple):
         return [flag, "0.25,0.75"], (0.25, 0.75)
+    if item.name == "boundary":
+        return [flag, "layer3.0.conv1"], "layer3.0.conv1"
     if isinstance(item.default, bool):
         return ([flag], True) if not item.default else ([flag.replace("--", "--no-", 1)], False)
     if choices := item.metadata["choices"]:
@@ -434,7 +438,7 @@ def test_one_class_for_all_files_and_the_folders_class(tmp_path: Path, capsys: p
 
 def test_of_a_large_batch_some_classes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(picture(tmp_path / f"{name}.png", seed)) for seed, name in enumerate("abcdefghijklmno")]
-    plain = ["--features", "0", "--errors", "predicted"]
+    plain = ["--preset", "matching", "--features", "0", "--boundary", "loss"]
     assert cli.main(["invert", *files, *QUICK, *plain, "--class", "lion", "--out", "run"]) == 0
     assert f"The client's batch: {', '.join(['lion'] * 12)} and 3 more\n" in capsys.readouterr().out
 
@@ -494,7 +498,7 @@ def test_bn_statistics_of_every_kind_and_the_control_are_said(capsys: pytest.Cap
         "none": "are not matched (--bn none).",
     }
     for bn, sentence in said.items():
-        args = ["lion", "tabby", *QUICK, "--bn", bn, "--gradient", "0", "--out", bn]
+        args = ["lion", "tabby", *QUICK, "--preset", "matching", "--bn", bn, "--gradient", "0", "--out", bn]
         assert cli.main(["invert", *args]) == 0
         output = capsys.readouterr().out
         assert sentence in output and "A control: the gradient is not matched (--gradient 0)" in output
@@ -568,7 +572,7 @@ def test_an_observation_is_inverted_without_anything_that_needs_its_pictures(
 def test_progress_without_originals_has_no_psnr(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert cli.main(["invert", "--observation", saved, *QUICK[4:], "--every", "1"]) == 0
+    assert cli.main(["invert", "--observation", saved, *QUICK[4:], "--preset", "matching", "--every", "1"]) == 0
     last = terminal.getvalue().split("\r")[-1]
     assert "2/2" in last and "distance 0." in last and "PSNR" not in last
 
@@ -697,7 +701,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     monkeypatch.setattr(state.Run, "step", signalled)
     args = ["a.png", "--class", "class 1", *QUICK, "--model", "mine.safetensors", "--features", "0", "--out", "run"]
-    assert cli.main(["invert", *args, "--errors", "predicted"]) == 130
+    assert cli.main(["invert", *args, "--preset", "matching", "--boundary", "loss"]) == 130
     monkeypatch.setattr(state.Run, "step", step)
     capsys.readouterr()
     return "run"
@@ -899,7 +903,7 @@ class Terminal(io.StringIO):
 def test_progress_on_a_terminal_never_shows_psnr_without_its_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert cli.main(["invert", "lion", *QUICK, "--every", "1"]) == 0
+    assert cli.main(["invert", "lion", *QUICK, "--preset", "matching", "--every", "1"]) == 0
     last = terminal.getvalue().split("\r")[-1]
     assert "2/2" in last and "distance 0." in last
     assert " dB (constant " in last.split("PSNR")[1]
@@ -923,7 +927,7 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_replay_shows_the_same_table_and_makes_a_gif(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["invert", "goldfish", "lion", *QUICK, "--out", "run"]) == 0
+    assert cli.main(["invert", "goldfish", "lion", *QUICK, "--preset", "matching", "--out", "run"]) == 0
     live = capsys.readouterr().out
     assert cli.main(["replay", "run", "--gif", "deep/consensus.gif"]) == 0
     replayed = capsys.readouterr().out

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import PRESETS, PRESETS_BY_MODEL, AttackConfig
 from gradinv.models import MODELS
 from gradinv.types import GradinvError
@@ -155,6 +158,47 @@ def test_stages() -> None:
 def test_stages_that_are_not_shares(stages: tuple[Any, ...]) -> None:
     with pytest.raises(GradinvError, match="stages are positive shares of the steps that sum to 1"):
         AttackConfig(stages=stages)
+
+
+@pytest.mark.parametrize("errors", ["predicted", "recovered"])
+def test_what_older_versions_called_errors_is_read(errors: str, tmp_path: Path) -> None:
+    """In a recorded config, and from a file over any preset: with nothing on that those versions did not have."""
+    old = {"errors": errors, "gradient": 0.5, "seeds": 3}
+    boundary = {"predicted": "loss", "recovered": "logits"}[errors]
+    assert AttackConfig.from_dict(old) == AttackConfig(boundary=boundary, gradient=0.5, seeds=3)
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "config": old}))
+    settings = settings_given(argparse.Namespace(config=str(tmp_path / "run.json")))
+    found = config_from("demo", "resnet18-tiny", settings)
+    assert (found.boundary, found.optimiser, found.activations, found.pooling) == (boundary, "adam", 0.0, ())
+    with pytest.raises(GradinvError, match=r"^errors, which is called boundary now, took one of predicted, recovered"):
+        AttackConfig.from_dict({"errors": "x"})
+
+
+@pytest.mark.parametrize("boundary", ["loss", "logits", "auto", "maxpool", "layer2", "layer2.1", "layer3.0.conv1"])
+def test_boundaries(boundary: str) -> None:
+    config = AttackConfig(boundary=boundary)
+    assert config.needs_layers == (boundary not in ("loss", "logits"))
+    assert config.needs_features == (boundary != "loss")
+    control = AttackConfig(boundary=boundary, gradient=0.0)
+    assert not control.needs_layers and not control.needs_features
+    assert AttackConfig(boundary=boundary, gradient=0.0, activations=1.0).needs_layers == config.needs_layers
+
+
+@pytest.mark.parametrize("boundary", ["", "layer5", "layer1.conv1", "layer1.0.bn1", "conv1", "Loss", "layer1.0.conv4"])
+def test_boundaries_that_are_none(boundary: str) -> None:
+    with pytest.raises(GradinvError, match=r"^boundary takes loss, logits, auto, or a node's name such as maxpool"):
+        AttackConfig(boundary=boundary)
+
+
+def test_annealing_stages() -> None:
+    config = AttackConfig.from_dict({"pooling": [0.3, 0], "tv_schedule": [1, 0.5]})
+    assert (config.pooling, config.tv_schedule) == ((0.3, 0), (1, 0.5))
+    with pytest.raises(GradinvError, match=r"^pooling has 2 annealing stages and tv_schedule 1; give as many"):
+        AttackConfig(pooling=(0.3, 0.0), tv_schedule=(1.0,))
+    for wrong in ((-1.0,), (math.inf,), ("a",), (True,)):
+        for name in ("pooling", "tv_schedule"):
+            with pytest.raises(GradinvError, match=f"^{name} takes finite numbers of at least 0"):
+                AttackConfig.from_dict({name: wrong})
 
 
 @pytest.mark.parametrize("stages", [3, None])

@@ -114,6 +114,44 @@ def test_every_term_of_the_presets_runs(small_model, observation, preset):
     assert all(math.isfinite(value) for term in last.terms.values() for value in term.raw)
 
 
+# Of twelve steps, before layers were solved: the terms of both seeds; the seeds' mean and deviation, two pixels.
+FROZEN: dict[str, tuple[dict[str, tuple[float, float]], tuple[float, ...]]] = {
+    "paper": (
+        {
+            "gradient": (5.0232964, 5.8780851),
+            "bn": (0.5536986, 0.5379248),
+            "tv": (126.1387329, 130.1121368),
+            "l2": (24.6203785, 25.0004292),
+            "group": (12.0194149, 12.0194149),
+        },
+        (0.451016, 0.228031, 0.0, 0.752192),
+    ),
+    "matching": (
+        {
+            "features": (0.0323566, 0.0870072),
+            "gradient": (0.1622872, 0.2395033),
+            "bn": (0.9948112, 1.0952187),
+            "tv": (0.6639817, 0.6103625),
+        },
+        (0.4459, 0.118951, 0.442555, 0.334563),
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", FROZEN)
+def test_gradient_matching_gives_what_it_always_gave(small_model, small_batch, preset):
+    observation = observe(small_model, *small_batch, share_bn=True)
+    config = AttackConfig.preset(preset, seeds=2, iterations=12, layers="all", stepping="eager")
+    *_, last = invert(small_model, observation, config)
+    terms, pixels = FROZEN[preset]
+    assert set(last.terms) == set(terms) and last.boundary == {"paper": "loss", "matching": "logits"}[preset]
+    for name, values in terms.items():
+        assert last.terms[name].raw == pytest.approx(values, rel=1e-4)
+    seeds, consensus = last.seeds, last.consensus
+    found = (seeds.mean().item(), seeds.std().item(), consensus[0, 0, 0, 0].item(), consensus[2, 1, 5, 3].item())
+    assert found == pytest.approx(pixels, abs=1e-4)
+
+
 def test_stop_ends_within_one_evaluation(small_model, observation):
     stop = threading.Event()
     stream = invert(small_model, observation, CONFIG, every=3, stop=stop)
@@ -152,6 +190,13 @@ def test_coarse_to_fine_plan_and_sizes(small_model, observation):
     config = dataclasses.replace(CONFIG, stages=(0.25, 0.3, 0.45), iterations=20)
     assert stage_plan(config, 64) == [Stage(0, 16), Stage(5, 32), Stage(11, 64)]
     assert stage_plan(CONFIG, 64) == [Stage(0, 64)]
+    annealed = dataclasses.replace(CONFIG, stages=(0.5, 0.5), iterations=20, pooling=(0.3, 2.0, 0.0, 0.0))
+    assert stage_plan(annealed, 64) == [
+        *(Stage(0, 32, 0.3), Stage(5, 32, 2.0)),
+        *(Stage(10, 64), Stage(15, 64)),
+    ]
+    alone = dataclasses.replace(CONFIG, iterations=10, tv_schedule=(1.0, 0.5, 0.1))
+    assert stage_plan(alone, 64) == [Stage(0, 64), Stage(3, 64, None, 0.5), Stage(7, 64, None, 0.1)]
     for snapshot in invert(small_model, observation, config, every=1):
         assert snapshot.seeds.shape[-1] == 8
 

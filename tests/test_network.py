@@ -83,6 +83,20 @@ def test_the_soft_maximum_becomes_the_maximum(network):
     assert soft_maximum(four, pool, 0.5).item() == pytest.approx(float((weights * four.flatten()).sum()))
 
 
+@pytest.mark.parametrize("sharpness", [0.3, 3.0, 10.0])
+def test_the_soft_maximum_is_the_same_by_averages_and_by_windows(network, monkeypatch, sharpness):
+    pool = parts(network).pool
+    values = (4 * torch.randn(2, 5, 8, 8)).requires_grad_()
+    fast = soft_maximum(values, pool, sharpness).relu()
+    monkeypatch.setattr("gradinv.network._SHARPEST", 0.0)
+    slow = soft_maximum(values, pool, sharpness).relu()
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+    cotangent = torch.randn(fast.shape)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(found, values, cotangent)[0] for found in (fast, slow)), atol=1e-3, rtol=1e-3
+    )
+
+
 def test_stages_stand_for_their_last_block(network):
     assert parts(network).node("layer4") == "layer4.1"
     assert parts(network).node("layer4.0.conv1") == "layer4.0.conv1"

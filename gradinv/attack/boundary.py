@@ -10,11 +10,15 @@ from torch.nn import functional as F
 
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.network import Segment, parts, stage_of
+from gradinv.network import Segment, parts, skip_of, stage_of
 from gradinv.types import GradinvError, Recovered, SolvedNode
 
 USABLE = 0.5
 """The relative error up to which solved activations are worth searching with, as the median over the images."""
+
+EXPLAINED = 0.3
+"""The share of the final layer's gradient up to which what is left unexplained may be noise. With wrong labels it is
+more, and then nothing below is solved."""
 
 EXACT = 0.01
 """The relative error up to which solved activations count as exact, as the median over the images."""
@@ -32,7 +36,8 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
     """
     if not config.needs_layers:  # the control, which uses none
         return replace(config, boundary="loss") if config.boundary == "auto" else config
-    usable = [node for node in recovered.nodes if float(node.error.median()) <= USABLE]
+    explained = recovered.residual is not None and recovered.residual <= EXPLAINED
+    usable = [node for node in recovered.nodes if explained and float(node.error.median()) <= USABLE]
     if config.boundary != "auto":
         return replace(config, boundary=_solved(model, recovered, config.boundary).name)
     if usable and stage_of(usable[-1].name) != "layer4":
@@ -63,8 +68,8 @@ def _solved(model: Model, recovered: Recovered, boundary: str) -> SolvedNode:
     return found
 
 
-Cotangent = Callable[[Tensor, slice], Tensor]
-"""From the value at which the network is cut and a part of the batch to the loss's derivative with respect to it."""
+Cotangents = Callable[[Mapping[str, Tensor], slice], Mapping[str, Tensor]]
+"""From what the network makes of a part of the batch to the loss's derivative with respect to some of it, by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +77,13 @@ class Boundary:
     """The network as far as an attack runs it, and what is known where it ends.
 
     `run` takes normalised images (B, 3, S, S) and the sharpness of the stem's maximum (None: the maximum itself) to
-    values by name. `cotangent` is the derivative of the client's loss with respect to the value `upper`, for the images
-    of a part of the batch; pulled back it gives their share of the gradient of `parameters`. `solved` are the nodes
-    whose activations the images are held to.
+    values by name. `cotangents` are the derivatives of the client's loss with respect to those where the network is
+    cut; pulled back they give the images' share of the gradient of `parameters`. `solved` are the nodes whose
+    activations the images are held to.
     """
 
     run: Callable[[Tensor, float | None], Mapping[str, Tensor]]
-    upper: str
-    cotangent: Cotangent
+    cotangents: Cotangents
     parameters: frozenset[str]
     solved: tuple[SolvedNode, ...] = ()
 
@@ -90,31 +94,44 @@ def boundary_of(model: Model, recovered: Recovered, config: AttackConfig) -> Bou
         if config.pooling:
             raise GradinvError("The stem's maximum is softened where a node is the boundary only; leave pooling empty.")
         return _whole(model, recovered, config)
-    solved = _held_to(recovered, _solved(model, recovered, config.boundary)) if config.activations > 0 else ()
-    upper, cotangent = _solved(model, recovered, config.boundary), None
-    if config.gradient > 0:
-        upper, cotangent = _with_cotangent(model, recovered, upper)
+    lowest = _solved(model, recovered, config.boundary)
+    solved = _held_to(recovered, lowest) if config.activations > 0 else ()
+    like = next(model.network.parameters()).detach()
+    pulled, below = _pulled(model, recovered, lowest) if config.gradient > 0 else ({}, frozenset[str]())
+    pulled = {name: cotangent.to(like) for name, cotangent in pulled.items()}
     order = parts(model.network).nodes
-    top = max((upper, *solved), key=lambda node: order.index(node.name))
-    segment = Segment(model.network, top.name, [upper.name, *(node.name for node in solved)])
-    below = frozenset(parts(model.network).below(upper.name))
-    known = upper.activation if cotangent is None else cotangent
-    known = known.to(model.device, next(model.network.parameters()).dtype)
-    return Boundary(segment, upper.name, lambda _, part: known[part], below, solved)
+    names = [*(node.name for node in solved), *pulled]
+    top = max((name for name in names if name in order), key=order.index)
+    segment = Segment(model.network, top, names)
+    return Boundary(segment, lambda _, part: {name: own[part] for name, own in pulled.items()}, below, solved)
 
 
-def _with_cotangent(model: Model, recovered: Recovered, lowest: SolvedNode) -> tuple[SolvedNode, Tensor]:
-    """The lowest node at or above the boundary whose cotangent is known as well."""
+def _pulled(model: Model, recovered: Recovered, lowest: SolvedNode) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """The lowest cotangents at or above the boundary that carry all of the gradient below, and its parameters.
+
+    Within a block the shortcut leads past a node: what it adds to the block's output has the output's cotangent. Both
+    are linear in the block's input, whatever the masks in it are.
+    """
+    network = parts(model.network)
+    blocks = {node: block for block in network.blocks for node in block.nodes[:-1]}
+    known = {node.name: node.cotangent for node in recovered.nodes if node.cotangent is not None}
     for node in reversed(recovered.nodes[: recovered.nodes.index(lowest) + 1]):
-        if node.cotangent is not None:
-            return node, node.cotangent
+        block = blocks.get(node.name)
+        if node.name not in known or (block is not None and block.name not in known):
+            continue
+        if block is None:
+            return {node.name: known[node.name]}, frozenset(network.below(node.name))
+        past = () if block.shortcut is None else block.shortcut.parameters()
+        found = {node.name: known[node.name], skip_of(block.name): known[block.name]}
+        return found, frozenset((*network.below(node.name), *past))
     raise GradinvError(f"No cotangent is known at or above {lowest.name}; set gradient to 0 or boundary to logits.")
 
 
 def _held_to(recovered: Recovered, lowest: SolvedNode) -> tuple[SolvedNode, ...]:
     """The solved nodes from the boundary up to the end of the stage in which the first exact one lies: what is above
     follows from it, and would cost a longer pass."""
-    nodes = list(reversed(recovered.nodes[: recovered.nodes.index(lowest) + 1]))
+    above = recovered.nodes[: recovered.nodes.index(lowest)]
+    nodes = [lowest, *(node for node in reversed(above) if float(node.error.median()) <= USABLE)]
     exact = next((node for node in nodes if float(node.error.median()) <= EXACT), nodes[0])
     last = max(index for index, node in enumerate(nodes) if stage_of(node.name) == stage_of(exact.name))
     return tuple(nodes[: last + 1])
@@ -126,19 +143,20 @@ def _whole(model: Model, recovered: Recovered, config: AttackConfig) -> Boundary
     # The client's own rescaling multiplies each gradient that is compared with its (clipping, for one).
     factor = recovered.scale / count
 
-    def predicted(logits: Tensor, part: slice) -> Tensor:
+    def predicted(values: Mapping[str, Tensor], part: slice) -> Mapping[str, Tensor]:
         """s (softmax(z) − y) / K: the paper's, where s = 1."""
-        return (logits.softmax(1) - F.one_hot(labels[part], logits.shape[1])) * factor
+        logits = values[LOGITS]
+        return {LOGITS: (logits.softmax(1) - F.one_hot(labels[part], logits.shape[1])) * factor}
 
-    def known(_: Tensor, part: slice) -> Tensor:
+    def known(_: Mapping[str, Tensor], part: slice) -> Mapping[str, Tensor]:
         """s A / K."""
-        return errors[part]
+        return {LOGITS: errors[part]}
 
-    cotangent: Cotangent = predicted
+    cotangents: Cotangents = predicted
     if config.boundary == "logits" and config.gradient > 0:
         if recovered.errors is None:
             raise GradinvError("The output errors are not solved; recover them, or set boundary to loss.")
-        errors, cotangent = recovered.errors.to(model.device) * factor, known
+        errors, cotangents = recovered.errors.to(model.device) * factor, known
 
     def run(images: Tensor, _: float | None) -> Mapping[str, Tensor]:
         inputs: list[Tensor] = []
@@ -150,4 +168,4 @@ def _whole(model: Model, recovered: Recovered, config: AttackConfig) -> Boundary
         return {FEATURES: inputs[0], LOGITS: logits}
 
     parameters = frozenset(name for name, _ in model.network.named_parameters())
-    return Boundary(run, LOGITS, cotangent, parameters)
+    return Boundary(run, cotangents, parameters)

@@ -116,15 +116,15 @@ class Objective:
 
     def evaluate_part(self, images: Tensor, group: Tensor, part: slice, *, create_graph: bool) -> Evaluation:
         """The same for the images of one `part` of the batch, with their share of the gradient."""
-        network, upper = self._model.network, self._boundary.upper
+        network = self._model.network
         watched = batch_statistics(network) if "bn" in self._terms else nullcontext((dict[str, Tensor](),) * 2)
         with forward_mode(network, self._mode), watched as (means, variances):
             values = self._boundary.run(images, self._sharpness)
         gradients: dict[str, Tensor] = {}
         if "gradient" in self._terms:
-            cotangent = self._boundary.cotangent(values[upper], part)
-            weights = list(self._parameters.values())
-            found = torch.autograd.grad(values[upper], weights, cotangent, create_graph=create_graph)
+            cotangents = self._boundary.cotangents(values, part)
+            outputs, weights = [values[name] for name in cotangents], list(self._parameters.values())
+            found = torch.autograd.grad(outputs, weights, list(cotangents.values()), create_graph=create_graph)
             gradients = dict(zip(self._parameters, found, strict=True))
         return Evaluation(images, group, values, gradients, means, variances)
 

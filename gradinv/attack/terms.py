@@ -96,8 +96,9 @@ class KnownActivations:
         of one that is exact."""
         values = node.activation.to(like)
         weight = 1 / (1 + (node.error.to(like) / trusted) ** 2)
-        square = values.square().sum((1, 2, 3)).clamp(min=torch.finfo(like.dtype).tiny)
-        return cls(values, values > 0, weight / square)
+        square = values.square().sum((1, 2, 3))
+        known = square.isfinite() & (square > 0) & weight.isfinite()  # else there is nothing to compare with
+        return cls(values.nan_to_num(), values > 0, torch.where(known, weight / square, 0))
 
 
 def activation_distance(nodes: Mapping[str, Tensor], known: Mapping[str, KnownActivations]) -> Tensor:

@@ -24,7 +24,7 @@ STEM = "maxpool"
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 # What pads a window of the soft maximum: below any activation, and finite, or its product with 0 would be no number.
 _NOTHING = -1e4
-_SHARPEST = 10.0  # up to here the exponentials of a stem's values fit into float32
+_SHARPEST = 10.0  # up to here exponentials of a stem's values fit into float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,10 +219,10 @@ def soft_maximum(values: Tensor, pool: nn.MaxPool2d, sharpness: float) -> Tensor
         windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4)
         weights = (sharpness * windows).softmax(-1)
         return (weights * windows).sum(-1)
-    # As a quotient of two average poolings it takes a seventh of the time. Float32 holds the exponentials of a channel
-    # around half of its largest value; only windows without a positive value lose some, which a ReLU sets to 0 anyway.
-    shift = values.detach().amax((2, 3), keepdim=True).clamp(min=0) / 2
-    weights = (sharpness * (values - shift)).clamp(-60, 80).exp()
+    # As a quotient of two average poolings it takes a seventh of the time. Float32 holds exponents from -80 to 80, of
+    # which a channel's largest value takes the last; at the highest sharpness that reaches 16 below it.
+    largest = values.detach().amax((2, 3), keepdim=True)
+    weights = (sharpness * (values - largest) + 80).clamp(min=-80).exp()
     return F.avg_pool2d(weights * values, kernel, stride, padding) / F.avg_pool2d(weights, kernel, stride, padding)
 
 

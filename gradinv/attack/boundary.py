@@ -20,9 +20,6 @@ EXPLAINED = 0.3
 """The share of the final layer's gradient up to which what is left unexplained may be noise. With wrong labels it is
 more, and then nothing below is solved."""
 
-EXACT = 0.01
-"""The relative error up to which solved activations count as exact, as the median over the images."""
-
 LOGITS, FEATURES = "logits", "features"
 """What the network as a whole gives beside nodes: the final layer's output and its input."""
 
@@ -128,13 +125,11 @@ def _pulled(model: Model, recovered: Recovered, lowest: SolvedNode) -> tuple[dic
 
 
 def _held_to(recovered: Recovered, lowest: SolvedNode) -> tuple[SolvedNode, ...]:
-    """The solved nodes from the boundary up to the end of the stage in which the first exact one lies: what is above
-    follows from it, and would cost a longer pass."""
-    above = recovered.nodes[: recovered.nodes.index(lowest)]
-    nodes = [lowest, *(node for node in reversed(above) if float(node.error.median()) <= USABLE)]
-    exact = next((node for node in nodes if float(node.error.median()) <= EXACT), nodes[0])
-    last = max(index for index, node in enumerate(nodes) if stage_of(node.name) == stage_of(exact.name))
-    return tuple(nodes[: last + 1])
+    """The boundary alone, or within a block also the block's output: what lies above follows from it, also where it is
+    known more exactly, and each further node adds local minima (docs/results.md)."""
+    block = lowest.name.rpartition(".conv")[0]
+    output = (node for node in recovered.nodes if node.name == block and float(node.error.median()) <= USABLE)
+    return (lowest, *output)
 
 
 def _whole(model: Model, recovered: Recovered, config: AttackConfig) -> Boundary:

@@ -61,7 +61,7 @@ def invert(
     recovered = recovered or recover(model, observation, config, stop=stop)
     config = settled(model, recovered, config)
     objective = Objective(model, observation, recovered, config)
-    run = Run(model, observation.batch_size, config, _start(model, recovered, config), ranks)
+    run = Run(model, observation.batch_size, config, _start(model, recovered, config), ranks, objective.separable)
     if resume is not None:
         run.restore(resume)
     parallel = parallel_seeds(model, observation.batch_size, replace(config, seeds=share))

@@ -98,6 +98,13 @@ class Objective:
             self.weights[name] = weight
             self._terms[name] = term
 
+    @property
+    def separable(self) -> bool:
+        """Whether the objective is a sum over images: its terms give a number for each of them."""
+        return set(self._terms) <= {"activations", "tv"} and (
+            "tv" not in self._terms or self._config.tv_form == "smooth"
+        )
+
     def annealed(self, sharpness: float | None, variation: float) -> Objective:
         """The same objective with the stem's maximum softened (None: the maximum itself), and with the weight of total
         variation multiplied by `variation`."""
@@ -137,9 +144,13 @@ class Objective:
 
     def judge(self, evaluation: Evaluation) -> LossTerms:
         """The terms of an evaluation and their weighted sum."""
-        raw = {name: term(evaluation) for name, term in self._terms.items()}
+        found = {name: term(evaluation) for name, term in self._terms.items()}
+        raw = {name: value.mean() for name, value in found.items()}
         total = torch.stack([self.weights[name] * value for name, value in raw.items()]).sum()
-        return LossTerms(total, {name: value.detach() for name, value in raw.items()}, self._distance(evaluation, raw))
+        shares = [self.weights[name] / len(evaluation.images) * value for name, value in found.items()]
+        parts = torch.stack(shares).sum(0) if self.separable else None
+        told = {name: value.detach() for name, value in raw.items()}
+        return LossTerms(total, told, self._distance(evaluation, raw), parts)
 
     def _distance(self, evaluation: Evaluation, raw: Mapping[str, Tensor]) -> Tensor:
         if not evaluation.gradients:

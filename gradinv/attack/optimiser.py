@@ -43,12 +43,12 @@ class Optimiser(Protocol):
     def trial(self) -> Tensor:
         """Where the gradient is wanted for the next step."""
 
-    def usable(self, gradient: Tensor, values: list[float]) -> bool:
+    def usable(self, gradient: Tensor, values: Tensor) -> bool:
         """Whether a step can be made of this; where not, the objective has stopped being finite for good."""
 
-    def step(self, gradient: Tensor, values: list[float], rate: float, noise: Tensor | None) -> None:
-        """One step: the gradient at the trial, in its shape, and each seed's value there. Only Adam takes the learning
-        rate and, in the images' shape, the noise."""
+    def step(self, gradient: Tensor, values: Tensor, rate: float, noise: Tensor | None) -> None:
+        """One step: the gradient at the trial, in its shape, and the values there, of each seed or (g, B) of each image.
+        Only Adam takes the learning rate and, in the images' shape, the noise."""
 
     def enter(self, images: Tensor) -> None:
         """Begin a stage from these images: maybe of another size, with an objective that may have changed."""
@@ -60,10 +60,14 @@ class Optimiser(Protocol):
         """Go back to where `tensors` was called."""
 
 
-def optimiser_of(config: AttackConfig, preprocessing: Preprocessing, images: Tensor) -> Optimiser:
-    """The one that the config names, at normalised images (g, B, 3, h, h)."""
-    kinds: dict[str, type[Adam] | type[LBFGS]] = {"adam": Adam, "l-bfgs": LBFGS}
-    return kinds[config.optimiser](config, preprocessing, images)
+def optimiser_of(
+    config: AttackConfig, preprocessing: Preprocessing, images: Tensor, separable: bool = False
+) -> Optimiser:
+    """The one that the config names, at normalised images (g, B, 3, h, h); `separable` says whether the objective is a
+    sum over images."""
+    if config.optimiser == "adam":
+        return Adam(config, preprocessing, images)
+    return LBFGS(preprocessing, images, separable)
 
 
 class Adam:
@@ -88,10 +92,10 @@ class Adam:
     def trial(self) -> Tensor:
         return self._images.detach()
 
-    def usable(self, gradient: Tensor, values: list[float]) -> bool:
+    def usable(self, gradient: Tensor, values: Tensor) -> bool:
         return bool(gradient.isfinite().all())
 
-    def step(self, gradient: Tensor, values: list[float], rate: float, noise: Tensor | None) -> None:
+    def step(self, gradient: Tensor, values: Tensor, rate: float, noise: Tensor | None) -> None:
         self._images.grad = gradient.sign() if self._config.optimiser_step == "sign" else gradient
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
@@ -123,145 +127,162 @@ class Adam:
             self._adam.load_state_dict({**self._adam.state_dict(), "state": {0: state}})
 
 
-# What L-BFGS keeps of each seed as one number, in the order of a row.
-_VALUE, _STEP, _SLOPE, _COUNT, _REFUSALS, _BROKEN = range(6)
+# What L-BFGS keeps of each row as one number.
+_VALUE, _STEP, _SLOPE, _REFUSALS, _BROKEN, _CURVATURE = range(6)
 
 
 class LBFGS:
-    """L-BFGS (Nocedal and Wright 2006, Algorithm 7.4) with a history and a backtracking line search for each seed.
+    """L-BFGS (Nocedal and Wright 2006, Algorithm 7.4), with a history and a backtracking line search for each row: for
+    each image of each seed where the objective is a sum over images, else for each seed.
 
     The unknowns are w with pixels = sigmoid(w). From an accepted point the trial is point + step · direction; one that
     is refused shortens the step to the minimum of the parabola through both, one that is accepted gives the next
-    direction. Where no step is accepted (a corner of a ReLU or of a maximum, rounding, values that are not finite) the
-    history is dropped and steepest descent tried; where that fails as well the point is the best there is.
+    direction. No row waits for another. Where no step is accepted (a corner of a ReLU or of a maximum, rounding, values
+    that are not finite) the row's history is dropped and steepest descent tried; where that fails as well the point is
+    the best there is.
     """
 
-    def __init__(self, config: AttackConfig, preprocessing: Preprocessing, images: Tensor) -> None:
+    def __init__(self, preprocessing: Preprocessing, images: Tensor, separable: bool) -> None:
         self._preprocessing = preprocessing
+        self._rows = images.shape[:2].numel() if separable else len(images)
         self._begin(images)
 
     def enter(self, images: Tensor) -> None:
         begun = bool(self._numbers[:, _VALUE].isnan().all())
-        if not begun or images.shape != self._point.shape:  # a run that was stopped here enters the stage once more
+        if not begun or images.shape != self._shape:  # a run that was stopped here enters the stage once more
             self._begin(images)
 
     def _begin(self, images: Tensor) -> None:
+        self._shape = images.shape
         pixels = self._preprocessing.denormalise(images.detach())
-        self._point = torch.logit(pixels.clamp(_MARGIN, 1 - _MARGIN))
+        self._point = torch.logit(pixels.clamp(_MARGIN, 1 - _MARGIN)).reshape(self._rows, -1)
         self._gradient, self._direction = torch.zeros_like(self._point), torch.zeros_like(self._point)
-        shape = (len(images), HISTORY, self._point[0].numel())
-        self._steps, self._changes = self._point.new_zeros(shape), self._point.new_zeros(shape)
-        self._numbers = torch.zeros(len(images), 6, dtype=torch.float64)
+        # Pairs of a step and the gradient's change, in a ring; ρ = 1 / their product, 0 where there is none.
+        self._moves = self._point.new_zeros(HISTORY, *self._point.shape)
+        self._changes = torch.zeros_like(self._moves)
+        self._inverse = self._point.new_zeros(HISTORY, self._rows)
+        self._turn = 0
+        self._numbers = torch.zeros(self._rows, 6, dtype=torch.float64, device=self._point.device)
         self._numbers[:, _VALUE] = math.nan  # not evaluated yet
 
     @property
     def images(self) -> Tensor:
-        return self._preprocessing.normalise(self._point.sigmoid())
+        return self._normalised(self._point)
 
     @property
     def trial(self) -> Tensor:
-        return self._preprocessing.normalise(self._tried().sigmoid())
+        return self._normalised(self._tried())
+
+    def _normalised(self, point: Tensor) -> Tensor:
+        return self._preprocessing.normalise(point.view(self._shape).sigmoid())
 
     def _tried(self) -> Tensor:
-        step = self._numbers[:, _STEP].to(self._point)
-        return self._point + step.view(-1, 1, 1, 1, 1) * self._direction
+        return self._point + self._numbers[:, _STEP, None].to(self._point) * self._direction
 
-    def usable(self, gradient: Tensor, values: list[float]) -> bool:
-        for row, value, own in zip(self._numbers.tolist(), values, gradient, strict=True):
-            last = row[_BROKEN] and row[_REFUSALS] + 1 >= _REFUSED
-            if (last or math.isnan(row[_VALUE])) and not self._finite(value, own):
-                return False
-        return True
+    def usable(self, gradient: Tensor, values: Tensor) -> bool:
+        first = self._numbers[:, _VALUE].isnan()
+        last = (self._numbers[:, _BROKEN] > 0) & (self._numbers[:, _REFUSALS] + 1 >= _REFUSED)
+        return not bool(((first | last) & ~self._finite(gradient, values)).any())
 
-    @staticmethod
-    def _finite(value: float, gradient: Tensor) -> bool:
-        return math.isfinite(value) and bool(gradient.isfinite().all())
+    def _finite(self, gradient: Tensor, values: Tensor) -> Tensor:
+        return values.reshape(-1).isfinite() & gradient.reshape(self._rows, -1).isfinite().all(1)
 
-    def step(self, gradient: Tensor, values: list[float], rate: float, noise: Tensor | None) -> None:
-        pixels = (tried := self._tried()).sigmoid()
-        one = pixels.new_zeros(3, 1, 1)
-        scale = self._preprocessing.normalise(one + 1) - self._preprocessing.normalise(one)  # 1 / std
-        gradient = gradient * scale * pixels * (1 - pixels)  # with respect to w
-        for seed, value in enumerate(values):
-            self._advance(seed, tried[seed], value, gradient[seed])
+    def step(self, gradient: Tensor, values: Tensor, rate: float, noise: Tensor | None) -> None:
+        finite = self._finite(gradient, values)
+        tried = self._tried()
+        gradient = self._through_sigmoid(gradient, tried)
+        new = values.reshape(-1).to(self._numbers)
+        value, step, slope, refusals, broken, curvature = self._numbers.clone().unbind(1)
+        promised = value + _SUFFICIENT * step * slope + _ROUNDING * value.abs()
+        first = value.isnan()
+        accepted = first | (finite & (new <= promised))
 
-    def _advance(self, seed: int, tried: Tensor, value: float, gradient: Tensor) -> None:
-        row = self._numbers[seed]
-        before, step, slope = (float(row[place]) for place in (_VALUE, _STEP, _SLOPE))
-        finite = self._finite(value, gradient)
-        if math.isnan(before):
-            self._accept(seed, tried, value, gradient)
-            self._descend(seed)
-        elif finite and value <= before + _SUFFICIENT * step * slope + _ROUNDING * abs(before):
-            moved, changed = step * self._direction[seed], gradient - self._gradient[seed]
-            curvature = _dot(moved, changed)
-            if curvature > 1e-10 * _dot(changed, changed):  # else the model would have no minimum
-                slot = int(row[_COUNT]) % HISTORY
-                self._steps[seed, slot], self._changes[seed, slot] = moved.flatten(), changed.flatten()
-                row[_COUNT] += 1
-            self._accept(seed, tried, value, gradient)
-            self._direction[seed] = self._newton(seed)
-            row[_STEP], row[_SLOPE] = 1.0, _dot(self._direction[seed], gradient)
-            if row[_SLOPE] >= 0 or row[_COUNT] == 0:
-                self._descend(seed)
-        else:
-            row[_REFUSALS] += 1
-            if row[_REFUSALS] >= _REFUSED:
-                row[_BROKEN], row[_REFUSALS] = 1.0, 0.0
-                self._descend(seed)
-                return
-            bend = (value - before) / step - slope if finite else math.inf
-            shorter = -0.5 * slope * step / bend if bend > 0 else 0.5 * step
-            row[_STEP] = min(max(shorter, 0.1 * step), 0.5 * step)
+        moved, changed = tried - self._point, gradient - self._gradient
+        product, length = _dot(moved, changed), _dot(changed, changed)
+        kept = accepted & ~first & (product > 1e-10 * length)  # else the model would have no minimum
+        self._moves[self._turn] = torch.where(kept[:, None], moved, 0)
+        self._changes[self._turn] = torch.where(kept[:, None], changed, 0)
+        self._inverse[self._turn] = torch.where(kept, 1 / product, 0)
+        self._turn = (self._turn + 1) % HISTORY
+        curvature = torch.where(kept, product / length, curvature)
+        self._point = torch.where(accepted[:, None], tried, self._point)
+        self._gradient = torch.where(accepted[:, None], gradient, self._gradient)
 
-    def _accept(self, seed: int, point: Tensor, value: float, gradient: Tensor) -> None:
-        self._point[seed], self._gradient[seed] = point, gradient
-        row = self._numbers[seed]
-        row[_VALUE], row[_REFUSALS], row[_BROKEN] = value, 0.0, 0.0
-
-    def _descend(self, seed: int) -> None:
-        """Steepest descent without a history."""
-        gradient, row = self._gradient[seed], self._numbers[seed]
-        self._direction[seed] = -gradient
-        row[_COUNT], row[_SLOPE] = 0.0, -_dot(gradient, gradient)
+        # A refused row tries a shorter step, and after too many steepest descent.
+        bend = (new - value) / step - slope
+        shorter = torch.where(finite & (bend > 0), -0.5 * slope * step / bend, 0.5 * step)
+        shorter = torch.minimum(torch.maximum(shorter, 0.1 * step), 0.5 * step)
+        refusals = torch.where(accepted, 0, refusals + 1)
+        lost = refusals >= _REFUSED
+        newton = self._newton(curvature)
+        promises = _dot(newton, self._gradient).to(slope)
+        downhill = (curvature > 0) & (promises < 0) & ~lost
         # Long enough for the change of the gradient to be more than rounding.
-        row[_STEP] = _FIRST * math.sqrt(gradient.numel() / max(-float(row[_SLOPE]), 1e-30))
+        square = _dot(self._gradient, self._gradient).to(slope)
+        begin = _FIRST * (self._point.shape[1] / square.clamp(min=1e-30)).sqrt()
+        turned = (accepted | lost)[:, None]
+        towards = torch.where(downhill[:, None], newton, -self._gradient)
+        self._direction = torch.where(turned, towards, self._direction)
+        dropped = (accepted | lost) & ~downhill
+        self._inverse = torch.where(dropped, 0, self._inverse)
+        again = torch.where(downhill, 1.0, begin)
+        self._numbers = torch.stack(
+            [
+                torch.where(accepted, new, value),
+                torch.where(accepted | lost, again, shorter),
+                torch.where(accepted | lost, torch.where(downhill, promises, -square), slope),
+                torch.where(lost, 0, refusals),
+                torch.where(accepted, 0, torch.where(lost, 1, broken)),
+                torch.where(dropped, 0, curvature),
+            ],
+            1,
+        )
 
-    def _newton(self, seed: int) -> Tensor:
-        """−H ∇ by the two-loop recursion (Algorithm 7.4), in the shape of a seed's images."""
-        count = int(self._numbers[seed, _COUNT])
-        steps, changes = self._steps[seed], self._changes[seed]
-        newest_first = [index % HISTORY for index in range(count - 1, max(-1, count - 1 - HISTORY), -1)]
-        direction = -self._gradient[seed].flatten()
-        products = {index: torch.dot(steps[index], changes[index]) for index in newest_first}
-        alphas: dict[int, Tensor] = {}
-        for index in newest_first:
-            alphas[index] = torch.dot(steps[index], direction) / products[index]
-            direction = torch.addcmul(direction, changes[index], alphas[index], value=-1)
-        if newest_first:
-            newest = newest_first[0]
-            direction = direction * (products[newest] / torch.dot(changes[newest], changes[newest]))
-        for index in reversed(newest_first):
-            beta = torch.dot(changes[index], direction) / products[index]
-            direction = torch.addcmul(direction, steps[index], alphas[index] - beta)
-        return direction.view_as(self._gradient[seed])
+    def _through_sigmoid(self, gradient: Tensor, point: Tensor) -> Tensor:
+        """The gradient with respect to normalised images as one with respect to w, by rows."""
+        pixels = point.view(self._shape).sigmoid()
+        zero, one = pixels.new_zeros(3, 1, 1), pixels.new_ones(3, 1, 1)
+        scale = self._preprocessing.normalise(one) - self._preprocessing.normalise(zero)  # 1 / std
+        return (gradient * scale * pixels * (1 - pixels)).reshape(self._rows, -1)
+
+    def _newton(self, curvature: Tensor) -> Tensor:
+        """−H ∇ by the two-loop recursion (Algorithm 7.4), by rows; a pair that was not kept does nothing."""
+        newest_first = [(self._turn - 1 - back) % HISTORY for back in range(HISTORY)]
+        direction, alphas = -self._gradient, dict[int, Tensor]()
+        for turn in newest_first:
+            alphas[turn] = self._inverse[turn] * _dot(self._moves[turn], direction)
+            direction = torch.addcmul(direction, self._changes[turn], alphas[turn][:, None], value=-1)
+        direction = direction * curvature.to(direction)[:, None]
+        for turn in reversed(newest_first):
+            beta = self._inverse[turn] * _dot(self._changes[turn], direction)
+            direction = torch.addcmul(direction, self._moves[turn], (alphas[turn] - beta)[:, None])
+        return direction
 
     def tensors(self) -> dict[str, Tensor]:
-        kept = {name: getattr(self, f"_{name}") for name in _KEPT}
-        return {"images": self.images, **{f"lbfgs.{name}": value for name, value in kept.items()}}
+        seeds = self._shape[0]
+        found = {name: getattr(self, f"_{name}").view(seeds, -1) for name in ("point", "gradient", "direction")}
+        found |= {name: getattr(self, f"_{name}").movedim(0, 1).reshape(seeds, -1) for name in _RINGS}
+        found |= {"numbers": self._numbers.view(seeds, -1), "turn": torch.full((seeds,), self._turn)}
+        return {"images": self.images, **{f"lbfgs.{name}": value for name, value in found.items()}}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        device = self._point.device
-        for name in _KEPT:
-            value = tensors[f"lbfgs.{name}"]
-            setattr(self, f"_{name}", value.clone() if name == "numbers" else value.to(device, copy=True))
+        self._begin(tensors["images"])
+        found = {name: tensors[f"lbfgs.{name}"] for name in ("point", "gradient", "direction", "numbers")}
+        for name, value in found.items():
+            own = getattr(self, f"_{name}")
+            setattr(self, f"_{name}", value.to(own.device, copy=True).view_as(own))
+        for name in _RINGS:
+            own = getattr(self, f"_{name}")
+            getattr(self, f"_{name}").copy_(tensors[f"lbfgs.{name}"].view_as(own.movedim(0, 1)).movedim(1, 0))
+        self._turn = int(tensors["lbfgs.turn"][0])
 
 
-_KEPT = ("point", "gradient", "direction", "steps", "changes", "numbers")
+_RINGS = ("moves", "changes", "inverse")
 
 
-def _dot(one: Tensor, other: Tensor) -> float:
-    return float(torch.dot(one.flatten(), other.flatten()))
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Row by row: (r, n) each → (r,)."""
+    return torch.bmm(one[:, None], other[:, :, None]).view(-1)
 
 
 def upsample(images: Tensor, side: int) -> Tensor:

@@ -72,7 +72,9 @@ class Run:
         config: AttackConfig,
         start: Tensor | None = None,
         ranks: Ranks = ALONE,
+        separable: bool = False,
     ) -> None:
+        """start: what every seed's noise is added to; separable: whether the objective is a sum over images."""
         self.model = model
         self.config = config
         self.ranks = ranks
@@ -87,7 +89,7 @@ class Run:
         images = torch.stack(noise) * config.start_scale
         if start is not None:
             images += F.interpolate(start, (side, side), mode="area")
-        self._optimiser = optimiser_of(config, model.preprocessing, images)
+        self._optimiser = optimiser_of(config, model.preprocessing, images, separable)
         self._group: Tensor | None = None
         self._gathered: dict[str, Tensor] | None = None
 
@@ -157,14 +159,14 @@ class Run:
         trial = self._optimiser.trial.requires_grad_()
         full = upsample(trial, self.model.preprocessing.size)
         found = stepper.each(full.detach(), self._drawn_to(step, stage), stop)
-        gradient, values = None, [float(one.total) for one in found]
-        if len(found) == len(full):
-            gradient = torch.stack([one.gradient for one in found])
+        complete = len(found) == len(full)
+        if complete:
+            values = torch.stack([one.parts for one in found])
             # Through the upsampling of a coarse stage.
-            (gradient,) = torch.autograd.grad(full, trial, gradient)
-        lost = gradient is not None and not self._optimiser.usable(gradient, values)
-        stopped, diverged = self.ranks.any(gradient is None, lost)
-        if stopped or gradient is None:
+            (gradient,) = torch.autograd.grad(full, trial, torch.stack([one.gradient for one in found]))
+        lost = complete and not self._optimiser.usable(gradient, values)
+        stopped, diverged = self.ranks.any(not complete, lost)
+        if stopped:
             return None
         if diverged:
             raise GradinvError(

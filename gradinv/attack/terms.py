@@ -1,4 +1,4 @@
-"""The terms of the objective: pure functions of what one evaluation gives, each a scalar."""
+"""The terms of the objective: pure functions of what one evaluation gives, each a scalar or one number an image."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gradinv.types import BatchNormStatistics, Preprocessing, SolvedNode
 TRUSTED = 0.2
 """The relative error of solved activations from which they count half."""
 
+_WEAK = 0.1  # the share of the mean over all channels that each one's own power is enlarged by
 _SMOOTH = 0.02  # the difference of two pixels from which total variation is nearly their distance
 
 
@@ -84,7 +85,7 @@ def feature_distance(features: Tensor, recovered: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class KnownActivations:
     """A solved node as the activation term takes it: activations a (B, C, H, W), where they are not zero, and by how
-    much each image counts (B,)."""
+    much each image and channel counts, (B, C, 1, 1)."""
 
     values: Tensor
     on: Tensor
@@ -92,25 +93,33 @@ class KnownActivations:
 
     @classmethod
     def of(cls, node: SolvedNode, like: Tensor, trusted: float = TRUSTED) -> KnownActivations:
-        """With the type and the device of `like`; an image whose estimated error is e counts 1 / (1 + (e / trusted)²)
-        of one that is exact."""
+        """With the type and the device of `like`.
+
+        A channel counts 1 / (s + 0.1 s̄), s its mean square over the batch and s̄ that over all channels: edges and
+        colours are in many weak channels, and a few strong ones, which see brightness, would rule the rest. An image
+        whose estimated error is e counts 1 / (1 + (e / trusted)²) of one that is exact.
+        """
         values = node.activation.to(like)
-        weight = 1 / (1 + (node.error.to(like) / trusted) ** 2)
-        square = values.square().sum((1, 2, 3))
-        known = square.isfinite() & (square > 0) & weight.isfinite()  # else there is nothing to compare with
-        return cls(values.nan_to_num(), values > 0, torch.where(known, weight / square, 0))
+        trust = 1 / (1 + (node.error.to(like) / trusted) ** 2)
+        known = trust.isfinite() & values.isfinite().all(3).all(2).all(1)
+        values = torch.where(known[:, None, None, None], values, 0)
+        power = values.square().mean((0, 2, 3))
+        channels = 1 / (power + _WEAK * power.mean()).clamp(min=torch.finfo(like.dtype).tiny)
+        size = (values.square().sum((2, 3)) * channels).sum(1)
+        images = torch.where(known & (size > 0), trust / size, 0)  # else there is nothing to compare with
+        return cls(values, values > 0, (images[:, None] * channels)[:, :, None, None])
 
 
 def activation_distance(nodes: Mapping[str, Tensor], known: Mapping[str, KnownActivations]) -> Tensor:
-    """The mean over the solved nodes and the images of w ‖r‖² / ‖a‖²; a scalar.
+    """The mean over the solved nodes and the images of w ‖r‖² / ‖a‖², norms with the channels' weights; a scalar.
 
     nodes: pre-activations φ (B, C, H, W) by name. r = φ − a where the activation a > 0, and max(φ, 0) where a = 0:
-    behind the ReLU a unit that is off has no derivative, so what is compared is in front of it (docs/layers.md).
+    behind the ReLU a unit that is off has no derivative, so what is compared is in front of it.
     """
     parts = []
     for name, solved in known.items():
         off = torch.where(solved.on, nodes[name], nodes[name].clamp(min=0)) - solved.values
-        parts.append((off.square().sum((1, 2, 3)) * solved.weight).mean())
+        parts.append((off.square() * solved.weight).sum((1, 2, 3)).mean())
     return torch.stack(parts).mean()
 
 
@@ -174,7 +183,7 @@ def luma_chroma_variation(images: Tensor, preprocessing: Preprocessing, config: 
 
 
 def smooth_variation(images: Tensor, preprocessing: Preprocessing, config: AttackConfig) -> Tensor:
-    """Σ √(d² + ε²) − ε over the differences d to the right and downwards, per value of an image; a scalar.
+    """Σ √(d² + ε²) − ε over the differences d to the right and downwards, divided by the values of an image: (B,).
 
     Of normalised images (B, 3, H, W), as pixels in [0, 1], ε = 0.02: below ε a difference costs its square, so that
     there is a second derivative to go by. In orthonormal luma and chroma, each with its share.
@@ -185,8 +194,8 @@ def smooth_variation(images: Tensor, preprocessing: Preprocessing, config: Attac
     first, second = (red - green) * 0.5**0.5, (red + green - 2 * blue) * 6**-0.5
     weighted = torch.stack([config.tv_luma * luma, config.tv_chroma * first, config.tv_chroma * second], 1)
     right, down = weighted[..., :, 1:] - weighted[..., :, :-1], weighted[..., 1:, :] - weighted[..., :-1, :]
-    total = torch.stack([((d.square() + _SMOOTH**2).sqrt() - _SMOOTH).sum() for d in (right, down)]).sum()
-    return total / images.numel()
+    total = torch.stack([((d.square() + _SMOOTH**2).sqrt() - _SMOOTH).sum((1, 2, 3)) for d in (right, down)]).sum(0)
+    return total / images[0].numel()
 
 
 def group_distance(images: Tensor, group: Tensor) -> Tensor:

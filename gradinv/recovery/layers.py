@@ -35,6 +35,7 @@ _COUNTED, _PRUNED = 1000, 0.02
 _DOUBTFUL = 4.0  # an entry of a mask this many σ or fewer from being the other is left out where that can be
 _CROSSTALK = 0.1  # the share of the cotangents' relative error that reaches values which should be 0
 _ROUNDING = 4e-7  # the relative error of what float32 gradients give at the best
+_ITERATIONS = 3200  # of the convex search, shared out among the images
 _ROUNDS = 3  # of mending masks and solving again
 
 
@@ -251,6 +252,8 @@ class _Way:
             {name: known[name].activation for name in names},
             shape,
             noise=max(1e-6, *(float(known[name].error.median()) for name in names)),
+            # An iteration takes as long as there are images, and gains the less the more unknowns there are.
+            iterations=min(max(_ITERATIONS // shape[0], 100), 400),
             stop=self.stop,
         )
         if not float(found.error.median()) < _USELESS:

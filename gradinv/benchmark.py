@@ -294,8 +294,9 @@ class _Ours:
     """Our attack, continued by some iterations at a time: → seconds an iteration of all its seeds."""
 
     def __init__(self, task: _Task, config: AttackConfig) -> None:
-        self._run = Run(task.model, task.observation.batch_size, task.settled(config))
-        self._stepper = Stepper(task.objective(config), config.stepping, parallel=config.parallel_seeds)
+        objective, own = task.objective(config), task.settled(config)
+        self._run = Run(task.model, task.observation.batch_size, own, separable=objective.separable)
+        self._stepper = Stepper(objective, config.stepping, parallel=config.parallel_seeds)
         self._device = task.model.device
         self._steps = itertools.count()
 

@@ -37,11 +37,13 @@ _COMPARED = (0.75, 0.5, 0.25)
 @dataclass(frozen=True, eq=False)
 class LossTerms:
     """Scalars, still on the device: the weighted sum `total` (differentiable), each term's `raw` value, and the
-    cosine `distance` of the gradients (NaN where no gradient is matched)."""
+    cosine `distance` of the gradients (NaN where no gradient is matched). Where no term mixes the images, `parts` (B,)
+    are their shares of the total."""
 
     total: Tensor
     raw: Mapping[str, Tensor]
     distance: Tensor
+    parts: Tensor | None = None
 
 
 Function = Callable[[Tensor, Tensor], LossTerms]
@@ -50,11 +52,12 @@ Function = Callable[[Tensor, Tensor], LossTerms]
 
 @dataclass(frozen=True, eq=False)
 class Gradient:
-    """One evaluation: the `gradient` of the weighted sum with respect to the images (B, 3, S, S), and as scalars that
-    sum, `total`, each term's `raw` value and the gradients' cosine `distance`; all detached."""
+    """One evaluation: the `gradient` of the weighted sum with respect to the images (B, 3, S, S), that sum as `parts`,
+    of each image (B,) or all in one (1,), and as scalars each term's `raw` value and the gradients' cosine `distance`;
+    all detached."""
 
     gradient: Tensor
-    total: Tensor
+    parts: Tensor
     raw: Mapping[str, Tensor]
     distance: Tensor
 
@@ -147,7 +150,7 @@ class Stepper:
         tape = Tape(packed=self.mode == "packed")
         try:
             found = evaluate(self._function, images, group, tape)
-            program = tape.program([found.gradient, found.total, *found.raw.values(), found.distance])
+            program = tape.program([found.gradient, found.parts, *found.raw.values(), found.distance])
         except Exception as error:  # Whatever it is: where autograd fails as well, that is what the caller gets to see.
             self._give_up(f"the evaluation cannot be recorded ({_one_line(error)})")
             return
@@ -169,8 +172,8 @@ class Stepper:
 
     def _run(self, program: Program, images: Tensor, group: Tensor) -> Gradient:
         with torch.no_grad():
-            gradient, total, *raw, distance = program(images, group)
-        return Gradient(gradient, total, dict(zip(self._names, raw, strict=True)), distance)
+            gradient, parts, *raw, distance = program(images, group)
+        return Gradient(gradient, parts, dict(zip(self._names, raw, strict=True)), distance)
 
     def _give_up(self, reason: str) -> None:
         log.warning("Every step runs eagerly, which is slower: %s.", reason)
@@ -226,13 +229,13 @@ def evaluate(function: Function, images: Tensor, group: Tensor, tape: Tape | Non
         with tape.recording(images, group) if tape is not None else nullcontext():
             found = function(images, group)
             (gradient,) = torch.autograd.grad(found.total, images)
-            total = found.total.detach()
-    return Gradient(gradient, total, found.raw, found.distance)
+            parts = found.total.detach().view(1) if found.parts is None else found.parts.detach()
+    return Gradient(gradient, parts, found.raw, found.distance)
 
 
 def _deviation(found: Gradient, expected: Gradient) -> float:
-    """The largest relative deviation of the gradient (by its norm), the total, the terms and the distance."""
-    pairs = [(found.gradient, expected.gradient), (found.total, expected.total)]
+    """The largest relative deviation of the gradient (by its norm), its parts, the terms and the distance."""
+    pairs = [(found.gradient, expected.gradient), (found.parts, expected.parts)]
     pairs += [(found.raw[name], raw) for name, raw in expected.raw.items()]
     if not expected.distance.isnan():
         pairs.append((found.distance, expected.distance))

@@ -188,7 +188,7 @@ def test_activation_distance_by_hand():
     one = KnownActivations.of(node, values, trusted=0.2)
     # (0 + 5² + 2² + 0) / 25 of the first; of the second 1 / 4 at half the weight.
     expected = (29 / 25 + 0.5 * 1 / 4) / 2
-    assert activation_distance({"layer1.0": values}, {"layer1.0": one}).item() == pytest.approx(expected)
+    assert activation_distance({"layer1.0": values}, {"layer1.0": one}).mean().item() == pytest.approx(expected)
 
 
 def test_weak_channels_count_as_much_as_strong_ones():
@@ -199,7 +199,7 @@ def test_weak_channels_count_as_much_as_strong_ones():
     strong, weak = 1 / (12.5 + 0.65), 1 / (0.5 + 0.65)
     expected = (strong + weak) / (25 * strong + 1 * weak)
     one = KnownActivations.of(node, values)
-    assert activation_distance({"layer1.0": values}, {"layer1.0": one}).item() == pytest.approx(expected)
+    assert activation_distance({"layer1.0": values}, {"layer1.0": one}).mean().item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("spoilt", ["zeros", "infinite error", "not a number"])
@@ -211,7 +211,9 @@ def test_an_image_of_which_nothing_is_known_counts_nothing(spoilt):
         activation[0] = 0.0 if spoilt == "zeros" else math.nan
     node = SolvedNode("layer1.0", activation, None, "exact", error, 0.0, 1, 1, 0.0, 0.0)
     values = torch.full((2, 1, 2, 2), 3.0, requires_grad=True)
-    distance = activation_distance({"layer1.0": values}, {"layer1.0": KnownActivations.of(node, values.detach())})
+    distance = activation_distance(
+        {"layer1.0": values}, {"layer1.0": KnownActivations.of(node, values.detach())}
+    ).mean()
     (gradient,) = torch.autograd.grad(distance, values)
     assert distance.item() == pytest.approx(4 / 2) and not gradient[0].any() and gradient[1].all()
 
@@ -221,14 +223,14 @@ def test_smooth_variation_by_hand():
     grey = torch.zeros(1, 3, 2, 2)
     grey[0, :, 0, 0] = 1.0
     # Two differences of √3 · 0.2 of luma, of 12 values.
-    expected = 2 * (math.hypot(0.5 * 3**0.5 * 0.2, 0.02) - 0.02) / 12
+    expected = [2 * (math.hypot(0.5 * 3**0.5 * 0.2, 0.02) - 0.02) / 12]
     preprocessing = Preprocessing(2, 2, std=(0.2, 0.2, 0.2))
-    assert smooth_variation(grey, preprocessing, config).item() == pytest.approx(expected)
+    assert smooth_variation(grey, preprocessing, config).tolist() == pytest.approx(expected)
     blue = torch.zeros(1, 3, 2, 2)
     blue[0, 2, 0, 0] = 1.0
     parts_of = [0.5 * 3**-0.5, 0.0, 7 * 2 * 6**-0.5]
-    expected = 2 * sum(math.hypot(0.2 * part, 0.02) - 0.02 for part in parts_of) / 12
-    assert smooth_variation(blue, preprocessing, config).item() == pytest.approx(expected)
+    expected = [2 * sum(math.hypot(0.2 * part, 0.02) - 0.02 for part in parts_of) / 12]
+    assert smooth_variation(blue, preprocessing, config).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("boundary", ["loss", "logits"])
@@ -430,6 +432,23 @@ def test_values_that_are_not_finite_end_the_run_with_a_sentence(model, batch, ob
         list(stream)
 
 
+def test_each_image_is_searched_for_on_its_own_where_no_term_mixes_them(model, batch, observation):
+    recovered, config = known(model, batch), change(BELOW, seeds=1)
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    objective = Objective(model, observation, recovered, config)
+    found = evaluate(objective, images, images)
+    assert objective.separable and found.parts.shape == (2,)
+    assert found.parts.sum().item() == pytest.approx(objective(images, images).total.item())
+    changed = torch.cat([images[:1], images.flip(0)[1:]])
+    assert torch.allclose(evaluate(objective, changed, images).parts[0], found.parts[0])
+    for mixing in ({"l2": 0.1}, {"group": 0.1, "seeds": 2}, {"gradient": 1.0}, {"tv_form": "rgb"}):
+        other = Objective(model, observation, recovered, change(config, **mixing))
+        assert not other.separable and evaluate(other, images, images).parts.shape == (1,)
+    stream = invert(model, observation, config, recovered=recovered)
+    next(stream)
+    assert stream.state().tensors["lbfgs.numbers"].shape == (1, 2 * 6)
+
+
 # --- L-BFGS alone
 
 
@@ -437,7 +456,7 @@ def searched(function, steps: int, size: int = 4) -> tuple[LBFGS, list[float]]:
     """Minimise a function of pixels (1, 3, size, size), of two seeds with different starts."""
     preprocessing = Preprocessing(size, size)
     starts = torch.randn(2, 1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    optimiser = LBFGS(AttackConfig(), preprocessing, starts * 0.2)
+    optimiser = LBFGS(preprocessing, starts * 0.2, separable=False)
     best = []
     for step in range(steps):
         gradients, values = [], []
@@ -445,10 +464,10 @@ def searched(function, steps: int, size: int = 4) -> tuple[LBFGS, list[float]]:
             leaf = images.clone().requires_grad_()
             value = function(leaf * torch.tensor(preprocessing.std).view(3, 1, 1), step)
             gradients.append(torch.autograd.grad(value, leaf)[0])
-            values.append(float(value.detach()))
+            values.append(value.detach().view(1))
         gradient = torch.stack(gradients)
-        assert optimiser.usable(gradient, values)
-        optimiser.step(gradient, values, 0.0, None)
+        assert optimiser.usable(gradient, torch.stack(values))
+        optimiser.step(gradient, torch.stack(values), 0.0, None)
         best.append(max(optimiser._numbers[:, 0].tolist()))
     return optimiser, best
 
@@ -481,5 +500,5 @@ def test_files_of_a_state_hold_the_history(model, batch, observation, tmp_path: 
         if snapshot.step == 3:
             break
     tensors = stream.state().tensors
-    assert tensors["lbfgs.steps"].shape == (2, HISTORY, 2 * 3 * SIZE * SIZE)
+    assert tensors["lbfgs.moves"].shape == (2, HISTORY * 2 * 3 * SIZE * SIZE)
     assert tensors["lbfgs.numbers"].dtype == torch.float64

@@ -45,7 +45,7 @@ def pictures(seed: int, batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(found: Gradient, expected: Gradient) -> None:
-    assert torch.equal(found.gradient, expected.gradient) and torch.equal(found.total, expected.total)
+    assert torch.equal(found.gradient, expected.gradient) and torch.equal(found.parts, expected.parts)
     assert list(found.raw) == list(expected.raw)
     assert all(torch.equal(found.raw[name], raw) for name, raw in expected.raw.items())
     assert torch.equal(found.distance.nan_to_num(-1), expected.distance.nan_to_num(-1))
@@ -55,7 +55,7 @@ def assert_close(found: Gradient, expected: Gradient) -> None:
     """To float32 rounding, which a derivative of a derivative lets grow."""
     assert list(found.raw) == list(expected.raw)
     assert float((found.gradient - expected.gradient).norm()) <= 1e-4 * float(expected.gradient.norm())
-    torch.testing.assert_close(found.total, expected.total, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.parts, expected.parts, rtol=1e-4, atol=1e-6)
     for name, raw in expected.raw.items():
         torch.testing.assert_close(found.raw[name], raw, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.distance, expected.distance, rtol=1e-4, atol=1e-6, equal_nan=True)
@@ -746,7 +746,7 @@ def test_an_evaluation_stays_on_its_device_and_waits_for_no_number(small_model, 
     images, group = (tensor.to("meta") for tensor in pictures(0))
     recording = tape.Tape()
     stepped = evaluate(objective, images, group, recording)
-    program = recording.program([stepped.gradient, stepped.total, *stepped.raw.values(), stepped.distance])
+    program = recording.program([stepped.gradient, stepped.parts, *stepped.raw.values(), stepped.distance])
     for result in [*program(images, group), stepped.gradient, *stepped.raw.values(), stepped.distance]:
         assert result.is_meta
     with pytest.raises(RuntimeError):  # so a mixture would have been noticed

@@ -47,8 +47,8 @@ class Optimiser(Protocol):
         """Whether a step can be made of this; where not, the objective has stopped being finite for good."""
 
     def step(self, gradient: Tensor, values: Tensor, rate: float, noise: Tensor | None) -> None:
-        """One step: the gradient at the trial, in its shape, and the values there, of each seed or (g, B) of each image.
-        Only Adam takes the learning rate and, in the images' shape, the noise."""
+        """One step: the gradient at the trial, in its shape, and the value there of each seed (g, 1) or of each image
+        (g, B). Only Adam takes the learning rate and, in the images' shape, the noise."""
 
     def enter(self, images: Tensor) -> None:
         """Begin a stage from these images: maybe of another size, with an objective that may have changed."""

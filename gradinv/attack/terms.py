@@ -111,7 +111,7 @@ class KnownActivations:
 
 
 def activation_distance(nodes: Mapping[str, Tensor], known: Mapping[str, KnownActivations]) -> Tensor:
-    """The mean over the solved nodes and the images of w ‖r‖² / ‖a‖², norms with the channels' weights; a scalar.
+    """The mean over the solved nodes of w ‖r‖² / ‖a‖², norms with the channels' weights, of each image: (B,).
 
     nodes: pre-activations φ (B, C, H, W) by name. r = φ − a where the activation a > 0, and max(φ, 0) where a = 0:
     behind the ReLU a unit that is off has no derivative, so what is compared is in front of it.
@@ -119,8 +119,8 @@ def activation_distance(nodes: Mapping[str, Tensor], known: Mapping[str, KnownAc
     parts = []
     for name, solved in known.items():
         off = torch.where(solved.on, nodes[name], nodes[name].clamp(min=0)) - solved.values
-        parts.append((off.square() * solved.weight).sum((1, 2, 3)).mean())
-    return torch.stack(parts).mean()
+        parts.append((off.square() * solved.weight).sum((1, 2, 3)))
+    return torch.stack(parts).mean(0)
 
 
 def bn_distance(means: Mapping[str, Tensor], variances: Mapping[str, Tensor], target: BatchNormStatistics) -> Tensor:

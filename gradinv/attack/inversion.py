@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from gradinv.models import Model
 from gradinv.prior import preview
 from gradinv.recovery.recover import recover
 from gradinv.stepping import Gradient, Stepper
-from gradinv.types import Observation, Recovered, Snapshot, Term
+from gradinv.types import Observation, Recovered, Snapshot, SolvedNode, Term
 
 
 def invert(
@@ -35,11 +35,12 @@ def invert(
     resume: RunState | None = None,
     ranks: Ranks = ALONE,
     recovered: Recovered | None = None,
+    progress: Callable[[SolvedNode], None] | None = None,
 ) -> Snapshots:
     """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
 
     What the gradient says without a search is solved first, unless it is `recovered` already; with `boundary=auto`
-    that decides what runs (see `settled`), and each snapshot says so.
+    that decides what runs (see `settled`), and each snapshot says so. `progress` hears of each node as it is solved.
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
@@ -58,7 +59,7 @@ def invert(
     ranks.check(model.device)
     share = len(ranks.share(config.seeds))
     check_memory(model, observation.batch_size, replace(config, seeds=share))
-    recovered = recovered or recover(model, observation, config, stop=stop)
+    recovered = recovered or recover(model, observation, config, stop=stop, progress=progress)
     config = settled(model, recovered, config)
     objective = Objective(model, observation, recovered, config)
     run = Run(model, observation.batch_size, config, _start(model, recovered, config), ranks, objective.separable)
@@ -66,13 +67,15 @@ def invert(
         run.restore(resume)
     parallel = parallel_seeds(model, observation.batch_size, replace(config, seeds=share))
     stream = _iterate(run, objective, recovered, parallel, every, interval, stop or threading.Event(), resume)
-    return Snapshots(run, stream)
+    return Snapshots(run, stream, recovered)
 
 
 class Snapshots(Iterator[Snapshot]):
-    """The snapshots of a run as they come."""
+    """The snapshots of a run as they come. `recovered` is what was solved before, `config` the settled one that runs."""
 
-    def __init__(self, run: Run, stream: Generator[Snapshot]) -> None:
+    def __init__(self, run: Run, stream: Generator[Snapshot], recovered: Recovered) -> None:
+        self.recovered = recovered
+        self.config = run.config
         self._run = run
         self._stream = stream
         self._last: Snapshot | None = None

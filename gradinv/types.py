@@ -268,8 +268,9 @@ class Snapshot:
     `seeds` are each seed's pixels (G, B, 3, H, W), `consensus` the group's pixels (B, 3, H, W), both in [0, 1] and at
     full size also while a coarser stage is optimised. `terms` go by name and are those of the last step. `distance`
     is, per seed, one minus the cosine similarity between the gradient of the seed's images and the observed one over
-    all matched parameters. `seconds` counts from the start of the run. `labels` are the restored labels, one an image,
-    `label_method` is what read them and `label_confidence` how far to trust them, in [0, 1], None where nobody says.
+    all matched parameters, empty where none is matched. `seconds` counts from the start of the run. `labels` are the
+    restored labels, one an image, `label_method` is what read them and `label_confidence` how far to trust them, in
+    [0, 1], None where nobody says.
     `features_residual` is what the recovered features leave unexplained, None where the attack does without them.
     `stepping` and `parallel_seeds` say how the steps were executed, "" where none was yet, and for how many seeds at a
     time. `boundary` is down to where the network was solved: a node's name, "logits" or "loss".

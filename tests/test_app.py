@@ -362,7 +362,7 @@ def test_the_summary_is_one_page_with_pictures_numbers_settings_and_credits(visi
     page = run._summary(state, state.update, recorded, [("in all", "<1 s>")]).decode()
     assert page.count("<img ") == 2 * 2 and page.count('src="data:image/webp;base64,') == 4
     assert "finished: 1 of 1 iterations" in page and "&lt;1 s&gt;" in page and "<1 s>" not in page
-    assert "<dt>learning_rate</dt><dd>0.2</dd>" in page and "2 of 2 right" in page
+    assert "<dt>boundary</dt><dd>auto</dd>" in page and "2 of 2 right" in page
     assert "creativecommons.org" in page and not re.search(r'(src|href)="(?!data:image|https://)', page)
 
 

@@ -223,7 +223,7 @@ def test_more_pictures_than_classes(tmp_path: Path, capfd: pytest.CaptureFixture
     said = capfd.readouterr()
     assert one_sentence(said.err) == (
         "Features can be recovered for fewer images than the 2 classes, not for 3; "
-        "set features to 0 and errors to predicted."
+        "set features to 0 and boundary to loss."
     )
     # Their classes were not given, so the network's own were taken, which is said.
     assert "a: no class was given; two takes it for class " in said.out

@@ -71,7 +71,7 @@ def invert(
 
 
 class Snapshots(Iterator[Snapshot]):
-    """The snapshots of a run as they come. `recovered` is what was solved before, `config` the settled one that runs."""
+    """The snapshots of a run as they come. `recovered` is what was solved before, `config` the settled one."""
 
     def __init__(self, run: Run, stream: Generator[Snapshot], recovered: Recovered) -> None:
         self.recovered = recovered
@@ -184,7 +184,7 @@ def _snapshot(
 
 
 def _values(run: Run, done: _Done) -> tuple[dict[str, Term], tuple[float, ...]]:
-    """Every seed's terms and distance, of all ranks."""
+    """Every seed's terms and distance, of all ranks; no distance where no gradient is matched."""
     rows = [[float(own.raw[name]) for name in done.weights] + [float(own.distance)] for own in done.found]
     found = run.ranks.gather(torch.tensor(rows, dtype=torch.float64), run.config.seeds)
     *columns, distance = (tuple(column) for column in found.T.tolist())
@@ -192,4 +192,4 @@ def _values(run: Run, done: _Done) -> tuple[dict[str, Term], tuple[float, ...]]:
         name: Term(raw, tuple(weight * value for value in raw))
         for (name, weight), raw in zip(done.weights.items(), columns, strict=True)
     }
-    return terms, distance
+    return terms, distance if "gradient" in terms else ()

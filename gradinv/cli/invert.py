@@ -432,10 +432,9 @@ def _with_progress(
 
 
 def _told(snapshot: Snapshot) -> tuple[str, tuple[float, ...]]:
-    """What says how far the seeds are: the gradients' distance, or that of the solved activations."""
-    if "activations" in snapshot.terms:
-        return "activations", snapshot.terms["activations"].raw
-    return "distance", snapshot.distance
+    """What says how far the seeds are: the gradients' distance, or else the first term."""
+    name = next(iter(snapshot.terms))
+    return ("distance", snapshot.distance) if snapshot.distance else (name, snapshot.terms[name].raw)
 
 
 @contextlib.contextmanager

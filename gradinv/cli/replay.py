@@ -129,12 +129,13 @@ def _term_table(recording: Recording) -> str:
 
     rows: dict[int, list[dict[str, Any]]] = {}
     for row in recording.curves:
-        if row["distance"] is not None:
+        if any(value is not None for name, value in row.items() if name.endswith(".weighted")):
             rows.setdefault(row["step"], []).append(row)
     if not rows:
         return ""
     ends = sorted({min(rows), max(rows)})
-    names = ["distance", *(name for name in rows[ends[0]][0] if name.endswith(".weighted"))]
+    told = [name for name, value in rows[ends[0]][0].items() if value is not None]  # a distance of matched gradients
+    names = [name for name in told if name == "distance" or name.endswith(".weighted")]
     values = [
         (
             name.removesuffix(".weighted"),

@@ -80,8 +80,8 @@ class FinalLayer:
         layer = model.final_layer
         if f"{model.final}.bias" not in observation.gradients or layer.bias is None:
             raise GradinvError(
-                "Features can only be recovered where the final layer has a bias; set features to 0 and errors to "
-                "predicted."
+                "Features can only be recovered where the final layer has a bias; set features to 0 and boundary "
+                "to loss."
             )
         self._gradient = observation.gradients[f"{model.final}.weight"].cpu().double()
         self._bias_gradient = observation.gradients[f"{model.final}.bias"].cpu().double()
@@ -91,7 +91,7 @@ class FinalLayer:
         if count >= classes:
             raise GradinvError(
                 f"Features can be recovered for fewer images than the {classes} classes, not for {count}; "
-                "set features to 0 and errors to predicted."
+                "set features to 0 and boundary to loss."
             )
         if not (torch.isfinite(self._gradient).all() and torch.isfinite(self._bias_gradient).all()):
             raise GradinvError("The final layer's gradient is not finite, so no features can be recovered.")

@@ -35,6 +35,7 @@ _COUNTED, _PRUNED = 1000, 0.02
 _DOUBTFUL = 4.0  # an entry of a mask this many σ or fewer from being the other is left out where that can be
 _CROSSTALK = 0.1  # the share of the cotangents' relative error that reaches values which should be 0
 _ROUNDING = 4e-7  # the relative error of what float32 gradients give at the best
+_STOPPED = "The way down was stopped."
 _ITERATIONS = 3200  # of the convex search, shared out among the images
 _ROUNDS = 3  # of mending masks and solving again
 
@@ -66,9 +67,9 @@ def solve_layers(
             if node.name == lowest:
                 return way.nodes(), ""
             if way.stop.is_set():
-                return way.nodes(), "The way down was stopped."
+                return way.nodes(), _STOPPED
     except Unsolved as error:
-        return way.nodes(), f"{error}."
+        return way.nodes(), _STOPPED if way.stop.is_set() else f"{error}."
     return way.nodes(), "Below the stem's max pooling nothing is linear."
 
 
@@ -103,6 +104,7 @@ class _Way:
         self._fit = fit
         self._shapes = node_shapes(model.network, model.preprocessing.size)
         self._solved: list[SolvedNode] = []
+        self._looked_at: set[str] = set()
 
     def nodes(self) -> tuple[SolvedNode, ...]:
         """What is solved so far, on the model's device."""
@@ -175,11 +177,9 @@ class _Way:
         unknowns = shape[0] * shape[2] * shape[3]
         equations = self._equations(step)
         count = sum(part.count(*shape[2:]) for part in equations)
-        solution, mended = None, 0
-        if count >= unknowns:
-            solution, mended = self._exact(step, shape)
-        few = count < _AMPLE * unknowns and (solution is None or float(solution.error.median()) > _FINE)
-        if few and step.first:
+        solution, mended = self._exact(step, shape) if count >= unknowns else (None, self._gate)
+        if count < _AMPLE * unknowns and (solution is None or float(solution.error.median()) > _FINE) and step.first:
+            # Not with the mended masks: so few equations are explained by wrong ones, too.
             node = self._convex(step, shape)
             if node is not None and (solution is None or node.error.median() < solution.error.median()):
                 self._gate = Gate(self._pulled(step, shape), node.activation > 0, torch.zeros_like(node.activation))
@@ -192,7 +192,9 @@ class _Way:
                 f"{step.node} cannot be told from noise ({count} equations for {unknowns} unknowns leave an error of "
                 f"{100 * error:.0f} %)"
             )
-        share = mended / self._gate.mask.numel()
+        share = float((mended.mask != self._gate.mask).double().mean())
+        self._take(step, mended)
+        equations = self._equations(step)
         self._gate = gate(self._pulled(step, shape), solution, _CROSSTALK * self._floor)
         if step.bias is not None:
             self._gate, _ = mended_by_bias(self._gate, self._gradient(step.bias))
@@ -219,24 +221,28 @@ class _Way:
         absolute = relative * float(right.square().mean() / final.square().mean().clamp(min=1e-300)) ** 0.5
         return (error.clamp(min=solution.residual) if min(relative, absolute) > 10 else error).clamp(max=1)
 
-    def _exact(self, step: _Step, shape: tuple[int, int, int, int]) -> tuple[Solution, int]:
-        """By the gradient's equations alone, masks mended on the way: → the solution, how many entries were turned."""
-        doubtful = (self._gate.margin < _DOUBTFUL).flatten(2).any(2).any(0)
-        solution, mended = solve_input(self._equations(step), shape, doubtful=doubtful), 0
+    def _take(self, step: _Step, mended: Gate) -> None:
+        """Go on with a gate of which some masks were set right."""
+        self._gate = mended
+        if step.last:
+            self._outer = mended
+        if self._solved:
+            self._solved[-1] = replace(self._solved[-1], cotangent=mended.cotangent)
+
+    def _exact(self, step: _Step, shape: tuple[int, int, int, int]) -> tuple[Solution, Gate]:
+        """By the gradient's equations alone: the solution, and the gate above it, its masks mended on the way."""
+        above = self._gate
+        doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
+        solution = solve_input(self._equations(step), shape, doubtful=doubtful)
         for _ in range(_ROUNDS):
             if not solution.suspects.any():
                 break
-            first = self._equations(step)[0]
-            self._gate, turned = mended_by_residual(self._gate, first, solution.x.clamp(min=0), solution.suspects)
-            mended += turned
-            if step.last:
-                self._outer = self._gate
-            if turned and self._solved:
-                self._solved[-1] = replace(self._solved[-1], cotangent=self._gate.cotangent)
-            solution = solve_input(self._equations(step), shape)
+            first, *others = self._equations(step, above)
+            above, turned = mended_by_residual(above, first, solution.x.clamp(min=0), solution.suspects)
+            solution = solve_input([self._behind(step.unit, above), *others], shape)
             if not turned:
                 break
-        return solution, mended
+        return solution, above
 
     def _convex(self, step: _Step, shape: tuple[int, int, int, int]) -> SolvedNode | None:
         """By the layers' own equations as well; None where the block's activations above are not known."""
@@ -271,9 +277,10 @@ class _Way:
             0.0,
         )
 
-    def _equations(self, step: _Step) -> list[Equations]:
-        """Those of the step's convolution, and of the shortcut where that has the same input."""
-        found = [self._behind(step.unit, self._gate)]
+    def _equations(self, step: _Step, above: Gate | None = None) -> list[Equations]:
+        """Those of the step's convolution, behind a gate or the present one, and of the shortcut where that has the
+        same input."""
+        found = [self._behind(step.unit, above or self._gate)]
         if step.first and step.block.shortcut is not None:
             found.append(self._behind(step.block.shortcut, self._outer))
         return found
@@ -290,8 +297,10 @@ class _Way:
 
     def _gradient(self, name: str) -> Tensor:
         gradient = self._observation.gradients[name].detach().cpu().double()
-        if _is_pruned(gradient):
-            raise Unsolved(f"Entries of the gradient of {name} were set to 0, and so are no equations")
+        if name not in self._looked_at:
+            self._looked_at.add(name)
+            if _is_pruned(gradient):
+                raise Unsolved(f"Entries of the gradient of {name} were set to 0, and so are no equations")
         return gradient
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from gradinv.config import AttackConfig
 from gradinv.defenses import clip, quantise
 from gradinv.models import MODELS, load_model
 from gradinv.recording import Recording
-from gradinv.types import GradinvError, Observation, Snapshot
+from gradinv.types import GradinvError, Observation, Recovered, Snapshot
 
 ROOT = Path(gradinv.__file__).resolve().parents[1]
 PATIENCE = 900.0  # seconds after which something hangs; nothing depends on how fast it is
@@ -787,7 +788,11 @@ def breaking(error: BaseException) -> Any:
         def state(self) -> inversion.RunState:
             return inversion.RunState(0, 0.0, {})
 
-    return lambda model, observation, config, **_: Broken(None, stream(observation, config))  # type: ignore[arg-type]
+    def invert(model: Any, observation: Any, config: AttackConfig, **_: Any) -> Broken:
+        run: Any = SimpleNamespace(config=config)
+        return Broken(run, stream(observation, config), Recovered(torch.tensor([0]), "given", 1.0))  # type: ignore[arg-type]
+
+    return invert
 
 
 @pytest.mark.parametrize(

@@ -433,8 +433,10 @@ def _with_progress(
 
 def _told(snapshot: Snapshot) -> tuple[str, tuple[float, ...]]:
     """What says how far the seeds are: the gradients' distance, or else the first term."""
+    if snapshot.distance or not snapshot.terms:
+        return "distance", snapshot.distance
     name = next(iter(snapshot.terms))
-    return ("distance", snapshot.distance) if snapshot.distance else (name, snapshot.terms[name].raw)
+    return name, snapshot.terms[name].raw
 
 
 @contextlib.contextmanager

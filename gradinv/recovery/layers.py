@@ -129,8 +129,6 @@ class _Way:
             node = self._solve(step)
             self._solved.append(replace(node, seconds=time.perf_counter() - began))
             yield self._solved[-1]
-            if node.method == "convex":
-                raise Unsolved(f"Below {node.name} there are fewer equations than unknowns")
             if float(node.error.median()) > _TOO_ROUGH:
                 error = 100 * float(node.error.median())
                 raise Unsolved(f"{node.name} is known to {error:.0f} % only, too rough to go on below it")
@@ -182,7 +180,9 @@ class _Way:
             # Not with the mended masks: so few equations are explained by wrong ones, too.
             node = self._convex(step, shape)
             if node is not None and (solution is None or node.error.median() < solution.error.median()):
-                self._gate = Gate(self._pulled(step, shape), node.activation > 0, torch.zeros_like(node.activation))
+                size = node.activation.flatten(1).square().mean(1).sqrt()
+                sigma = (node.error * size).view(-1, 1, 1, 1).expand(shape)
+                self._pass(step, shape, Solution(node.activation, sigma, node.residual, torch.zeros(0)))
                 return replace(node, cotangent=self._gate.cotangent)
         if solution is None:
             raise Unsolved(f"{step.unit.name} gives {count} equations for {unknowns} unknowns of {step.node}")
@@ -195,9 +195,7 @@ class _Way:
         share = float((mended.mask != self._gate.mask).double().mean())
         self._take(step, mended)
         equations = self._equations(step)
-        self._gate = gate(self._pulled(step, shape), solution, _CROSSTALK * self._floor)
-        if step.bias is not None:
-            self._gate, _ = mended_by_bias(self._gate, self._gradient(step.bias))
+        self._pass(step, shape, solution)
         return SolvedNode(
             step.node,
             solution.x.clamp(min=0) * self._gate.mask,
@@ -220,6 +218,12 @@ class _Way:
         relative = solution.residual / max(self._fit.residual, _ROUNDING)
         absolute = relative * float(right.square().mean() / final.square().mean().clamp(min=1e-300)) ** 0.5
         return (error.clamp(min=solution.residual) if min(relative, absolute) > 10 else error).clamp(max=1)
+
+    def _pass(self, step: _Step, shape: tuple[int, int, int, int], solution: Solution) -> None:
+        """Go through the ReLU of the node that was solved."""
+        self._gate = gate(self._pulled(step, shape), solution, _CROSSTALK * self._floor)
+        if step.bias is not None:
+            self._gate, _ = mended_by_bias(self._gate, self._gradient(step.bias))
 
     def _take(self, step: _Step, mended: Gate) -> None:
         """Go on with a gate of which some masks were set right."""

@@ -27,7 +27,8 @@ evaluations:
   ablation    Table 2: gradient only, + fidelity, + group, lazy and registered; and with the gradient off
   matching    Table 5: gradients compared by l2 and by cosine
   identify    which pictures of the whole folder were in the batch, from the gradient alone
-  batch-size  quality and IIP for K = 1 to 48
+  ingredients what the attack below the solved layers loses without each of its parts
+  batch-size  quality, IIP and how far the layers are solved for K = 1 to 48
   defences    quality, labels and identification behind each defence
   compare     the public package breaching and ours, side by side (needs the extra gradinv[compare])
 
@@ -44,7 +45,7 @@ are tuned on the later half (--half tune) only.
 exit codes: 0; 2 bad use; 1 some batches failed; 130 stopped by Ctrl-C, with what was measured kept
 """
 
-EVALUATIONS = ("labels", "ablation", "matching", "identify", "batch-size", "defences", "compare")
+EVALUATIONS = ("labels", "ablation", "matching", "identify", "ingredients", "batch-size", "defences", "compare")
 
 DEFENCES = (
     *("none", "clip:1", "noise:1e-3", "noise:1e-2", "dp:1,8,1e-5"),
@@ -211,6 +212,7 @@ def _rows(args: argparse.Namespace, config: AttackConfig, model: Model, *, sever
         "ablation": lambda: plan.ablation_rows(config, size),
         "matching": lambda: plan.matching_rows(config, size),
         "identify": lambda: plan.identification_rows(sizes, defences),
+        "ingredients": lambda: plan.ingredient_rows(config, size),
         "batch-size": lambda: plan.size_rows(config, sizes),
         "defences": lambda: plan.defence_rows(config, size, defences),
         "compare": lambda: plan.comparison_rows(config, size, model, several=several),

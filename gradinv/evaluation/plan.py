@@ -137,6 +137,9 @@ COLUMNS = {
     "found": Column("found %", 2),
     "residual": Column("residual", 4),
     "iip": Column("IIP %", 1),
+    "known": Column("known numbers", 0),
+    "known_error": Column("their error %", 2),
+    "solving_seconds": Column("s solving", 1),
     "seconds": Column("s", 1),
     "seconds_per_iteration": Column("s/iteration", 3),
     **{f"labels {method}": Column(f"{method} %", 2) for method in LABEL_METHODS},
@@ -238,6 +241,47 @@ def matching_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
     )
 
 
+def ingredient_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
+    """The attack below the solved layers, and what becomes of it without each of its ingredients.
+
+    Raises GradinvError for settings that solve no layers.
+    """
+    if not config.needs_layers:
+        raise GradinvError("The evaluation ingredients is about solved layers; take the preset demo.")
+    change, first = dataclasses.replace, config.pooling[:1]
+    rows = {
+        "demo": config,
+        "one seed": change(config, seeds=1),
+        "the maximum throughout": change(config, pooling=(0.0,) * len(config.pooling)),
+        "the softest maximum throughout": change(config, pooling=first * len(config.pooling)),
+        "Adam": change(config, optimiser="adam", learning_rate=0.1, optimiser_step="gradient"),
+        "a tenth of the TV": change(config, tv=config.tv / 10),
+        "the gradient below as well": change(config, gradient=0.1),
+        "gradient matching alone": AttackConfig.preset("matching", seeds=config.seeds, iterations=config.iterations),
+        "no gradient": change(
+            config,
+            activations=0.0,
+            gradient=0.0,
+            features=0.0,
+            boundary="loss",
+            pooling=(),
+            tv_schedule=(),
+            bn_weight=0.02,
+            bn_form="relative",
+        ),
+    }
+    return tuple(
+        Row(
+            name,
+            batch_size,
+            config=row,
+            judged="consensus" if row.seeds > 1 else "seeds",
+            over=() if name == "demo" else ("demo",),
+        )
+        for name, row in rows.items()
+    )
+
+
 ABOUT_MATCHING = ("ablation", "matching")
 """The evaluations of settings that match gradients, with no layer solved."""
 
@@ -275,6 +319,9 @@ def comparison_rows(config: AttackConfig, batch_size: int, model: Model, *, seve
     peer_rows = tuple(Row(f"breaching {name}", batch_size, config=single, peer=name) for name in peers.BREACHING)
     over = tuple(row.name for row in peer_rows)
     ours = [Row("ours", batch_size, config=dataclasses.replace(single, start="random"), over=over)]
+    if config.needs_layers:
+        matching = AttackConfig.preset("matching", seeds=1, iterations=config.iterations)
+        ours.append(Row("ours, gradient matching alone", batch_size, config=matching, over=over))
     if has_decoder(model):
         start = dataclasses.replace(single, start="decoder")
         ours.append(Row("ours, decoder's start", batch_size, config=start, over=over))
@@ -325,21 +372,26 @@ EXPERIMENTS: dict[str, Experiment] = {
         sizes=(8, 16, 32),
         defences=True,
     ),
+    "ingredients": Experiment(
+        batches=8,
+        metrics=(*QUALITY, "known", "known_error", "labels", "seconds"),
+        panels=(PSNR_PANEL, SSIM_PANEL),
+    ),
     "batch-size": Experiment(
         batches=8,
-        metrics=(*QUALITY, "iip", "distance", "labels", "seconds_per_iteration"),
+        metrics=(*QUALITY, "iip", "known", "known_error", "labels", "solving_seconds", "seconds"),
         panels=(PSNR_PANEL, SSIM_PANEL, ("IIP in %", ("iip",))),
         sizes=(1, 2, 4, 8, 16, 32, 48),
     ),
     "defences": Experiment(
         batches=8,
-        metrics=(*QUALITY, "labels", "found", "distance"),
+        metrics=(*QUALITY, "labels", "found", "known", "known_error", "distance"),
         panels=(PSNR_PANEL, SSIM_PANEL, ("found and labels in %", ("found", "labels"))),
         defences=True,
     ),
     "compare": Experiment(
         batches=8,
-        metrics=(*QUALITY, "distance", "labels", "seconds_per_iteration"),
+        metrics=(*QUALITY, "distance", "labels", "seconds", "seconds_per_iteration"),
         panels=(PSNR_PANEL, SSIM_PANEL, ("seconds an iteration", ("seconds_per_iteration",))),
     ),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -100,10 +101,9 @@ def inversion_task(bench: Bench, row: Row, number: int) -> Values:
         config = _weighed(bench, observation, config, row.weigh_like)
     if row.peer is not None:
         return _measure_peer(bench, row, config, observation, pixels, batch.labels)
-    last = _run(bench, observation, config)
+    last, run = _run(bench, observation, config)
     restored = torch.tensor(last.labels)
-    seconds = {"seconds": last.seconds, "seconds_per_iteration": last.seconds / max(1, config.iterations)}
-    values = {**_quality(bench, last.seeds, last.consensus, restored, observation, pixels, batch.labels), **seconds}
+    values = {**_quality(bench, last.seeds, last.consensus, restored, observation, pixels, batch.labels), **run}
     if bench.plan.command == "batch-size":
         paired = last.consensus[metrics.pair(last.consensus, restored.tolist(), pixels, batch.labels.tolist())]
         inside = _iip(bench, paired, batch)
@@ -131,14 +131,25 @@ def _observe(bench: Bench, row: Row, number: int, config: AttackConfig, pixels: 
     return bench.defend(observation, row, number)
 
 
-def _run(bench: Bench, observation: Observation, config: AttackConfig) -> Snapshot:
-    """The last snapshot of an inversion. Raises Stopped where it was not allowed to end."""
+def _run(bench: Bench, observation: Observation, config: AttackConfig) -> tuple[Snapshot, Values]:
+    """The last snapshot of an inversion, how long it took with and without the search, and what was known beforehand:
+    so many numbers of each image, with so large an error. Raises Stopped where it was not allowed to end."""
     last: Snapshot | None = None
-    for snapshot in invert(bench.model, observation, config, stop=bench.stop):
+    began = time.perf_counter()
+    snapshots = invert(bench.model, observation, config, stop=bench.stop)
+    solved = time.perf_counter()
+    for snapshot in snapshots:
         last = snapshot
     if last is None or not last.final:
         raise Stopped
-    return last
+    node = next((node for node in snapshots.recovered.nodes if node.name == last.boundary), None)
+    return last, {
+        "known": 0.0 if node is None else float(node.activation[0].numel()),
+        "known_error": None if node is None else 100 * float(node.error.median()),
+        "solving_seconds": solved - began,
+        "seconds": time.perf_counter() - began,
+        "seconds_per_iteration": last.seconds / max(1, last.steps),
+    }
 
 
 def _quality(
@@ -289,6 +300,7 @@ TASKS: dict[str, Callable[[Bench, Row, int], Values]] = {
     "labels": labels_task,
     "ablation": inversion_task,
     "matching": inversion_task,
+    "ingredients": inversion_task,
     "identify": identification_task,
     "batch-size": inversion_task,
     "defences": inversion_task,

@@ -34,7 +34,9 @@ def recover(
     labels cannot be read, or the final layer cannot be solved though the config needs it.
     """
     restored = restore_labels(model, observation, config.labels)
-    found = Recovered(restored.labels, restored.method, restored.confidence)
+    # The client's rescaling is known wherever the labels were tested by it.
+    scale = 1.0 if restored.fit is None else restored.fit.scale
+    found = Recovered(restored.labels, restored.method, restored.confidence, scale=scale)
     if not config.needs_features:
         return found
     try:

@@ -212,7 +212,7 @@ def test_an_inversion_is_measured_in_full(folder: Path, small_model: Model) -> N
     assert set(values) == {
         *(f"{group}{name}" for group in ("", "consensus_") for name in ("psnr", "ssim", "fft2d")),
         *("constant_psnr", "constant_ssim", "l2_distance", "sign_match", "distance", "labels"),
-        *("seconds", "seconds_per_iteration"),
+        *("seconds", "seconds_solving", "seconds_per_iteration"),
     }
     assert values["labels"] == 100 and all(value is not None and math.isfinite(value) for value in values.values())
     # The best constant colour has a PSNR that depends on the pictures alone.
@@ -301,17 +301,29 @@ def test_the_comparison_has_equal_iterations_and_a_single_seed() -> None:
     rows = plans.comparison_rows(config, 8, model, several=True)
     assert [row.name for row in rows] == [
         *("breaching invertinggradients", "breaching seethroughgradients"),
-        *("ours", "ours, decoder's start", "ours, 4 seeds", plans.TIMING),
+        *("ours", "ours, gradient matching alone", "ours, decoder's start", "ours, 4 seeds", plans.TIMING),
     ]
     assert {row.config.iterations for row in rows if row.config} == {300}
-    assert [row.config.seeds for row in rows if row.config] == [1, 1, 1, 1, 4, 4]
-    assert [row.config.start for row in rows[2:5] if row.config] == ["random", "decoder", "random"]
-    assert all(row.over == ("breaching invertinggradients", "breaching seethroughgradients") for row in rows[2:5])
-    assert len(plans.comparison_rows(config, 8, model, several=False)) == 5
+    assert [row.config.seeds for row in rows if row.config] == [1, 1, 1, 1, 1, 4, 4]
+    assert [row.config.start for row in rows[2:6] if row.config] == ["random", "random", "decoder", "random"]
+    assert [row.config.boundary for row in rows[2:6] if row.config] == ["auto", "logits", "auto", "auto"]
+    assert all(row.over == ("breaching invertinggradients", "breaching seethroughgradients") for row in rows[2:6])
+    assert len(plans.comparison_rows(config, 8, model, several=False)) == 6
     with pytest.raises(
         GradinvError, match=r"^The comparison is made with a client in eval mode; take approx, exact or"
     ):
         plans.comparison_rows(dataclasses.replace(config, bn="inferred"), 8, model, several=True)
+
+
+def test_ingredients_are_left_out_one_at_a_time() -> None:
+    config = AttackConfig.preset("demo", seeds=2, iterations=50)
+    rows = plans.ingredient_rows(config, 4)
+    assert rows[0].config == config and rows[0].over == ()
+    for row in rows[1:]:
+        assert row.over == ("demo",) and row.config != config
+        assert (row.judged == "seeds") == (row.config is not None and row.config.seeds == 1)
+    with pytest.raises(GradinvError, match=r"solves? layers|solved layers|preset demo"):
+        plans.ingredient_rows(AttackConfig.preset("matching"), 4)
 
 
 # --- the table

@@ -139,7 +139,7 @@ COLUMNS = {
     "iip": Column("IIP %", 1),
     "known": Column("known numbers", 0),
     "known_error": Column("their error %", 2),
-    "solving_seconds": Column("s solving", 1),
+    "seconds_solving": Column("s solving", 1),
     "seconds": Column("s", 1),
     "seconds_per_iteration": Column("s/iteration", 3),
     **{f"labels {method}": Column(f"{method} %", 2) for method in LABEL_METHODS},
@@ -379,7 +379,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "batch-size": Experiment(
         batches=8,
-        metrics=(*QUALITY, "iip", "known", "known_error", "labels", "solving_seconds", "seconds"),
+        metrics=(*QUALITY, "iip", "known", "known_error", "labels", "seconds_solving", "seconds"),
         panels=(PSNR_PANEL, SSIM_PANEL, ("IIP in %", ("iip",))),
         sizes=(1, 2, 4, 8, 16, 32, 48),
     ),

@@ -142,14 +142,16 @@ def _run(bench: Bench, observation: Observation, config: AttackConfig) -> tuple[
         last = snapshot
     if last is None or not last.final:
         raise Stopped
-    node = next((node for node in snapshots.recovered.nodes if node.name == last.boundary), None)
-    return last, {
-        "known": 0.0 if node is None else float(node.activation[0].numel()),
-        "known_error": None if node is None else 100 * float(node.error.median()),
-        "solving_seconds": solved - began,
+    values: dict[str, float | None] = {
+        "seconds_solving": solved - began,
         "seconds": time.perf_counter() - began,
         "seconds_per_iteration": last.seconds / max(1, last.steps),
     }
+    if config.needs_layers:
+        node = next((node for node in snapshots.recovered.nodes if node.name == last.boundary), None)
+        values["known"] = 0.0 if node is None else float(node.activation[0].numel())
+        values["known_error"] = None if node is None else 100 * float(node.error.median())
+    return last, values
 
 
 def _quality(

@@ -77,7 +77,8 @@ def _by_corners(gradient: Tensor, slope: Tensor, pooled: Pooled, full: Tensor) -
     for row, column in itertools.product((0, 1), (0, 1)):
         span = _span(gradient[:, :, 0 if row else 2, 0 if column else 2], len(full))
         for image, off in enumerate(pooled.off):
-            direction = span @ _vanishing(span, off, 1)[:, 0]
+            basis, off = _vanishing(span, off, 1)
+            direction = span @ basis[:, 0]
             expected = slope * pooled.cotangent[image]
             on, sure = _two_valued(direction, expected, off)
             mask[image, :, row, column] = on
@@ -94,11 +95,11 @@ def _span(tap: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(tap, full_matrices=False)[0][:, :rank]
 
 
-def _vanishing(span: Tensor, off: Tensor, dimension: int) -> Tensor:
-    """The coordinates q (rank, dimension) with span[off] q = 0; rows that stand out, of features that are not quite 0
-    after all, are left out one by one."""
+def _vanishing(span: Tensor, off: Tensor, dimension: int) -> tuple[Tensor, Tensor]:
+    """The coordinates q (rank, dimension) with span[off] q = 0, and which channels are off: those that stand out, of
+    features that are not quite 0 after all, are taken out one by one."""
     if dimension == span.shape[1]:
-        return torch.eye(dimension, dtype=span.dtype)
+        return torch.eye(dimension, dtype=span.dtype), off
     rows = off.clone()
     norms = span.norm(dim=1).clamp(min=1e-12)
     for _ in range(40):
@@ -109,7 +110,7 @@ def _vanishing(span: Tensor, off: Tensor, dimension: int) -> Tensor:
         if float(left[rows].max()) <= max(30 * float(left[rows].median()), 1e-7):
             break
         rows[torch.where(rows, left, 0).argmax()] = False
-    return torch.linalg.svd(span[rows], full_matrices=True)[2][-dimension:].T
+    return torch.linalg.svd(span[rows], full_matrices=True)[2][-dimension:].T, rows
 
 
 def _two_valued(direction: Tensor, expected: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,15 +136,15 @@ def _slots(tap: Tensor, slope: Tensor, pooled: Pooled, positions: int, bias_grad
     """
     images = len(pooled.cotangent)
     span = _span(tap, images * positions)
-    rows = []
+    rows, offs = [], []
     for off in pooled.off:
-        row = span @ _vanishing(span, off, positions)
-        row[off] = 0
-        rows.append(row)
+        basis, off = _vanishing(span, off, positions)
+        rows.append(torch.where(off[:, None], 0, span @ basis))
+        offs.append(off)
     joint = torch.cat(rows, 1) / slope[:, None]
     weights = torch.linalg.lstsq(joint, bias_gradient[:, None], driver="gelsd").solution.view(images, positions)
     found = torch.zeros(*pooled.cotangent.shape, positions, dtype=torch.bool)
-    for image, off in enumerate(pooled.off):
+    for image, off in enumerate(offs):
         expected = slope * pooled.cotangent[image]
         alive = (~off).nonzero()[:, 0]
         r = rows[image][alive] / expected[alive, None]

@@ -182,7 +182,7 @@ def sought(model: Model, observation: Observation) -> Sought:
     Raises GradinvError where labels or features cannot be had.
     """
     labels = restore_labels(model, observation)
-    return Sought(labels, recover_features(model, observation, labels.labels))
+    return Sought(labels, recover_features(model, observation, labels.labels, known=labels.fit))
 
 
 def identify(model: Model, observation: Observation, gallery: Gallery, top: int = 5) -> Identified:

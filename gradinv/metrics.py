@@ -5,6 +5,7 @@ Everything here takes pixels in [0, 1] of shape (B, 3, H, W) and answers one val
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -119,7 +120,8 @@ def _lpips_network() -> nn.Module | GradinvError:
         return GradinvError("LPIPS needs the package lpips; install it with pip install 'gradinv[metrics]'.")
     weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
     try:
-        state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        with contextlib.redirect_stdout(sys.stderr):  # where the download is announced
+            state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except Exception as error:  # of the network, the disk, and a dozen types for a file that is damaged
         reason = " ".join(str(error).split())
         return GradinvError(

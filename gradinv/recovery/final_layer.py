@@ -33,14 +33,15 @@ class RecoveredFeatures:
 
 
 @torch.no_grad()
-def recover_features(model: Model, observation: Observation, labels: Tensor, starts: int = 6) -> RecoveredFeatures:
+def recover_features(
+    model: Model, observation: Observation, labels: Tensor, starts: int = 6, known: Fit | None = None
+) -> RecoveredFeatures:
     """Solve ∇W = (s/K) Aᵀ F, ∇b = (s/K) Aᵀ 1 for the pooled features F ≥ 0, A = softmax(F Wᵀ + b) − y.
 
-    labels: (B,), of which some may repeat. `starts` bounds the attempts, see `FinalLayer`. Needs K < N. Not in the
-    paper. Raises GradinvError where the layer has no bias, K ≥ N, or its gradient is not finite.
+    labels: (B,), of which some may repeat. `starts` bounds the attempts, see `FinalLayer`; `known` is a solution with
+    these labels that there is already. Needs K < N. Not in the paper. Raises GradinvError where the layer has no bias, K ≥ N, or its gradient is not finite.
     """
-    layer = FinalLayer(model, observation)
-    best = layer.fit(labels.cpu(), starts=starts)
+    best = known or FinalLayer(model, observation).fit(labels.cpu(), starts=starts)
     device = model.device
     return RecoveredFeatures(
         best.features.float().to(device), best.errors.float().to(device), best.residual, best.scale

@@ -27,6 +27,7 @@ NEUTRAL = "#7b858c"
 TERMS = {
     "gradient": "gradient",
     "features": "features",
+    "activations": "solved activations",
     "bn": "BN statistics",
     "tv": "total variation",
     "l2": "ℓ2 norm",
@@ -131,10 +132,11 @@ def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go
     return _dress(figure, height=320, hovermode="x unified")
 
 
-def distance_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Lines: how far each seed's gradient and their mean still are from the shared one over the steps."""
+def distance_curves(rows: Sequence[Mapping[str, Any]], column: str = "distance") -> go.Figure:
+    """Lines: how far each seed's gradient and their mean still are from the shared one over the steps; or, with the
+    column of that, their activations from the solved ones."""
     figure = go.Figure()
-    for name, (steps, values) in _distances(rows).items():
+    for name, (steps, values) in _distances(rows, column).items():
         seed = name.startswith("seed")
         figure.add_scatter(
             x=steps,
@@ -145,7 +147,8 @@ def distance_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             hovertemplate="step %{x}: %{y:.3f}",
         )
     figure.update_xaxes(title_text="step")
-    figure.update_yaxes(title_text="1 − cosine similarity", rangemode="tozero")
+    title = "1 − cosine similarity" if column == "distance" else "misfit"
+    figure.update_yaxes(title_text=title, rangemode="tozero")
     return _dress(figure, height=320, hovermode="x unified", showlegend=True)
 
 
@@ -168,11 +171,11 @@ def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | N
     return _live(series, steps, {"type": "value", "scale": True})
 
 
-def live_distance(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+def live_distance(rows: Sequence[Mapping[str, Any]], steps: int, column: str = "distance") -> dict[str, Any]:
     """`distance_curves` as ECharts options for a run of so many steps."""
     series = [
         _line(name, _thin(points), *((NEUTRAL, 1) if name.startswith("seed") else (COLOURS[0], 3)))
-        for name, points in _distances(rows).items()
+        for name, points in _distances(rows, column).items()
     ]
     return _live(series, steps, {"type": "value"})
 
@@ -202,9 +205,10 @@ def _psnr(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[
     return {name: points for name, points in found.items() if points[0]}
 
 
-def _distances(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    seeds = _by_seed(rows, "distance")
-    found = {**seeds, "mean of the seeds" if seeds else "distance": _mean_over_seeds(rows, "distance")}
+def _distances(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, tuple[list[int], list[float]]]:
+    seeds = _by_seed(rows, column)
+    alone = "distance" if column == "distance" else "misfit"
+    found = {**seeds, "mean of the seeds" if seeds else alone: _mean_over_seeds(rows, column)}
     return {name: points for name, points in found.items() if points[0]}
 
 

@@ -26,8 +26,9 @@ from gradinv.attack.inversion import invert
 from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
 from gradinv.models import Model
+from gradinv.network import parts
 from gradinv.recording import MemoryStore, Recorder, thinned
-from gradinv.types import GradinvError, Observation, Snapshot, memory_exhausted
+from gradinv.types import GradinvError, Observation, Snapshot, SolvedNode, memory_exhausted
 from gradinv.victim import observe
 
 log = logging.getLogger(__name__)
@@ -377,7 +378,8 @@ class Pictures:
     """A snapshot as a page draws it: WebP data URIs in the originals' order, the seeds' one row each.
 
     `restored` has the restored label and `psnr` the consensus's PSNR in dB of each original, None where there are none:
-    then the order is that of the labels. `distance` is that of the gradients, the mean of the seeds', None at first.
+    then the order is that of the labels. `distance` is that of the gradients and `activations` that of the solved
+    activations, the mean of the seeds', None at first and where the attack does not compare them.
     """
 
     restored: tuple[int, ...]
@@ -385,14 +387,51 @@ class Pictures:
     seeds: tuple[tuple[str, ...], ...]
     psnr: tuple[float | None, ...]
     distance: float | None
+    activations: float | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node that was solved: its shape (C, H, W), and the median over the images of its estimated relative error."""
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of each picture it says."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Solving:
+    """How far the layers are solved, before the first picture and afterwards.
+
+    `layers` are the solved ones and `nodes` all that the network has, the highest first; of a network that cannot be
+    solved there are none. `boundary` is what the pixels are searched below, None as long as the solving goes on; then
+    `stopped` says why it went no further. `seconds` is what it has taken.
+    """
+
+    nodes: tuple[str, ...]
+    layers: tuple[Layer, ...] = ()
+    boundary: str | None = None
+    stopped: str = ""
+    seconds: float = 0.0
+
+    @property
+    def remaining(self) -> None:
+        """Nobody knows: how deep it goes depends on the gradient."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
 class Progress:
     """What the page shows of an inversion at one step.
 
-    `curves` are the recorded rows so far, `speed` is in seconds an iteration, `remaining` in seconds (both None before
-    the first step), `store` the recording itself.
+    `seconds` are those of the search. `curves` are the recorded rows so far, `speed` is in seconds an iteration,
+    `remaining` in seconds (both None before the first step), `store` the recording itself, `solving` what was solved
+    before.
     """
 
     step: int
@@ -403,6 +442,12 @@ class Progress:
     pictures: Pictures
     curves: tuple[Mapping[str, Any], ...]
     store: MemoryStore
+    solving: Solving
+
+    @property
+    def total(self) -> float:
+        """Seconds with those of the solving."""
+        return self.solving.seconds + self.seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -447,6 +492,17 @@ class Inversion:
         if own is not None:
             check_memory(model, len(own.pixels), self.config)
         observation = self.client.observed(model, self.config)
+        began = time.perf_counter()
+        nodes = _nodes(model) if self.config.needs_layers else ()
+        layers: list[Layer] = []
+
+        def solved(node: SolvedNode) -> None:
+            layers.append(Layer(node.name, tuple(node.activation.shape[1:]), float(node.error.median())))
+            handle.publish(Solving(nodes, tuple(layers), seconds=time.perf_counter() - began), 0)
+
+        handle.publish(Solving(nodes), 0)
+        run = invert(model, observation, self.config, interval=self.INTERVAL, stop=handle.stop, progress=solved)
+        solving = Solving(nodes, tuple(layers), run.config.boundary, run.recovered.stopped, time.perf_counter() - began)
         store = MemoryStore()
         recorder = Recorder(
             store,
@@ -455,6 +511,7 @@ class Inversion:
             observation=observation,
             originals=None if own is None else own.pixels,
             labels=None if own is None else own.labels,
+            recovered=run.recovered,
         )
         pace: deque[tuple[float, int]] = deque(maxlen=20)
 
@@ -464,17 +521,16 @@ class Inversion:
         def shown(snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
             for snapshot in snapshots:
                 pace.append((snapshot.seconds, snapshot.step))
-                publish(self._progress(snapshot, pace, recorder.curves, store))
+                publish(self._progress(snapshot, pace, recorder.curves, store, solving))
                 yield snapshot
 
-        run = invert(model, observation, self.config, interval=self.INTERVAL, stop=handle.stop)
         last: Snapshot | None = None
-        for recorded in recorder.follow(thinned(shown(run), self.config.iterations / self.FRAMES)):
+        for recorded in recorder.follow(thinned(shown(run), run.config.iterations / self.FRAMES)):
             last = recorded
         if last is not None:
             # Once more, now that everything is recorded.
-            publish(self._progress(last, pace, recorder.curves, store))
-            _measured(model.name, self.config, last.step * self.cost // self.config.iterations, last.seconds, last.step)
+            publish(self._progress(last, pace, recorder.curves, store, solving))
+            _measured(model.name, self, solving.seconds, last)
         return "done" if recorder.run["status"] == "done" else "stopped"
 
     def _progress(
@@ -483,6 +539,7 @@ class Inversion:
         pace: Sequence[tuple[float, int]],
         curves: Sequence[Mapping[str, Any]],
         store: MemoryStore,
+        solving: Solving,
     ) -> Progress:
         steps = pace[-1][1] - pace[0][1]
         speed = (pace[-1][0] - pace[0][0]) / steps if steps > 0 else None
@@ -495,6 +552,7 @@ class Inversion:
             pictures=self.pictures(snapshot),
             curves=tuple(curves),
             store=store,
+            solving=solving,
         )
 
     def pictures(self, snapshot: Snapshot) -> Pictures:
@@ -510,28 +568,49 @@ class Inversion:
             seeds=tuple(figures.tiles(pixels[order]) for pixels in snapshot.seeds),
             psnr=(None,) * len(order) if own is None else tuple(metrics.psnr(consensus, own.pixels).tolist()),
             distance=metrics.mean(snapshot.distance),
+            activations=metrics.mean(snapshot.terms["activations"].raw) if "activations" in snapshot.terms else None,
         )
 
 
-_paces: dict[tuple[str, str, str, bool], float] = {}
+def _nodes(model: Model) -> tuple[str, ...]:
+    """The network's nodes, the highest first; of one that is no ResNet, none."""
+    try:
+        return tuple(reversed(parts(model.network).nodes))
+    except GradinvError:
+        return ()
 
 
-def _kind(model: str, config: AttackConfig) -> tuple[str, str, str, bool]:
-    """What decides how long an iteration takes."""
-    return model, config.layers, config.boundary, config.gradient > 0
+@dataclass(frozen=True)
+class _Pace:
+    """Seconds of the solving for each image, and of the search for its cost."""
+
+    solving: float
+    search: float
 
 
-def _measured(model: str, config: AttackConfig, cost: int, seconds: float, steps: int) -> None:
+_Kind = tuple[str, str, str, bool, str]
+_paces: dict[_Kind, _Pace] = {}
+
+
+def _kind(model: str, config: AttackConfig) -> _Kind:
+    """What decides how long a run takes, beside its cost."""
+    return model, config.layers, config.boundary, config.gradient > 0, config.optimiser
+
+
+def _measured(model: str, work: Inversion, solving: float, last: Snapshot) -> None:
     """Remember how fast a run was. The first steps of one are slower than the rest, so that few tell nothing."""
-    if steps >= MEASURABLE:
-        _paces[_kind(model, config)] = seconds / cost
+    if last.step >= MEASURABLE:
+        # By the share that was done: where another preset took over, its iterations are others.
+        share = last.step / last.steps
+        pace = _Pace(solving / work.client.batch_size, last.seconds / share / work.cost)
+        _paces[_kind(model, work.config)] = pace
 
 
-def estimate(model: str, config: AttackConfig, cost: int) -> float | None:
-    """About how many seconds a run takes, by the last one here of the same network that searched for the same; None
-    before there was any. `cost` is the run's."""
+def estimate(model: str, config: AttackConfig, batch_size: int, cost: int) -> float | None:
+    """About how many seconds a run takes, the solving included, by the last one here of the same network that searched
+    for the same; None before there was any. `cost` is the run's."""
     pace = _paces.get(_kind(model, config))
-    return None if pace is None else pace * cost
+    return None if pace is None else pace.solving * batch_size + pace.search * cost
 
 
 _manager: JobManager | None = None

@@ -337,6 +337,7 @@ class Recorder:
             recording_seconds=self._spent,
             peak_memory_mb=_peak_memory_mb(self._device),
             environment={**self.run["environment"], **_executed(snapshot)},
+            **({"boundary": snapshot.boundary} if snapshot.boundary else {}),
         )
         # A stopped run may end with the state that was recorded last, and a resumed one begins with it.
         if snapshot.step > self._recorded:
@@ -364,7 +365,7 @@ class Recorder:
                 "step": snapshot.step,
                 "seed": seed,
                 "seconds": snapshot.seconds,
-                # No gradient has been compared before the first step.
+                # No gradient has been compared before the first step, nor where none is matched.
                 "distance": snapshot.distance[seed] if snapshot.distance else None,
                 "psnr": self._mean_psnr(pixels, snapshot.labels),
                 "consensus_psnr": consensus_psnr,

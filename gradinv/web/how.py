@@ -367,7 +367,10 @@ STEPS = (
         "The distance is zero at the client’s pictures. All of it can be differentiated, so its slope says how each "
         "pixel should change; Adam follows that slope, from noise, for hundreds or thousands of steps.\n\n"
         "The straight way in this picture was laid **with the originals at hand**, to show where the distance leads. "
-        "The attack never has them, it has the slope only. [Replay](replay) shows the way that it really takes.",
+        "The attack never has them, it has the slope only.\n\n"
+        "The presets Paper and Matching do this. The preset Demo searches less: it first solves the layers, as step 6 "
+        "says, and the pixels only have to explain the lowest solved one. [Replay](replay) shows the way that an "
+        "attack really takes.",
     ),
     Step(
         "What natural pictures look like",
@@ -410,6 +413,9 @@ STEPS = (
         "solved without a single step of optimisation. It undoes the batch’s average, picture by picture. The features "
         "then guide the pixels, and find the pictures among thousands of candidates: "
         "[Who was in the batch?](batch)\n\n"
+        "**The layers below** are solved in the same way. The gradient of each layer’s weights is a set of equations "
+        "for what the layer saw in each picture. As long as there are as many equations as unknowns, that is known "
+        "exactly, down to where the pixels are searched for.\n\n"
         "The **learned prior** goes further: a small network that learned from public pictures paints a first guess "
         "from the features alone. What it paints is partly what it has learned, not what the client has, so it is "
         "marked wherever it is used and can be switched off.",

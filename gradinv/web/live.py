@@ -189,7 +189,7 @@ def _start_bar(
             size = batch.batch_size if isinstance(batch, Gradient) else len(batch.members)
             whose = "a gradient of " if isinstance(batch, Gradient) else ""
             cost = size * network.preprocessing.size**2 * config.iterations * config.seeds
-            seconds = estimate(network.name, config, cost)
+            seconds = estimate(network.name, config, size, cost)
             told = "time not measured yet" if seconds is None else markup.about(seconds)
             st.markdown(
                 f"**{whose}{markup.count(size, 'picture')}** · {network.name} · "

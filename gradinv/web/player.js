@@ -40,7 +40,8 @@ export default function (component) {
   const total = Math.max(...header.runs.map(run => run.total));
   const steps = [...new Set(header.runs.flatMap(run => run.steps))].sort((a, b) => a - b);
   const levels = header.runs.flatMap(run => [run.baseline, ...run.psnr.flat()]).filter(Number.isFinite);
-  const distances = header.runs.flatMap(run => run.distance).filter(Number.isFinite);
+  // Runs that were measured alike share a scale.
+  const distances = name => header.runs.filter(run => run.measured === name).flatMap(run => run.distance).filter(Number.isFinite);
   let place = 0, playing = false, timer = 0, gone = false;
 
   // --- curves: lines in a unit square, stretched to the chart's box; what is at the step stands in words above it
@@ -122,8 +123,8 @@ export default function (component) {
     const points = values => run.steps.map((step, at) => [step, values[at]]);
     const quality = chart("PSNR of the reconstruction", [Math.min(...levels), Math.max(...levels)], run.psnr.map(points), run.baseline);
     charts.append(quality.box);
-    const distance = distances.length
-      ? chart("Distance of the gradients", [0, Math.max(...distances)], [points(run.distance)])
+    const distance = run.distance.some(Number.isFinite)
+      ? chart(run.measured, [0, Math.max(...distances(run.measured))], [points(run.distance)])
       : null;
     if (distance) charts.append(distance.box);
     find("panels").append(panel);
@@ -162,7 +163,7 @@ export default function (component) {
       draw(panel);
       const level = run.psnr.at(-1)[now], gap = run.distance[now];
       panel.quality.tell(own, ["PSNR ", strong(Number.isFinite(level) ? `${level.toFixed(1)} dB` : "–"), ` · a constant colour ${run.baseline.toFixed(1)} dB`]);
-      panel.distance?.tell(own, ["Distance of the gradients ", strong(Number.isFinite(gap) ? gap.toFixed(3) : "–")]);
+      panel.distance?.tell(own, [`${panel.run.measured} `, strong(Number.isFinite(gap) ? gap.toFixed(3) : "–")]);
     }
   };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from html import escape
@@ -20,8 +21,9 @@ from gradinv.paths import ASSETS
 from gradinv.recording import Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import head, markup
+from gradinv.web import head, markup, solved
 from gradinv.web.guard import guarded
+from gradinv.web.solved import MISFIT
 
 FIRST = "four"
 PAIRS = {
@@ -121,12 +123,27 @@ def _facts(run: Bundled) -> tuple[dict[str, Any], list[bytes]]:
         "restored": restored,
         "steps": recording.steps,
         "psnr": [*own, [rows[step, 0]["consensus_psnr"] for step in recording.steps]],
-        "distance": [metrics.mean([rows[step, seed]["distance"] for seed in range(seeds)]) for step in recording.steps],
+        **_misfit(run),
         "baseline": metrics.mean(recording.run["metrics"]["baseline"]["psnr"]),
         "frames": [[len(data), f"image/{'webp' if data[8:12] == b'WEBP' else 'png'}"] for data in frames],
         "originals": [len(data) for data in originals],
     }
     return facts, [*frames, *originals]
+
+
+def _misfit(run: Bundled) -> dict[str, Any]:
+    """By step what the attack itself has to go by, and what that is called; None where it has nothing."""
+    steps = run.recording.steps
+    found: dict[str, dict[int, list[float | None]]] = {column: {step: [] for step in steps} for column in MISFIT}
+    for row in run.recording.curves:
+        for column in MISFIT:
+            if row["step"] in found[column] and column in row:
+                found[column][row["step"]].append(row[column])
+    means = {column: [metrics.mean(own[step]) for step in steps] for column, own in found.items()}
+    # Earlier versions recorded nan where no gradient was matched.
+    known = {c: [v if v is not None and math.isfinite(v) else None for v in own] for c, own in means.items()}
+    column = next((column for column, own in known.items() if any(value is not None for value in own)), "distance")
+    return {"distance": known[column], "measured": MISFIT[column][0]}
 
 
 def page() -> None:
@@ -243,10 +260,11 @@ def _card(name: str) -> str:
 
 def _made(run: Bundled) -> str:
     facts = run.recording.run
+    below = solved.recorded(facts)
     return (
         f"<p><b>{escape(run.title)}</b>: <code>{escape(run.command)}</code>, {facts['model']['name']}, "
         f"{markup.count(facts['iterations']['done'], 'iteration')} in {markup.duration(facts['seconds'])} on "
-        f"{escape(facts['environment']['device'])}.</p>"
+        f"{escape(facts['environment']['device'])}.</p>{solved.ladder(below) if below is not None else ''}"
     )
 
 
@@ -266,8 +284,8 @@ def moving() -> tuple[str, str, str] | None:
         f"![Pictures emerge from noise: {names}]({animation})![The rebuilt pictures: {names}]({still})\n\n"
         "What the server rebuilds from the gradient",
         f"![The originals: {names}]({originals})\n\nWhat the client kept to itself",
-        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the rough "
-        f"look of each picture.\n\n{credits}.",
+        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the look "
+        f"of each picture.\n\n{credits}.",
     )
 
 

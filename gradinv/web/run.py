@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 import streamlit as st
 
 from gradinv import figures, metrics, recording
-from gradinv.jobs import Inversion, JobState, Pictures, Progress, Shared, manager
+from gradinv.jobs import Inversion, JobState, Pictures, Progress, Shared, Solving, manager
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import head, markup, pick, settings, summary
+from gradinv.web import head, markup, pick, settings, solved, summary
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
+from gradinv.web.solved import MISFIT
 
 T = TypeVar("T")
 
@@ -40,8 +41,6 @@ if (!window.gradinvKeys) {
 }
 </script>"""
 
-DISTANCE = "Distance of the gradients"
-DISTANCE_ALT = "One minus the cosine similarity of each seed’s gradient and the shared one by step, and their mean"
 CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
 ALONE = "from the gradient"
 BASELINE = "PSNR beside a constant colour’s"
@@ -160,7 +159,7 @@ def _head(state: JobState) -> None:
         st.button("Leave the presentation (P)", type="tertiary", key="present", on_click=_present, args=(False,))
         return
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
-        what = f"{markup.count(config.seeds, 'seed')}, {markup.count(config.iterations, 'iteration')}"
+        what = markup.count(config.seeds, "seed")
         if config.start == "decoder":
             what += ", started from the guess of a learned prior"
         origin = "" if work.originals is not None else "The gradient was brought here; nobody here has its pictures. "
@@ -183,7 +182,7 @@ def _tick(job: str) -> None:
     state = manager().state(job)
     if state is None or state.finished:
         st.rerun()
-    progress: Progress | None = state.update
+    progress = _progress(state)
     work, _ = _work(state)
     if state.status == "queued" and isinstance(work.client, Shared):
         work.client.find()  # somebody still waits for it
@@ -197,6 +196,7 @@ def _tick(job: str) -> None:
         hidden = _hide(work)
         with st.container(key="timeline"):
             _timeline(state, progress)
+        _ladder(work, _solving(state))
         _board(state, progress.pictures if progress is not None else None, hidden)
 
     def side() -> None:
@@ -204,6 +204,23 @@ def _tick(job: str) -> None:
         _live_charts(state, progress)
 
     _laid_out(_size(work), board, side)
+
+
+def _progress(state: JobState) -> Progress | None:
+    """How far the search is, None as long as there is no picture."""
+    return state.update if isinstance(state.update, Progress) else None
+
+
+def _solving(state: JobState) -> Solving | None:
+    """How far the layers are solved, None as long as that has not begun."""
+    return state.update.solving if isinstance(state.update, Progress) else state.update
+
+
+def _ladder(work: Inversion, solving: Solving | None) -> None:
+    """What is solved before the pixels, where that is asked for. Its place is kept before it is there."""
+    if work.config.needs_layers:
+        with st.container(key="solved"):
+            st.markdown(solved.ladder(solving) if solving is not None else "", unsafe_allow_html=True)
 
 
 def _laid_out(batch: int, board: Callable[[], T], side: Callable[[], None]) -> T:
@@ -224,6 +241,9 @@ def _timeline(state: JobState, progress: Progress | None) -> None:
     if state.status == "queued":
         when = "starts by itself" if state.wait is None else f"starts in about {markup.duration(state.wait)}"
         shown = markup.progress(0, f"Place {state.place} in the queue", when)
+    elif progress is None and (solving := _solving(state)) is not None and solving.nodes:
+        count, of = len(solving.layers), len(solving.nodes)
+        shown = markup.progress(count / of, "Solving the layers", f"{count} of {of}")
     elif progress is None:
         shown = markup.progress(0, "Preparing", "loading the network, sharing the gradient")
     else:
@@ -245,10 +265,17 @@ def _status(state: JobState, progress: Progress | None) -> None:
     _facts(
         [
             ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
-            ("so far", markup.duration(progress.seconds if progress is not None else None)),
+            ("so far", markup.duration(_seconds(progress, _solving(state)))),
             *_quality(state, progress),
         ]
     )
+
+
+def _seconds(progress: Progress | None, solving: Solving | None) -> float | None:
+    """What it has taken so far."""
+    if progress is not None:
+        return progress.total
+    return solving.seconds if solving is not None else None
 
 
 def _facts(numbers: Sequence[tuple[str, str]]) -> None:
@@ -261,8 +288,11 @@ def _quality(state: JobState, progress: Progress | None) -> list[tuple[str, str]
     work, facts = _work(state)
     pictures = progress.pictures if progress is not None else None
     if work.originals is None:
-        distance = pictures.distance if pictures is not None else None
-        return [("distance of the gradients", "–" if distance is None else markup.number(distance))]
+        column = _column(work, _solving(state))
+        name, value = MISFIT[column][0], None
+        if pictures is not None:
+            value = pictures.distance if column == "distance" else pictures.activations
+        return [(name[0].lower() + name[1:], "–" if value is None else markup.number(value))]
     psnr = metrics.mean(pictures.psnr) if pictures is not None else None
     return [
         ("PSNR of the consensus" if work.config.seeds > 1 else "PSNR", markup.decibel(psnr)),
@@ -270,15 +300,25 @@ def _quality(state: JobState, progress: Progress | None) -> list[tuple[str, str]
     ]
 
 
+def _column(work: Inversion, solving: Solving | None) -> str:
+    """The column of `MISFIT` that this run has."""
+    held = work.config.needs_layers and work.config.activations > 0
+    instead = solving is not None and solved.matching_instead(solving)
+    return "activations.raw" if held and not instead else "distance"
+
+
 def _live_charts(state: JobState, progress: Progress | None) -> None:
     work, facts = _work(state)
     curves = progress.curves if progress is not None else ()
-    steps = work.config.iterations
+    # Another preset may have taken over, with other iterations.
+    steps = progress.steps if progress is not None else work.config.iterations
     charts = st.columns(2) if _size(work) > BESIDE else (st.container(), st.container())
     with charts[0]:
         if work.originals is None:
-            st.markdown(f"**{DISTANCE}**")
-            st.echarts_chart(figures.live_distance(curves, steps), key="live-distance", height=225, alt=DISTANCE_ALT)
+            column = _column(work, _solving(state))
+            name, alt = MISFIT[column]
+            st.markdown(f"**{name}**")
+            st.echarts_chart(figures.live_distance(curves, steps, column), key="live-distance", height=225, alt=alt)
         else:
             st.markdown("**PSNR in dB**")
             st.echarts_chart(
@@ -377,12 +417,13 @@ def _quality_of(value: float | None, baseline: float | None) -> str:
 
 def _finished(state: JobState) -> None:
     work, facts = _work(state)
-    progress: Progress | None = state.update
+    progress = _progress(state)
     if state.reason:
         (st.error if state.status == "failed" else st.warning)(state.reason)
     if progress is None:
         if not state.reason:
-            st.info("This run was cancelled before it began.")
+            began = state.update is not None
+            st.info(f"This run was {'stopped before its first picture' if began else 'cancelled before it began'}.")
         return
     recorded = _recording(state.id, progress)
     if presenting():
@@ -392,6 +433,7 @@ def _finished(state: JobState) -> None:
     def board() -> bool:
         hidden = _hide(work)
         _replay(state, hidden)
+        _ladder(work, progress.solving)
         return hidden
 
     hidden = _laid_out(_size(work), board, lambda: _outcome(state, progress, recorded))
@@ -401,8 +443,10 @@ def _finished(state: JobState) -> None:
     curves = recorded.curves
     with left:
         if work.originals is None:
-            st.markdown(f"**{DISTANCE} by step**")
-            st.plotly_chart(figures.distance_curves(curves), key="distance", alt=DISTANCE_ALT)
+            column = _column(work, progress.solving)
+            name, alt = MISFIT[column]
+            st.markdown(f"**{name} by step**")
+            st.plotly_chart(figures.distance_curves(curves, column), key="distance", alt=alt)
         else:
             st.markdown("**PSNR by step**")
             st.plotly_chart(
@@ -432,7 +476,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
     st.markdown(f"**{ENDINGS[state.status]}** after {progress.step:,} of {progress.steps:,} iterations")
     numbers = [
         ("one iteration", "–" if speed is None else f"{speed:.2f} s"),
-        ("in all", markup.duration(progress.seconds)),
+        ("in all", markup.duration(progress.total)),
         *_quality(state, progress),
     ]
     _facts(numbers)

@@ -13,7 +13,7 @@ from gradinv.models import MODELS, fitted_file
 from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
 
-MODEL, PRESET = "resnet50-tiny", "demo"
+MODEL, PRESET = "resnet18-tiny", "demo"
 PRESETS = {
     "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. "
     "Where none can be, Matching takes its place.",
@@ -87,6 +87,8 @@ def panel(model: str) -> AttackConfig:
     )
     with right:
         bn = _told("BN statistics that the attacker uses", BN, base.bn, "bn")
+        if base.bn_weight == 0:
+            st.caption("Below a solved layer they count nothing, unless you raise their weight.")
     start = "random"
     if model in DECODERS:
         start = _told("What the attack starts from", START, base.start, "start_from")

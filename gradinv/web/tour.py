@@ -60,8 +60,9 @@ STEPS = (
     Step(
         "Replay",
         "Pixels, from noise",
-        "Without such a pile, the attack changes pixels until their gradient matches the one that was shared. It does "
-        "so more than once from different noise; the mean of these seeds, the consensus, keeps what they agree on.",
+        "Without such a pile, the attack first solves the network’s layers, from the last one down, as far as the "
+        "gradient determines them. Then it changes pixels, from noise, until they explain the lowest solved layer. "
+        "Several seeds start from different noise; their mean, the consensus, keeps what they agree on.",
         "Guess the four pictures before you reveal them, and show the seeds. Then choose “One picture or eight”: one "
         "gradient now has to serve eight.",
         {"run": "four"},

@@ -408,8 +408,8 @@ class Layer:
 class Solving:
     """How far the layers are solved, before the first picture and afterwards.
 
-    `layers` are the solved ones and `nodes` all that the network has, the highest first; of a network that cannot be
-    solved there are none. `boundary` is what the pixels are searched below, None as long as the solving goes on; then
+    `layers` are the solved ones and `nodes` all that can be, the highest first; of a network that cannot be solved
+    there are none. `boundary` is what the pixels are searched below, None as long as the solving goes on; then
     `stopped` says why it went no further. `seconds` is what it has taken.
     """
 
@@ -502,7 +502,9 @@ class Inversion:
 
         handle.publish(Solving(nodes), 0)
         run = invert(model, observation, self.config, interval=self.INTERVAL, stop=handle.stop, progress=solved)
-        solving = Solving(nodes, tuple(layers), run.config.boundary, run.recovered.stopped, time.perf_counter() - began)
+        # Stopped half-way, nothing is known of how far it would have gone.
+        boundary = None if handle.stop.is_set() else run.config.boundary
+        solving = Solving(nodes, tuple(layers), boundary, run.recovered.stopped, time.perf_counter() - began)
         store = MemoryStore()
         recorder = Recorder(
             store,
@@ -573,9 +575,10 @@ class Inversion:
 
 
 def _nodes(model: Model) -> tuple[str, ...]:
-    """The network's nodes, the highest first; of one that is no ResNet, none."""
+    """The network's nodes that can be solved, the highest first; of one that is no ResNet, none. Of the very highest
+    the final layer sees the mean over the picture only."""
     try:
-        return tuple(reversed(parts(model.network).nodes))
+        return tuple(reversed(parts(model.network).nodes[:-1]))
     except GradinvError:
         return ()
 

@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from gradinv.jobs import Handle, JobState, Status, manager
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit, gallery, search
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, run, shared
+from gradinv.web import markup, pick, run, settings, shared
 from gradinv.web.pick import FIRST
 
 APP = str(Path(__file__).resolve().parent.parent / "gradinv" / "web" / "pages.py")
@@ -148,9 +149,12 @@ def test_how_long_a_run_takes_is_told_once_one_was_measured(visit: Open) -> None
     assert "1 seed × 12 iterations · time not measured yet" in text(app)
     app.button(key="start").click().run()
     wait(app)
-    jobs._paces.update((key, 60 / (64 * 64 * 12)) for key in list(jobs._paces))
-    assert len(jobs._paces) == 1
-    assert "2 seeds × 24 iterations · about 4 min" in text(visit(pictures="goldfish", iterations="24", seeds="2"))
+    (found,) = jobs._paces.values()
+    assert found.solving > 0 and found.search > 0
+    jobs._paces.update((key, jobs._Pace(120, 60 / (64 * 64 * 12))) for key in list(jobs._paces))
+    # Four times the search of one minute, and the solving, which takes as long whatever comes after it.
+    assert "2 seeds × 24 iterations · about 6 min" in text(visit(pictures="goldfish", iterations="24", seeds="2"))
+    assert "1 seed × 12 iterations · about 6 min" in text(visit(pictures="goldfish.tabby", iterations="12"))
     assert "time not measured yet" in text(visit(pictures="goldfish", model="resnet50-tiny", iterations="12"))
 
 
@@ -200,10 +204,10 @@ def test_hostile_addresses_do_no_harm(visit: Open) -> None:
 
 
 def test_infinite_numbers_in_the_address_are_dropped(visit: Open) -> None:
-    app = visit(model="resnet18-tiny", seeds="1e999", iterations="9" * 400)
+    app = visit(model="resnet50-tiny", seeds="1e999", iterations="9" * 400)
     sound(app)
     assert not app.error
-    assert "seeds" not in app.query_params and address(app, "model") == "resnet18-tiny"
+    assert "seeds" not in app.query_params and address(app, "model") == "resnet50-tiny"
 
 
 def test_settings_are_read_from_the_address(visit: Open) -> None:
@@ -313,12 +317,9 @@ def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
     assert "job" not in other.query_params
     assert address(other, "pictures") == "goldfish.tabby"
     assert "**2 pictures** · resnet18-tiny · 1 seed × 1 iteration" in text(other)
-    # The address has them too, for whoever gets it.
-    assert (address(other, "model"), address(other, "iterations"), address(other, "seeds")) == (
-        "resnet18-tiny",
-        "1",
-        "1",
-    )
+    # The address has them too, for whoever gets it; what is so by default it leaves out.
+    assert (address(other, "iterations"), address(other, "seeds")) == ("1", "1")
+    assert settings.MODEL == "resnet18-tiny" and "model" not in other.query_params
 
 
 def test_the_originals_can_be_hidden_and_so_are_the_true_classes(visit: Open) -> None:
@@ -445,7 +446,7 @@ def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) 
     app = visit(pictures="goldfish", iterations="100000")
     app.button(key="start").click().run()
     assert begun.wait(PATIENCE)
-    app = wait(app, lambda state: state.update is not None)
+    app = wait(app, lambda state: isinstance(state.update, jobs.Progress))
     sound(app)
     assert "of 100,000" in text(app)
     press(app, "Stop and keep the result")
@@ -453,6 +454,41 @@ def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) 
     sound(app)
     assert "**Stopped** after" in text(app)
     assert len(app.get("download_button")) == 4
+
+
+def test_each_layer_that_is_solved_shows_before_there_is_a_picture(
+    visit: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, reached = threading.Event(), threading.Event()
+    publish = jobs._Job.publish
+
+    def slowly(self: jobs._Job, update: Any, size: int, remaining: float | None = None) -> None:
+        publish(self, update, size, remaining)
+        if isinstance(update, jobs.Solving) and len(update.layers) == 2:
+            reached.set()
+            held.wait(PATIENCE)
+
+    monkeypatch.setattr(jobs._Job, "publish", slowly)
+    app = visit(pictures="goldfish.tabby", iterations="2")
+    app.button(key="start").click().run()
+    try:
+        assert reached.wait(PATIENCE)
+        sound(app.run())
+        said = text(app)
+        assert "Solving the layers</b><span>2 of 16" in said and said.count('class="gi-exact"') == 2
+        # The second from the top, of a picture of 64 px.
+        assert "Solved: layer4.0, 2,048 numbers of each picture (512 × 2 × 2) known exactly." in said
+        assert "Reconstruction of" not in said and "nan" not in said
+    finally:
+        held.set()
+    app = wait(app)
+    sound(app)
+    said = text(app)
+    assert "Solved without a search in " in said and "Pixels are searched for below layer" in said
+    recorded = manager().state(address(app, "job")).update.store  # type: ignore[union-attr]
+    run = Recording.open(recorded).run
+    assert f"searched for below {run['boundary']} only" in said
+    assert said.count('class="gi-exact"') + said.count('class="gi-near"') == len(run["recovered"]["nodes"]) > 4
 
 
 def test_a_failed_run_says_why_and_the_next_one_works(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:

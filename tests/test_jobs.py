@@ -22,6 +22,7 @@ from gradinv.jobs import (
     Originals,
     Progress,
     Shared,
+    Solving,
     Status,
     sentence,
 )
@@ -414,15 +415,21 @@ class Listener:
     stop: threading.Event = field(default_factory=threading.Event)
     updates: list[Progress] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-
-    def publish(self, update: Progress, size: int, remaining: float | None = None) -> None:
-        assert remaining == update.remaining
-        self.updates.append(update)
-        self.sizes.append(size)
-        if len(self.updates) == self.enough:
-            self.stop.set()
-
+    solving: list[Solving] = field(default_factory=list)
+    # With so many updates it stops the run: of pictures, or of the solving.
     enough: int = -1
+    layers: int = -1
+
+    def publish(self, update: Progress | Solving, size: int, remaining: float | None = None) -> None:
+        assert remaining == update.remaining
+        if isinstance(update, Solving):
+            assert not self.updates
+            self.solving.append(update)
+        else:
+            self.updates.append(update)
+            self.sizes.append(size)
+        if len(self.updates) == self.enough or len(self.solving) == self.layers:
+            self.stop.set()
 
 
 def test_an_inversion_publishes_pictures_from_the_start_to_the_end_and_records_them() -> None:
@@ -456,6 +463,41 @@ def test_a_stopped_inversion_ends_early_with_its_last_pictures_recorded() -> Non
     assert recording.images("consensus") is not None
 
 
+def test_the_layers_are_published_one_by_one_before_the_pictures_and_recorded() -> None:
+    listener = Listener()
+    assert inversion()(listener) == "done"
+    first, *others = listener.solving
+    assert first.layers == () and first.boundary is None and len(first.nodes) == 16
+    for count, (before, after) in enumerate(zip(listener.solving, others, strict=False), 1):
+        assert len(after.layers) == count and after.layers[:-1] == before.layers
+        assert after.boundary is None and after.seconds >= before.seconds
+    last = listener.updates[-1]
+    assert last.solving.layers == others[-1].layers and last.total == last.solving.seconds + last.seconds
+    names = [layer.name for layer in last.solving.layers]
+    assert set(names) <= set(first.nodes) and last.solving.boundary in names and last.solving.stopped
+    top = last.solving.layers[0]
+    assert (top.name, top.shape, top.numbers) == ("layer4.1.conv1", (512, 1, 1), 512) and top.error < 1e-3
+    run = Recording.open(last.store).run
+    assert [node["name"] for node in run["recovered"]["nodes"]] == names and run["boundary"] == last.solving.boundary
+
+
+def test_what_is_stopped_while_the_layers_are_solved_claims_nothing_of_those_below() -> None:
+    listener = Listener(layers=3)
+    assert inversion(iterations=1000)(listener) == "stopped"
+    last = listener.updates[-1]
+    assert last.step == 0 and len(last.solving.layers) == 2 and last.solving.boundary is None
+    assert Recording.open(last.store).run["status"] == "stopped"
+
+
+def test_a_network_that_is_searched_through_as_a_whole_solves_no_layers() -> None:
+    listener = Listener()
+    work = dataclasses.replace(inversion(), config=AttackConfig.preset("matching", seeds=1, iterations=2))
+    assert work(listener) == "done"
+    assert [solving.nodes for solving in listener.solving] == [()]
+    last = listener.updates[-1]
+    assert last.solving.boundary == "logits" and last.pictures.activations is None and last.pictures.distance > 0
+
+
 def test_a_long_run_records_no_more_frames_than_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Inversion, "INTERVAL", 0.0)
     monkeypatch.setattr(Inversion, "FRAMES", 2)
@@ -487,8 +529,9 @@ def test_a_shared_gradient_is_inverted_to_the_same_pictures_without_anything_to_
     assert own(with_originals) == given(without) == "done"
     last = without.updates[-1]
     assert sorted(last.pictures.consensus) == sorted(with_originals.updates[-1].pictures.consensus)
-    assert without.updates[0].pictures.distance is None
-    assert last.pictures.distance is not None and 0 < last.pictures.distance < 2
+    assert without.updates[0].pictures.activations is None
+    assert last.pictures.activations is not None and 0 < last.pictures.activations < 2
+    assert last.pictures.distance is None  # no gradient is compared below a solved layer
     assert last.pictures.psnr == (None, None) and set(last.pictures.restored) == {3, 7}
     recording = Recording.open(last.store)
     assert recording.run["metrics"] is None and recording.run["labels"]["true"] is None

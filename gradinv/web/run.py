@@ -433,7 +433,6 @@ def _finished(state: JobState) -> None:
     def board() -> bool:
         hidden = _hide(work)
         _replay(state, hidden)
-        _ladder(work, progress.solving)
         return hidden
 
     hidden = _laid_out(_size(work), board, lambda: _outcome(state, progress, recorded))
@@ -572,6 +571,8 @@ def _scrub(state: JobState, hidden: bool) -> None:
     with st.container(key="timeline"):
         if len(recorded.steps) > 1:
             step = st.select_slider("Replay: step", recorded.steps, recorded.steps[-1], key=f"replay-{state.id}")
+    if not presenting():
+        _ladder(work, last.solving)
     _board(state, last.pictures if step == last.step else work.pictures(recorded.snapshot(step)), hidden)
 
 

@@ -44,58 +44,88 @@ class Run:
         return ["invert", *self.pictures, "--model", self.model, *self.options]
 
 
-GROUP = ("--seeds", "8", "--iterations", "300", "--group", "1e-5", "--every", "5", "--registration")
+# One of each class that a network sees in the gallery, its own where it knows it.
+THIRTY_SIX = (
+    *SIXTEEN,
+    *("alligator", "anemone-fish", "ant", "beagle", "beaver", "cab", "cheetah", "eft", "frying-pan", "leopard"),
+    *("great-white-shark", "mantis", "marmot", "mosque", "orangutan", "polar-bear", "ring-tailed-lemur"),
+    *("space-shuttle", "three-toed-sloth", "wombat"),
+)
+
+MATCHING = ("--preset", "matching")
+GROUP = (*MATCHING, "--seeds", "8", "--iterations", "300", "--group", "1e-5", "--every", "5", "--registration")
 
 # In the order of the page.
 RUNS = (
     Run(
         "four",
         "Four pictures",
-        "A client shares the mean gradient of four pictures; the server turns it back into all four.",
-        options=("--seeds", "2"),
+        "A client shares the mean gradient of four pictures; the server solves the layers from it, then finds pixels.",
+        options=("--seeds", "4"),
     ),
-    Run("one", "One picture", "What the server makes of the gradient of a single picture.", FOUR[:1]),
+    Run("one", "One picture", "A single picture: every layer is solved, down to the first one's output.", FOUR[:1]),
     Run(
         "eight",
         "Eight pictures",
-        "Eight pictures share one gradient: shapes and colours come back, details do not.",
+        "Eight pictures share one gradient, and all eight come back.",
         EIGHT,
+        ("--seeds", "4", "--every", "10"),
     ),
     Run(
         "sixteen",
         "Sixteen pictures",
-        "Sixteen pictures share one gradient.",
+        "Sixteen pictures share one gradient. What lies below the second stage is no longer exact.",
         SIXTEEN,
-        ("--seeds", "1", "--iterations", "400", "--every", "4"),
+        ("--seeds", "2", "--every", "10"),
+    ),
+    Run(
+        "thirty-six",
+        "Thirty-six pictures",
+        "Thirty-six pictures share one gradient. It still gives away the second stage's output of each.",
+        THIRTY_SIX,
+        ("--seeds", "1", "--every", "15"),
+    ),
+    Run(
+        "resnet50",
+        "A deeper network",
+        "The same four pictures through a ResNet-50 instead of a ResNet-18.",
+        options=("--seeds", "4"),
+        model="resnet50-tiny",
+    ),
+    Run(
+        "noise",
+        "Behind noise",
+        "The client adds noise to its gradient before it shares it: the upper layers are still known, roughly.",
+        options=("--seeds", "2", "--defence", "noise:1e-3"),
+    ),
+    Run(
+        "matching",
+        "Gradient matching alone",
+        "What earlier attacks do: no layer is solved, the pixels are changed until their gradient is the shared one.",
+        options=(*MATCHING, "--seeds", "2"),
     ),
     Run(
         "bn-exact",
         "BN statistics leaked",
-        "The client also leaks the exact batch-normalisation statistics of its batch, and the server matches them.",
-        options=("--seeds", "1", "--bn", "exact"),
+        "Gradient matching, with the exact batch-normalisation statistics of the client's batch.",
+        options=(*MATCHING, "--seeds", "1", "--bn", "exact"),
     ),
     Run(
         "bn-none",
         "No BN statistics",
-        "The server matches no batch-normalisation statistics at all: the gradient has to do.",
-        options=("--seeds", "1", "--bn", "none"),
+        "Gradient matching without any batch-normalisation statistics.",
+        options=(*MATCHING, "--seeds", "1", "--bn", "none"),
     ),
     Run(
         "gradient-off",
         "Without the gradient",
         "A control: only the labels are taken from the gradient; the rest comes from the network alone.",
-        options=("--seeds", "1", "--gradient", "0", "--features", "0", "--errors", "predicted"),
-    ),
-    Run(
-        "noise",
-        "Behind noise",
-        "The client adds noise to its gradient before it shares it.",
-        options=("--seeds", "1", "--defence", "noise:1e-2"),
+        options=(*MATCHING, "--seeds", "1", "--gradient", "0", "--features", "0", "--boundary", "loss"),
     ),
     Run(
         "lazy",
         "Eight seeds, averaged",
-        "Eight attempts from different noise, drawn towards their plain mean.",
+        "Gradient matching from eight different noises, drawn towards their plain mean.",
         options=(*GROUP, "lazy"),
     ),
     Run(
@@ -103,13 +133,6 @@ RUNS = (
         "Eight seeds, aligned",
         "The same eight attempts, aligned to each other before they are averaged; nothing lies far from its place.",
         options=(*GROUP, "affine"),
-    ),
-    Run(
-        "resnet50",
-        "A deeper network",
-        "The same four pictures through a ResNet-50 instead of a ResNet-18.",
-        options=("--seeds", "2", "--every", "3"),
-        model="resnet50-tiny",
     ),
 )
 

@@ -16,7 +16,7 @@ from gradinv.types import GradinvError, Recovered, SolvedNode
 USABLE = 0.5
 """The relative error up to which solved activations are worth searching with, as the median over the images."""
 
-EXPLAINED = 0.3
+EXPLAINED = 0.5
 """The share of the final layer's gradient up to which what is left unexplained may be noise. With wrong labels it is
 more, and then nothing below is solved."""
 

@@ -17,7 +17,8 @@ _STANDS_OUT = 12.0
 # Nothing below this share of a channel's own equations is more than rounding in float32.
 _ROUNDING = 1e-6
 # Equations for each unknown that have to be left when channels are set aside.
-_SPARE = 1.1
+_SPARE, _LEAST_SPARE = 1.1, 1.02
+_ONE_BY_ONE = 8  # channels at most that are set aside one by one
 # A ridge, relative to the columns' norms: a column of which nothing is known gets a large σ and no infinity.
 _RIDGE = 1e-14
 # So many of a channel's least certain mask entries are tried: as the only wrong one, as one of two, and all together.
@@ -100,52 +101,104 @@ class Solution:
 
 
 def solve_input(
-    equations: Sequence[Equations], shape: tuple[int, int, int, int], *, doubtful: Tensor | None = None
+    equations: Sequence[Equations],
+    shape: tuple[int, int, int, int],
+    *,
+    doubtful: Tensor | None = None,
+    expected: float = 0.0,
 ) -> Solution:
     """Least squares for the input x of one or two convolutions: shape (B, C, H, W), the second one a shortcut's.
 
     Output channels whose equations stand out are set aside, as long as enough remain; `doubtful` (O,) ones of the first
-    equations are from the start. σ is the residual per equation times √diag((AᵀA)⁻¹), enlarged to what the negative
+    equations are from the start. Where the residual stays above the `expected` one although none stands out, equations
+    hardly outnumber unknowns and a wrong one is spread over all: then the worst channel is set aside and the next one,
+    if that brings the residual down. σ is the residual per equation times √diag((AᵀA)⁻¹), enlarged to what the negative
     values say where these are larger: a true input is never negative.
     """
     images, channels, height, width = shape
     unknowns = images * height * width
-    matrices = [part.matrix(height, width) for part in equations]
-    right = [part.right_side() for part in equations]
-    kept = [torch.ones(len(part), dtype=torch.bool) for part in matrices]
-    # Those of channels that are off everywhere hold for any x, and say nothing of what is usual.
-    telling = [(m.abs().amax((1, 2)) > 0) | (r.abs().amax((1, 2)) > 0) for m, r in zip(matrices, right, strict=True)]
-    if not any(part.any() for part in telling):
-        telling = kept
-    if doubtful is not None and _enough(matrices, [~doubtful, *kept[1:]], unknowns):
+    system = _System([part.matrix(height, width) for part in equations], [part.right_side() for part in equations])
+    kept = [torch.ones(len(part), dtype=torch.bool) for part in system.matrices]
+    if doubtful is not None and system.equations([~doubtful, *kept[1:]]) >= _SPARE * unknowns:
         kept[0] = ~doubtful
+    found = system.solve(kept)
     for _ in range(12):
-        a = torch.cat([m[k].flatten(0, 1) for m, k in zip(matrices, kept, strict=True)])
-        g = torch.cat([r[k].flatten(0, 1) for r, k in zip(right, kept, strict=True)])
-        x, spread = _least_squares(a, g)
-        misfit = [(m @ x - r).flatten(1).norm(dim=1) for m, r in zip(matrices, right, strict=True)]
-        used = torch.cat([part[k & one] for part, k, one in zip(misfit, kept, telling, strict=True)])
-        usual = _STANDS_OUT * used.median()
-        limits = [torch.maximum(usual, _ROUNDING * r.flatten(1).norm(dim=1)) for r in right]
-        # The worst eighth at most: what is explained by the others shows only after they are gone.
-        cut = float(used.quantile(0.875))
-        fewer = [k & ~((part > limit) & (part >= cut)) for k, part, limit in zip(kept, misfit, limits, strict=True)]
-        if all(torch.equal(k, now) for k, now in zip(kept, fewer, strict=True)) or not _enough(
-            matrices, fewer, unknowns
-        ):
+        fewer = found.without_outliers(system)
+        if all(torch.equal(k, now) for k, now in zip(found.kept, fewer, strict=True)):
             break
-        kept = fewer
-    leftover = a @ x - g
-    noise = (leftover.square().sum(0) / max(1, len(a) - unknowns)).sqrt()
-    x = x.view(images, height, width, channels).permute(0, 3, 1, 2)
-    sigma = (spread[:, None] * noise).view(images, height, width, channels).permute(0, 3, 1, 2)
-    residual = float(leftover.norm() / g.norm().clamp(min=1e-300))
-    suspects = ~kept[0] | (misfit[0] > limits[0])
-    return Solution(x, sigma * _calibration(x, sigma), residual, suspects)
+        if system.equations(fewer) < _SPARE * unknowns:
+            break
+        found = system.solve(fewer)
+    if 0 < expected < found.residual:
+        found = system.without_worst(found, expected, _LEAST_SPARE * unknowns)
+    noise = (found.leftover.square().sum(0) / max(1, len(found.leftover) - unknowns)).sqrt()
+    x = found.x.view(images, height, width, channels).permute(0, 3, 1, 2)
+    sigma = (found.spread[:, None] * noise).view(images, height, width, channels).permute(0, 3, 1, 2)
+    suspects = ~found.without_outliers(system)[0]
+    return Solution(x, sigma * _calibration(x, sigma), found.residual, suspects)
 
 
-def _enough(matrices: Sequence[Tensor], kept: Sequence[Tensor], unknowns: int) -> bool:
-    return sum(m.shape[1] * int(k.sum()) for m, k in zip(matrices, kept, strict=True)) >= _SPARE * unknowns
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A least-squares solution x (n, C) of the channels that were `kept`, its `spread` √diag((AᵀA)⁻¹), what is left of
+    their equations, and each channel's misfit."""
+
+    kept: list[Tensor]
+    x: Tensor
+    spread: Tensor
+    leftover: Tensor
+    residual: float
+    misfit: list[Tensor]
+
+    def without_outliers(self, system: _System) -> list[Tensor]:
+        """The channels that are kept, but for those whose misfit stands out: the worst eighth at most, since what is
+        explained by the others shows only after they are gone."""
+        pairs = zip(self.misfit, self.kept, system.telling, strict=True)
+        used = torch.cat([part[k & telling] for part, k, telling in pairs])
+        if len(used) == 0:
+            return self.kept
+        usual, cut = _STANDS_OUT * used.median(), float(used.quantile(0.875))
+        limits = [torch.maximum(usual, _ROUNDING * size) for size in system.sizes]
+        outliers = [(part > limit) & (part >= cut) for part, limit in zip(self.misfit, limits, strict=True)]
+        return [k & ~out for k, out in zip(self.kept, outliers, strict=True)]
+
+
+class _System:
+    """The equations of one or two convolutions by output channel: matrices (O, m·n, n) and right sides (O, m·n, C)."""
+
+    def __init__(self, matrices: list[Tensor], right: list[Tensor]) -> None:
+        self.matrices = matrices
+        self._right = right
+        self.sizes = [part.flatten(1).norm(dim=1) for part in right]
+        # Those of channels that are off everywhere hold for any x, and say nothing of what is usual.
+        self.telling = [(m.abs().amax((1, 2)) > 0) | (size > 0) for m, size in zip(matrices, self.sizes, strict=True)]
+
+    def equations(self, kept: Sequence[Tensor]) -> int:
+        """How many the kept channels have for each input channel."""
+        return sum(m.shape[1] * int(k.sum()) for m, k in zip(self.matrices, kept, strict=True))
+
+    def solve(self, kept: list[Tensor]) -> _Found:
+        """By the kept channels alone."""
+        a = torch.cat([m[k].flatten(0, 1) for m, k in zip(self.matrices, kept, strict=True)])
+        g = torch.cat([r[k].flatten(0, 1) for r, k in zip(self._right, kept, strict=True)])
+        x, spread = _least_squares(a, g)
+        leftover = a @ x - g
+        misfit = [(m @ x - r).flatten(1).norm(dim=1) for m, r in zip(self.matrices, self._right, strict=True)]
+        return _Found(kept, x, spread, leftover, float(leftover.norm() / g.norm().clamp(min=1e-300)), misfit)
+
+    def without_worst(self, found: _Found, expected: float, least: float) -> _Found:
+        """Channels of the first equations set aside one by one, the worst first, until the residual is the expected
+        one; the solution as it was where that does not come about."""
+        now = found
+        for _ in range(_ONE_BY_ONE):
+            kept = [part.clone() for part in now.kept]
+            kept[0][torch.where(kept[0], now.misfit[0], -1).argmax()] = False
+            if self.equations(kept) < least:
+                break
+            now = self.solve(kept)
+            if now.residual <= expected:
+                return now
+        return found
 
 
 def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,8 @@ def recover_features(
     """Solve ∇W = (s/K) Aᵀ F, ∇b = (s/K) Aᵀ 1 for the pooled features F ≥ 0, A = softmax(F Wᵀ + b) − y.
 
     labels: (B,), of which some may repeat. `starts` bounds the attempts, see `FinalLayer`; `known` is a solution with
-    these labels that there is already. Needs K < N. Not in the paper. Raises GradinvError where the layer has no bias, K ≥ N, or its gradient is not finite.
+    these labels that there is already. Needs K < N. Not in the paper. Raises GradinvError where the layer has no bias,
+    K ≥ N, or its gradient is not finite.
     """
     best = known or FinalLayer(model, observation).fit(labels.cpu(), starts=starts)
     device = model.device

@@ -37,6 +37,7 @@ _CROSSTALK = 0.1  # the share of the cotangents' relative error that reaches val
 _ROUNDING = 4e-7  # the relative error of what float32 gradients give at the best
 _STOPPED = "The way down was stopped."
 _ITERATIONS = 3200  # of the convex search, shared out among the images
+_LIKE_ABOVE = 3.0  # a residual this many times as large as those above comes of a wrong equation
 _ROUNDS = 3  # of mending masks and solving again
 
 
@@ -237,13 +238,15 @@ class _Way:
         """By the gradient's equations alone: the solution, and the gate above it, its masks mended on the way."""
         above = self._gate
         doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
-        solution = solve_input(self._equations(step), shape, doubtful=doubtful)
+        # Rounding and noise leave about as much unexplained in every layer.
+        expected = _LIKE_ABOVE * max(_ROUNDING, self._fit.residual, *(node.residual for node in self._solved))
+        solution = solve_input(self._equations(step), shape, doubtful=doubtful, expected=expected)
         for _ in range(_ROUNDS):
             if not solution.suspects.any():
                 break
             first, *others = self._equations(step, above)
             above, turned = mended_by_residual(above, first, solution.x.clamp(min=0), solution.suspects)
-            solution = solve_input([self._behind(step.unit, above), *others], shape)
+            solution = solve_input([self._behind(step.unit, above), *others], shape, expected=expected)
             if not turned:
                 break
         return solution, above

@@ -484,7 +484,7 @@ def test_each_layer_that_is_solved_shows_before_there_is_a_picture(
     app = wait(app)
     sound(app)
     said = text(app)
-    assert "Solved without a search in " in said and "Pixels are searched for below layer" in said
+    assert "Solved without a search in " in said and "Pixels are searched for below " in said
     recorded = manager().state(address(app, "job")).update.store  # type: ignore[union-attr]
     run = Recording.open(recorded).run
     assert f"searched for below {run['boundary']} only" in said

@@ -132,6 +132,8 @@ def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_relo
     visit.settle()
     page.get_by_role("button", name="Rebuild the pictures").click()
 
+    # Something moves before there is a picture: a layer after the other is solved.
+    page.wait_for_selector(".gi-ladder .gi-exact")
     page.wait_for_selector(RECONSTRUCTION)
     first = page.locator(RECONSTRUCTION).first
     before = first.get_attribute("src")

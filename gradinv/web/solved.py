@@ -75,7 +75,7 @@ def _mark(name: str, layer: Layer | None) -> str:
 
 def _known(layer: Layer) -> str:
     """How well a layer is known."""
-    return "exactly" if exact(layer) else f"to {percent(layer.error)}"
+    return "exactly" if exact(layer) else f"to within {percent(layer.error)}"
 
 
 def words(solving: Solving) -> str:

@@ -242,9 +242,9 @@ def test_the_health_check_notices_a_page_that_fails(tmp_path: Path, broken: bool
 @pytest.mark.slow
 def test_a_server_that_lacks_something_does_not_start(tmp_path: Path) -> None:
     copied(tmp_path)
-    (tmp_path / "gradinv" / "metrics.py").unlink()
+    (tmp_path / "gradinv" / "sources.py").unlink()
     with (
-        pytest.raises(RuntimeError, match=r"No module named .gradinv\.metrics."),
+        pytest.raises(RuntimeError, match=r"No module named .gradinv\.sources."),
         served(tmp_path, PYTHONPATH=str(tmp_path)),
     ):
         pass

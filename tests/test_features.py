@@ -124,9 +124,7 @@ def test_a_gradient_that_is_not_finite_is_refused(small_model, small_batch):
 def test_a_final_layer_without_bias_is_refused(small_model, small_batch):
     observation = observe(small_model, *small_batch)
     without = {name: value for name, value in observation.gradients.items() if name != "fc.bias"}
-    with pytest.raises(
-        GradinvError, match="where the final layer has a bias; set features to 0 and boundary to loss"
-    ):
+    with pytest.raises(GradinvError, match="where the final layer has a bias; set features to 0 and boundary to loss"):
         recover_features(small_model, dataclasses.replace(observation, gradients=without), small_batch[1])
 
 

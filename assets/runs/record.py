@@ -22,7 +22,7 @@ from gradinv.recording import DirectoryStore, MemoryStore, Recording
 from gradinv.sources import find, gallery
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 3_000_000  # bytes of a packed run
+LIMIT = 4_000_000  # bytes of a packed run; clear pictures take more than blurred ones
 FOUR = ("goldfish", "tabby", "lion", "coffee")
 EIGHT = (*FOUR, "pizza", "penguin", "bee", "koala")
 SIXTEEN = (*EIGHT, "chimpanzee", "bison", "camel", "dragonfly", "goose", "tree-frog", "triumphal-arch", "rocket")
@@ -44,13 +44,8 @@ class Run:
         return ["invert", *self.pictures, "--model", self.model, *self.options]
 
 
-# One of each class that a network sees in the gallery, its own where it knows it.
-THIRTY_SIX = (
-    *SIXTEEN,
-    *("alligator", "anemone-fish", "ant", "beagle", "beaver", "cab", "cheetah", "eft", "frying-pan", "leopard"),
-    *("great-white-shark", "mantis", "marmot", "mosque", "orangutan", "polar-bear", "ring-tailed-lemur"),
-    *("space-shuttle", "three-toed-sloth", "wombat"),
-)
+# All of the gallery whose classes the networks know, one of each class.
+TWENTY_ONE = (*SIXTEEN, "alligator", "eft", "frying-pan", "mantis", "orangutan")
 
 MATCHING = ("--preset", "matching")
 GROUP = (*MATCHING, "--seeds", "8", "--iterations", "300", "--group", "1e-5", "--every", "5", "--registration")
@@ -69,21 +64,21 @@ RUNS = (
         "Eight pictures",
         "Eight pictures share one gradient, and all eight come back.",
         EIGHT,
-        ("--seeds", "4", "--every", "10"),
+        ("--seeds", "4", "--every", "6"),
     ),
     Run(
         "sixteen",
         "Sixteen pictures",
         "Sixteen pictures share one gradient. What lies below the second stage is no longer exact.",
         SIXTEEN,
-        ("--seeds", "2", "--every", "10"),
+        ("--seeds", "2", "--every", "6"),
     ),
     Run(
-        "thirty-six",
-        "Thirty-six pictures",
-        "Thirty-six pictures share one gradient. It still gives away the second stage's output of each.",
-        THIRTY_SIX,
-        ("--seeds", "1", "--every", "15"),
+        "twenty-one",
+        "Twenty-one pictures",
+        "Twenty-one pictures share one gradient. It still gives away the second stage's output of each.",
+        TWENTY_ONE,
+        ("--seeds", "1", "--every", "6"),
     ),
     Run(
         "resnet50",

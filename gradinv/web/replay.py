@@ -28,9 +28,10 @@ from gradinv.web.solved import MISFIT
 FIRST = "four"
 PAIRS = {
     "One picture or eight": ("one", "eight"),
-    "BN statistics: exact or none": ("bn-exact", "bn-none"),
+    "Layers solved, or gradients matched": ("four", "matching"),
     "Undefended or behind noise": ("four", "noise"),
-    "With the gradient or without": ("four", "gradient-off"),
+    "With the gradient or without": ("matching", "gradient-off"),
+    "BN statistics: exact or none": ("bn-exact", "bn-none"),
     "Eight seeds: averaged or aligned": ("lazy", "registered"),
 }
 

@@ -237,19 +237,24 @@ class _Way:
     def _exact(self, step: _Step, shape: tuple[int, int, int, int]) -> tuple[Solution, Gate]:
         """By the gradient's equations alone: the solution, and the gate above it, its masks mended on the way."""
         above = self._gate
-        doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
         # Rounding and noise leave about as much unexplained in every layer.
         expected = _LIKE_ABOVE * max(_ROUNDING, self._fit.residual, *(node.residual for node in self._solved))
-        solution = solve_input(self._equations(step), shape, doubtful=doubtful, expected=expected)
-        for _ in range(_ROUNDS):
-            if not solution.suspects.any():
+        best = solution = solve_input(self._equations(step), shape), above
+        for round in range(_ROUNDS):
+            if best[0].residual <= expected and not best[0].suspects.any():
                 break
-            first, *others = self._equations(step, above)
-            above, turned = mended_by_residual(above, first, solution.x.clamp(min=0), solution.suspects)
-            solution = solve_input([self._behind(step.unit, above), *others], shape, expected=expected)
+            if round == 0:
+                doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
+                solution = solve_input(self._equations(step), shape, doubtful=doubtful, expected=expected), above
+            first, *others = self._equations(step, solution[1])
+            x, suspects = solution[0].x.clamp(min=0), solution[0].suspects
+            mended, turned = mended_by_residual(solution[1], first, x, suspects)
+            equations = [self._behind(step.unit, mended), *others]
+            solution = solve_input(equations, shape, expected=expected), mended
+            best = min(best, solution, key=lambda pair: pair[0].residual)
             if not turned:
                 break
-        return solution, above
+        return best
 
     def _convex(self, step: _Step, shape: tuple[int, int, int, int]) -> SolvedNode | None:
         """By the layers' own equations as well; None where the block's activations above are not known."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import math
 import sys
 import warnings
@@ -120,7 +121,8 @@ def _lpips_network() -> nn.Module | GradinvError:
         return GradinvError("LPIPS needs the package lpips; install it with pip install 'gradinv[metrics]'.")
     weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where the download is announced
+        # The download is announced on the output, where it does not belong.
+        with contextlib.redirect_stdout(sys.stderr if sys.stderr.isatty() else io.StringIO()):
             state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except Exception as error:  # of the network, the disk, and a dozen types for a file that is damaged
         reason = " ".join(str(error).split())

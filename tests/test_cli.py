@@ -644,6 +644,7 @@ def test_what_the_client_cannot_share(args: list[str], sentence: str, capsys: py
 
 LONG = [
     *("--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "--seeds", "1", "--iterations", "24"),
+    *("--preset", "matching"),  # slow enough to be killed on the way
     *("--every", "2", "--noise", "0.1", "--stages", "0.5,0.5", "--defence", "noise:1e-4"),
 ]
 

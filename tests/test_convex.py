@@ -13,7 +13,7 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from gradinv.network import Block, parts
-from gradinv.recovery.convex import ConvexSolution, solve_block_input, solve_identity_block
+from gradinv.recovery.convex import ConvexSolution, solve_block_input
 from gradinv.types import GradinvError
 
 
@@ -150,24 +150,6 @@ def test_cotangents_that_are_wrong_are_seen(known):
     assert torch.isfinite(solution.x).all()
     true = case.errors(solution)
     assert (true < 1).all() and (solution.error > true / 3).all()
-
-
-@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
-def test_solves_an_identity_block_from_its_output_alone(known, kind):
-    case = known(kind, "layer2.1", 2)
-    out = {case.block.name: case.activations[case.block.name]}
-    h, x = solve_identity_block(case.block, case.gradients, case.cotangents, out)
-    truth = case.activations[case.block.units[-2].name]
-    wrong = (h.x - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
-    assert wrong.max() < 0.01 and (h.error > wrong / 3).all()
-    assert h.x.shape == truth.shape and x.x.shape == case.truth.shape and x.x.min() >= 0
-    assert case.errors(x).max() < 0.3 and (x.error > case.errors(x) / 3).all()
-
-
-def test_an_identity_block_has_no_shortcut(known):
-    case = known(BasicBlock, "layer2.0", 2)
-    with pytest.raises(GradinvError, match="shortcut"):
-        solve_identity_block(case.block, case.gradients, case.cotangents, case.activations)
 
 
 def test_an_event_ends_it(known):

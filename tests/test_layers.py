@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,11 @@ LABELS = [3, 7]
 AUTO = AttackConfig(boundary="auto", activations=1.0, gradient=0.0, labels="auto")
 
 
-def resnet(block: type[BasicBlock | Bottleneck], blocks: list[int], size: int) -> Model:
+def resnet(block: type[BasicBlock | Bottleneck], blocks: list[int], size: int, **changes: Any) -> Model:
     """A random network whose features are zero in about half of the channels, as those of trained ones are."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = ResNet(block, blocks, num_classes=CLASSES).double()
+        network = ResNet(block, blocks, num_classes=CLASSES, **changes).double()
         network.train()
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -213,6 +214,15 @@ def test_train_mode_ends_above_batch_normalisation(basic):
     recovered = recover(model, replace(observation, mode="train"), AUTO)
     assert recovered.nodes == () and recovered.features is not None
     assert "train mode" in recovered.stopped
+
+
+@pytest.mark.parametrize("changes", [{"groups": 2, "width_per_group": 32}, {"replace_stride_with_dilation": (0, 0, 1)}])
+def test_grouped_and_dilated_convolutions_are_refused(changes):
+    model = resnet(*BOTTLENECK, 32, **changes)
+    _, observation = batch(model, [5])
+    recovered = recover(model, observation, AUTO)
+    assert recovered.nodes == () and recovered.features is not None
+    assert "grouped or dilated" in recovered.stopped
 
 
 def test_other_networks_keep_their_features(small_model, observation):

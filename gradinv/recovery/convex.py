@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.network import Block, Unit
+from gradinv.recovery.convolution import Equations
 from gradinv.types import GradinvError
 
 _CORRELATION = 1.0  # pixels of the map over which an activation's correlation falls to 1/e
@@ -21,7 +22,6 @@ _PROBE = 0.2  # the twin's share of the iterations
 _ABSURD = 3.0  # a start that explains the layers so badly comes of equations that contradict each other
 _MOST = 0.3  # the largest noise that is assumed
 _TURN = 10.0  # a larger share of the last direction is rounding
-_SKIPPED = 2.0  # x varies more than its solution where out = 0; measured
 _LEAST = 50  # iterations before convergence is believed
 _STUCK = 0.75  # the residual falls below this share as the iterations double, unless equations contradict each other
 
@@ -86,58 +86,16 @@ def solve_block_input(
     """
     started = time.monotonic()
     problem = _of_input(block, gradients, cotangents, activations, shape, noise)
-    x, error, done = _solve(problem, tolerance, iterations, started + seconds, stop, progress, [shape[1]])
+    x, error, done = _solve(problem, tolerance, iterations, started + seconds, stop, progress)
     return ConvexSolution(
         x=problem.maps(x).contiguous(),
-        error=error[0],
+        error=error,
         residual=problem.residual(x),
         iterations=done,
         seconds=time.monotonic() - started,
         equations=problem.equations,
         unknowns=problem.unknowns,
     )
-
-
-@torch.no_grad()
-def solve_identity_block(
-    block: Block,
-    gradients: Mapping[str, Tensor],
-    cotangents: Mapping[str, Tensor],
-    activations: Mapping[str, Tensor],
-    *,
-    noise: float = 1e-6,
-    tolerance: float = 2e-3,
-    iterations: int = 400,
-    seconds: float = math.inf,
-    stop: Event | None = None,
-    progress: Callable[[int, float], None] | None = None,
-) -> tuple[ConvexSolution, ConvexSolution]:
-    """Solve an identity block's last inner node h and its input x together, from its output alone.
-
-    Only the last convolution's cotangent is known (the mask of h, through which it would pass on, is not), only the
-    block's activation is needed. With ∇W = A h as in `solve_block_input`, everything is linear in (h, x):
-
-        BN(conv(h)) + x = out where out > 0, ≤ 0 where out = 0; h ≥ 0; x ≥ 0; BN(conv1(x)) ≤ h in a basic block
-
-    That is the less certain step: on the bundled networks h came out with errors of 6e-4 to 0.14 and x with 0.02 to
-    0.08, the estimates at 0.7 to 1.6 and 0.7 to 4 times these.
-
-    The two solutions are h and x; `equations` and `unknowns` are those of both, per channel of h. The rest is as for
-    `solve_block_input`. With the mask of h its input can then be solved again, from more equations. Raises GradinvError
-    where something needed is missing, or the block has a shortcut of its own.
-    """
-    started = time.monotonic()
-    problem = _of_identity(block, gradients, cotangents, activations, noise)
-    inner = block.units[-1].conv.in_channels
-    channels = [inner, problem.shape[1] - inner]
-    z, error, done = _solve(problem, tolerance, iterations, started + seconds, stop, progress, channels)
-    parts = problem.maps(z).split(channels, 1)
-    residual, seconds = problem.residual(z), time.monotonic() - started
-    h, x = (
-        ConvexSolution(part.contiguous(), wrong, residual, done, seconds, problem.equations, problem.unknowns)
-        for part, wrong in zip(parts, [error[0], (_SKIPPED * error[1]).clamp(max=1)], strict=True)
-    )
-    return h, x
 
 
 def _solve(
@@ -147,9 +105,8 @@ def _solve(
     until: float,
     stop: Event | None,
     progress: Callable[[int, float], None] | None,
-    channels: list[int],
-) -> tuple[Tensor, list[Tensor], int]:
-    """The solution (n, C), the relative errors (B,) of its parts of so many `channels`, the iterations."""
+) -> tuple[Tensor, Tensor, int]:
+    """The solution (n, C), the relative error of each image (B,), the iterations."""
     halt = _Halt(stop, until)
     search = _Search(problem, problem.targets, problem.start)
     while not search.misfit() < _ABSURD * problem.size and problem.noise < _MOST and not halt():
@@ -186,7 +143,7 @@ def _solve(
     search.refresh()
     x = search.x.clamp(min=0)
     halt.until = math.inf  # the estimate is what makes the result of use
-    return x, _twin(problem, x, search.misfit(), search.count, halt, channels), done
+    return x, _twin(problem, x, search.misfit(), search.count, halt), done
 
 
 class _Halt:
@@ -243,39 +200,6 @@ class _Layers:
         return float(torch.cat(powers).mean())
 
 
-class _Joint:
-    """An identity block as linear maps of (h, x), the last unit's input and the block's: BN's slopes in the weights."""
-
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        first, last = block.units[0], block.units[-1]
-        self._channels = [last.conv.in_channels, first.conv.in_channels]
-        self._last, self._geometry = _weight(last, dtype), _geometry(last)
-        # Of a bottleneck's first convolution the output is another node than h.
-        self._first = _weight(first, dtype) if len(block.units) == 2 else None
-
-    def __call__(self, z: Tensor) -> list[Tensor]:
-        """(B, C, H, W) → conv(h) + x and, in a basic block, conv1(x) − h."""
-        h, x = z.split(self._channels, 1)
-        outputs = [F.conv2d(h, self._last, None, *self._geometry) + x]
-        if self._first is not None:
-            outputs.append(F.conv2d(x, self._first, None, *self._geometry) - h)
-        return outputs
-
-    def transposed(self, outputs: list[Tensor]) -> Tensor:
-        stride, padding, dilation = self._geometry
-        h = F.conv_transpose2d(outputs[0], self._last, None, stride, padding, 0, 1, dilation)
-        x = outputs[0]
-        if self._first is not None:
-            h = h - outputs[1]
-            x = x + F.conv_transpose2d(outputs[1], self._first, None, stride, padding, 0, 1, dilation)
-        return torch.cat([h, x], 1)
-
-    def power(self) -> float:
-        """The mean of the squared norms of all equations' rows."""
-        weights = [self._last] if self._first is None else [self._last, self._first]
-        return 1 + float(torch.cat([w.double().square().sum((1, 2, 3)) for w in weights]).mean())
-
-
 class _Problem:
     """The equations, and the Gaussian that the gradient's make of x.
 
@@ -291,25 +215,24 @@ class _Problem:
         self,
         rows: Tensor,
         right: Tensor,
-        layers: Callable[[torch.dtype], _Layers | _Joint],
+        layers: Callable[[torch.dtype], _Layers],
         targets: list[Tensor],
         on: list[Tensor],
         mean: Tensor,
         shape: tuple[int, int, int, int],
         noise: float,
     ) -> None:
-        """rows: A (p, n); right: G (p, ≤ C), of the first channels where the gradient does not speak of all; layers:
-        the linear maps whose outputs are the `targets` where `on`, at most these elsewhere; mean: m (C,)."""
+        """rows: A (p, n); right: G (p, C); layers: the linear maps whose outputs are the `targets` where `on`, at most
+        these elsewhere; mean: m (C,)."""
         self.shape = shape
         count, channels, height, width = shape
         self._matrix, self._known = rows, right
-        self._told = right.shape[1]
         self._positions = count * height * width
         self.targets, self.on = targets, on
         # A residual below its floor is none.
         self._floors = [torch.where(part, -math.inf, 0.0).float() for part in on]
-        self.equations = len(rows) + round(self._count() / self._told)
-        self.unknowns = self._positions * channels // self._told
+        self.equations = len(rows) + round(self._count() / channels)
+        self.unknowns = self._positions
         # The root mean square of what the layers' equations give.
         squares = sum(float(target[part].square().sum()) for target, part in zip(targets, on, strict=True))
         self.size = math.sqrt(squares / max(1, self._count())) or 1.0
@@ -341,15 +264,14 @@ class _Problem:
             self.tau *= 10
             self._factor, failed = torch.linalg.cholesky_ex(self._gram + self.tau * one)
         self._whitened = self._quick_whitened = self._dense = None
-        self.start = self._mean.clone()
-        self.start[:, : self._told] += self.explained(self._known - self._matrix @ self._mean[:, : self._told])
+        self.start = self._mean + self.explained(self._known - self._matrix @ self._mean)
 
     def _shown_noise(self, x: Tensor) -> float:
         """The share by which the gradient's equations contradict each other, 0 where they cannot."""
         spare = len(self._matrix) - self._positions
         if spare <= 0:
             return 0.0
-        wrong = float((self._matrix @ x[:, : self._told] - self._known).square().sum()) / (spare * self._told)
+        wrong = float((self._matrix @ x - self._known).square().sum()) / (spare * x.shape[1])
         return math.sqrt(wrong / (2 * float(self._gram.diagonal().mean() * x.var().clamp(min=1e-30))))
 
     def maps(self, x: Tensor) -> Tensor:
@@ -371,10 +293,7 @@ class _Problem:
         return self._shared.T @ torch.cholesky_solve(right, self._factor)
 
     def covariance(self, x: Tensor) -> Tensor:
-        """T x: (n, C) → (n, C), in float32 quick and rough; R x of channels that the gradient does not speak of."""
-        if x.shape[1] > self._told:
-            parts = x[:, : self._told].contiguous(), x[:, self._told :].contiguous()
-            return torch.cat([self.covariance(parts[0]), self._spread(parts[1])], 1)
+        """T x: (n, C) → (n, C), in float32 quick and rough."""
         if self._whitened is None or self._quick_whitened is None:
             self._whitened = torch.linalg.solve_triangular(self._factor, self._shared, upper=False)
             self._quick_whitened = self._whitened.float()
@@ -401,8 +320,7 @@ class _Problem:
         factor = torch.linalg.cholesky(self._prior)
         free = (factor @ free.view(self.shape[0], len(factor), -1)).view(x.shape)
         wrong = math.sqrt(self.tau) * float(x.std()) * _normal(self._known.shape, generator, x)
-        free[:, : self._told] -= self.explained(self._matrix @ free[:, : self._told] + wrong)
-        return free
+        return free - self.explained(self._matrix @ free + wrong)
 
     def violations(self, residuals: list[Tensor]) -> list[Tensor]:
         """Of the layers' residuals and of x what is not allowed: all where the node is on, else what is too high, and
@@ -421,7 +339,7 @@ class _Problem:
 
     def residual(self, x: Tensor) -> float:
         """The share of the right sides that x leaves unexplained."""
-        gradient = float((self._matrix @ x[:, : self._told] - self._known).norm() / self._known.norm().clamp(min=1e-30))
+        gradient = float((self._matrix @ x - self._known).norm() / self._known.norm().clamp(min=1e-30))
         layers = math.sqrt(self.mean_square(self.forward(x, self.targets))) / self.size
         return max(layers, gradient)
 
@@ -459,30 +377,6 @@ def _of_input(
         shape,
         noise,
     )
-
-
-def _of_identity(
-    block: Block,
-    gradients: Mapping[str, Tensor],
-    cotangents: Mapping[str, Tensor],
-    activations: Mapping[str, Tensor],
-    noise: float,
-) -> _Problem:
-    """The problem of `solve_identity_block`."""
-    if block.shortcut is not None:
-        raise GradinvError(f"{block.name} has a shortcut of its own; solve its input from its inner nodes.")
-    first, last = block.units[0], block.units[-1]
-    out = _given(activations, block.name, "activation").double()
-    count, channels, height, width = out.shape
-    inner = last.conv.in_channels
-    rows, right = _gradient_equations([last], gradients, cotangents, (count, inner, height, width))
-    targets, on = [out - last.offset.double()[:, None, None]], [out > 0]
-    if len(block.units) == 2:
-        targets.append((-first.offset.double()[:, None, None]).expand_as(out))
-        on.append(torch.zeros_like(out, dtype=torch.bool))
-    mean = torch.cat([(out.mean() / 2).expand(inner), out.mean((0, 2, 3))])
-    shape = count, inner + channels, height, width
-    return _Problem(rows, right, lambda dtype: _Joint(block, dtype), targets, on, mean, shape, noise)
 
 
 class _Search:
@@ -561,11 +455,8 @@ class _Search:
         return length
 
 
-def _twin(
-    problem: _Problem, x: Tensor, misfit: float, iterations: int, halt: _Halt, channels: list[int]
-) -> list[Tensor]:
-    """The relative errors (B,) of x's parts of so many channels after so many iterations, measured where the answer is
-    known.
+def _twin(problem: _Problem, x: Tensor, misfit: float, iterations: int, halt: _Halt) -> Tensor:
+    """The relative error of each image (B,) after so many iterations, measured where the answer is known.
 
     The twin's equations are met by x, up to the noise that is assumed. Its search starts at x plus a deviation, and
     ends after a part of the iterations; the rest is a power law through two readings. Where the real residual is larger
@@ -575,7 +466,7 @@ def _twin(
     images = problem.shape[0]
 
     def sizes(x: Tensor) -> Tensor:
-        return torch.stack([part.reshape(images, -1).norm(dim=1) for part in x.split(channels, 1)])
+        return x.reshape(images, -1).norm(dim=1)
 
     size = sizes(x).clamp(min=1e-30)
     targets = []
@@ -587,17 +478,17 @@ def _twin(
     readings = []
     while search.count < end:
         if halt():
-            return list(torch.ones_like(size))
+            return torch.ones_like(size)
         search.step()
         if search.count in (end // 2, end):
             search.refresh()
             solved = search.x.clamp(min=0)
-            readings.append(torch.cat([(sizes(solved - x) / size).view(-1), size.new_tensor([search.misfit()])]))
+            readings.append(torch.cat([sizes(solved - x) / size, size.new_tensor([search.misfit()])]))
     middle, last = (reading.clamp(min=1e-30) for reading in readings)
     power = (torch.log(middle / last) / math.log(end / (end // 2))).clamp(0, 2)
     final = last * (end / max(end, iterations)) ** power
     excess = misfit / final[-1]
-    return list((final[:-1] * excess.clamp(min=1)).clamp(max=1).view(size.shape))
+    return (final[:-1] * excess.clamp(min=1)).clamp(max=1)
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
@@ -617,20 +508,21 @@ def _gradient_equations(
     shape: tuple[int, int, int, int],
 ) -> tuple[Tensor, Tensor]:
     """A (p, n) and G (p, C) of the input, of `shape`, that the units' convolutions share."""
-    count, channels, height, width = shape
+    count, _, height, width = shape
     rows, right = [], []
     for unit in units:
         delta = _given(cotangents, unit.name, "cotangent").double()
         if len(delta) != count or delta.shape[1] != unit.conv.out_channels:
             raise GradinvError(f"The cotangent of {unit.name} has the shape {tuple(delta.shape)}, not the batch's.")
         gradient = _given(gradients, f"{unit.name}.weight", "gradient").to(delta.device).double()
-        part = _gradient_rows(delta, unit, height, width)
+        equations = Equations(unit, delta, gradient)
+        part = equations.matrix(height, width).flatten(0, 1)
         told = part.square().sum(1) > 0  # a dead channel says nothing
         if told.any():
             # Rounding is a share of each convolution's own numbers.
             scale = part[told].square().sum(1).mean().sqrt()
             rows.append(part[told] / scale)
-            right.append(gradient.permute(0, 2, 3, 1).reshape(-1, channels)[told] / scale)
+            right.append(equations.right_side().flatten(0, 1)[told] / scale)
     if not rows:
         raise GradinvError(f"No gradient passes through {units[0].name}, so its input cannot be solved.")
     return torch.cat(rows), torch.cat(right)
@@ -653,23 +545,6 @@ def _geometry(unit: Unit) -> tuple[tuple[int, int], tuple[int, int], tuple[int, 
     padding = conv.padding
     assert not isinstance(padding, str)  # torchvision's ResNets give numbers
     return (conv.stride[0], conv.stride[1]), (padding[0], padding[1]), (conv.dilation[0], conv.dilation[1])
-
-
-def _gradient_rows(delta: Tensor, unit: Unit, height: int, width: int) -> Tensor:
-    """The matrix A of ∇W = A x, ordered (o, u, v) × (k, y, x): δ (B, O, h, w) → (O·k·k, B·H·W)."""
-    stride, padding, dilation = _geometry(unit)
-    kernel = unit.conv.kernel_size
-    count, channels, rows, columns = delta.shape
-    padded = delta.new_zeros(channels, kernel[0], kernel[1], count, height + 2 * padding[0], width + 2 * padding[1])
-    moved = delta.transpose(0, 1)
-    for u in range(kernel[0]):
-        for v in range(kernel[1]):
-            top, left = u * dilation[0], v * dilation[1]
-            down = slice(top, top + stride[0] * (rows - 1) + 1, stride[0])
-            across = slice(left, left + stride[1] * (columns - 1) + 1, stride[1])
-            padded[:, u, v, :, down, across] = moved
-    inside = padded[..., padding[0] : padding[0] + height, padding[1] : padding[1] + width]
-    return inside.reshape(channels * kernel[0] * kernel[1], -1)
 
 
 def _alike(height: int, width: int, device: torch.device) -> Tensor:

@@ -60,6 +60,9 @@ def solve_layers(
     lowest = None if until is None else parts(model.network).node(until)
     if observation.mode != "eval":
         return (), "In train mode batch normalisation mixes the images, so no layer below the final one is linear."
+    for unit in (unit for block in parts(model.network).blocks for unit in block.all_units):
+        if unit.conv.groups != 1 or unit.conv.dilation != (1, 1):
+            return (), f"{unit.name} is a grouped or dilated convolution, of which the layers' equations do not hold."
     way = _Way(model, observation, fit, stop or threading.Event())
     try:
         for node in way.down():
@@ -187,22 +190,21 @@ class _Way:
                 return replace(node, cotangent=self._gate.cotangent)
         if solution is None:
             raise Unsolved(f"{step.unit.name} gives {count} equations for {unknowns} unknowns of {step.node}")
-        error = float(self._error(solution, equations).median())
-        if not error < _USELESS:
+        error = self._error(solution, equations)
+        if not float(error.median()) < _USELESS:
             raise Unsolved(
                 f"{step.node} cannot be told from noise ({count} equations for {unknowns} unknowns leave an error of "
-                f"{100 * error:.0f} %)"
+                f"{100 * float(error.median()):.0f} %)"
             )
         share = float((mended.mask != self._gate.mask).double().mean())
         self._take(step, mended)
-        equations = self._equations(step)
         self._pass(step, shape, solution)
         return SolvedNode(
             step.node,
             solution.x.clamp(min=0) * self._gate.mask,
             self._gate.cotangent,
             "exact",
-            self._error(solution, equations),
+            error,
             solution.residual,
             count,
             unknowns,
@@ -240,10 +242,10 @@ class _Way:
         # Rounding and noise leave about as much unexplained in every layer.
         expected = _LIKE_ABOVE * max(_ROUNDING, self._fit.residual, *(node.residual for node in self._solved))
         best = solution = solve_input(self._equations(step), shape), above
-        for round in range(_ROUNDS):
+        for attempt in range(_ROUNDS):
             if best[0].residual <= expected and not best[0].suspects.any():
                 break
-            if round == 0:
+            if attempt == 0:
                 doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
                 solution = solve_input(self._equations(step), shape, doubtful=doubtful, expected=expected), above
             first, *others = self._equations(step, solution[1])

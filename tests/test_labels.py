@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from gradinv.recovery.labels import METHODS, bias_corrected, column_minimum, ilrg, llg, restore_labels
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, Observation
 from gradinv.victim import observe
 
 
@@ -183,3 +183,24 @@ def test_an_unknown_method_and_a_missing_gradient_are_named(small_model, small_b
         restore_labels(small_model, observation, "guess")
     with pytest.raises(GradinvError, match=r"no gradient of fc\.weight"):
         restore_labels(small_model, changed(observation, fc_weight=None))
+
+
+def test_a_wrong_reading_of_a_large_batch_is_corrected(small_model, monkeypatch):
+    """Of more than 32 images the search is short, since every test is slow, but one wrong label it still finds."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Identity())
+    network.fc = torch.nn.Linear(64, 80)
+    labels = torch.randperm(80)[:33]
+    features = torch.randn(33, 64).clamp(min=0)
+    with torch.no_grad():
+        errors = network.fc(features).softmax(1) - F.one_hot(labels, 80)
+    gradients = {"fc.weight": errors.T @ features / 33, "fc.bias": errors.mean(0)}
+    model = dataclasses.replace(small_model, network=network)
+    observation = Observation(gradients, 33, model.preprocessing, model.name, model.sha256)
+    absent = next(label for label in range(80) if label not in labels)
+    misread = torch.cat([labels[:-1], torch.tensor([absent])])
+    monkeypatch.setattr("gradinv.recovery.labels.column_minimum", lambda gradient, count: misread)
+    restored = restore_labels(model, observation)
+    assert sorted(restored.labels.tolist()) == sorted(labels.tolist())
+    assert restored.confidence > 0.99
+    assert restored.fit is not None

@@ -18,7 +18,8 @@ CORRECTED = ", corrected"
 EQUATIONS = "final layer's equations"
 METHODS = ("auto", "column-minimum", "llg", "bias-corrected", "ilrg")
 
-_TESTABLE = 32  # images up to which `auto` tests by exact features; one test of 32 takes about half a second
+_TESTABLE = 48  # images up to which `auto` tests by exact features; one test of 48 takes about 5 s
+_SEARCHED = 32  # images up to which that is quick enough to search for labels; one test of 32 takes half a second
 _QUICK = 16  # images up to which a reading that was asked for by name is tested so; 20 ms
 _MOVES = 30  # single labels that are moved from one reading, the likeliest first
 _TOO_MANY = -0.3  # the drift of a class that has too many images: seen from -0.4 down, of others above -0.2
@@ -33,7 +34,7 @@ class RestoredLabels:
     `confidence` in [0, 1] tells, where it can be tested, whether all labels are right: 1 / (1 + (r / 0.001)²), r being
     the share of the final layer's gradient that the features recovered with these labels leave unexplained: with the
     right labels rounding error, with a wrong one 0.002 to 0.4; noise raises it. Elsewhere (`auto` of more than
-    32 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the share of labels that are
+    48 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the share of labels that are
     right and says nothing of the batch as a whole: 0.9 times the share on which the other methods agree, on average.
 
     `fit` is the solution of the final layer with these labels, where the test found one that explains its gradient.
@@ -219,13 +220,13 @@ def _final_layer(model: Model, observation: Observation, most: int) -> FinalLaye
 
 def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, order: Tensor) -> tuple[str, Tensor, Fit]:
     """The labels with the smallest residual: the readings, then those that follow from the absent classes, then single
-    moves from the best. → method, labels, their fit
+    moves from the best. Of a large batch, where each test takes seconds, fewer of all these. → method, labels, their fit
 
     evidence: (N,), about how many images each class has; order: (N,), the classes by their smallest gradient.
     """
     # Tests of small batches are cheap: there a reading gets several starts, as a right one may fail at the first.
-    quick = len(next(iter(tried.values()))) <= _QUICK
-    most, thorough, starts = (80, 6, 2) if quick else (24, 1, 1)
+    count = len(next(iter(tried.values())))
+    most, thorough, starts = (80, 6, 2) if count <= _QUICK else (24, 1, 1) if count <= _SEARCHED else (8, 1, 1)
     tested: dict[tuple[int, ...], tuple[float, str, Tensor, Iterator[Tensor], Fit]] = {}
 
     def test(name: str, labels: Tensor, starts: int) -> bool:
@@ -241,8 +242,10 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, or
         for name in sorted(tried, key=lambda name: _implausible(tried[name], evidence)):
             if test(name, tried[name].cpu(), thorough):
                 return
+            if count > _SEARCHED:
+                break
         first = min(tested.values(), key=lambda known: known[0])[2]
-        for wider in (0, len(first) // 2, len(first)):
+        for wider in (0, count // 2, count) if count <= _SEARCHED else (0,):
             present = evidence > 0
             present[first] = True
             present[order[:wider]] = True
@@ -250,7 +253,7 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, or
                 if test(EQUATIONS, labels, starts):
                     return
         # Of a few images a single wrong label leaves as much unexplained as noise does, and moves take no time.
-        if len(first) > 4 and min(known[0] for known in tested.values()) > _CHANGED:
+        if count > 4 and min(known[0] for known in tested.values()) > _CHANGED:
             return
         while len(tested) < most:
             open_moves = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,6 +261,15 @@ def test_the_way_down_can_be_stopped_and_tells_each_node(basic):
         == ["layer4.1.conv1", "layer4.0", "layer4.0.conv1"]
     )
     assert "stopped" in recovered.stopped
+
+
+def test_the_way_ends_above_a_layer_that_memory_does_not_suffice_for(basic, monkeypatch):
+    observation = batch(basic, LABELS)[1]
+    free = iter([2**40] * 5 + [2**20] * 9)
+    monkeypatch.setattr(layers.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    found = recover(basic, observation, AUTO)
+    assert len(found.nodes) == 5
+    assert re.fullmatch(r"Solving layer3\.0 takes about [0-9.]+ GiB of memory and 0\.0 GiB are free\.", found.stopped)
 
 
 def test_what_needs_no_layers_solves_none(basic, monkeypatch):

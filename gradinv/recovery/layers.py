@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -179,6 +180,11 @@ class _Way:
         unknowns = shape[0] * shape[2] * shape[3]
         equations = self._equations(step)
         count = sum(part.count(*shape[2:]) for part in equations)
+        needed, free = _memory(equations, shape), psutil.virtual_memory().available
+        if needed > free:
+            raise Unsolved(
+                f"Solving {step.node} takes about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free"
+            )
         solution, mended = self._exact(step, shape) if count >= unknowns else (None, self._gate)
         if count < _AMPLE * unknowns and (solution is None or float(solution.error.median()) > _FINE) and step.first:
             # Not with the mended masks: so few equations are explained by wrong ones, too.
@@ -316,6 +322,16 @@ class _Way:
             if _is_pruned(gradient):
                 raise Unsolved(f"Entries of the gradient of {name} were set to 0, and so are no equations")
         return gradient
+
+
+def _memory(equations: Sequence[Equations], shape: tuple[int, int, int, int]) -> int:
+    """About how many bytes solving an input of that shape takes: measured on the bundled networks, and rounded up."""
+    images, channels, height, width = shape
+    unknowns = images * height * width
+    rows = sum(part.gradient[:, 0].numel() for part in equations)
+    # Squares of the unknowns are formed by least squares, and by the convex step only where those are the cheaper form.
+    squares = 4 * unknowns**2 if unknowns <= 2 * rows else 3 * rows**2
+    return 8 * (6 * rows * unknowns + squares + channels * (20 * unknowns + 8 * rows))
 
 
 def _is_pruned(gradient: Tensor) -> bool:

@@ -220,7 +220,7 @@ def _final_layer(model: Model, observation: Observation, most: int) -> FinalLaye
 
 def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, order: Tensor) -> tuple[str, Tensor, Fit]:
     """The labels with the smallest residual: the readings, then those that follow from the absent classes, then single
-    moves from the best. Of a large batch, where each test takes seconds, fewer of all these. → method, labels, their fit
+    moves from the best. Of a large batch, where each test takes seconds, few of these. → method, labels, their fit
 
     evidence: (N,), about how many images each class has; order: (N,), the classes by their smallest gradient.
     """

@@ -183,7 +183,8 @@ class _Way:
         needed, free = _memory(equations, shape), psutil.virtual_memory().available
         if needed > free:
             raise Unsolved(
-                f"Solving {step.node} takes about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free"
+                f"Solving {step.node} takes about {needed / 2**30:.1f} GiB of memory and "
+                f"{free / 2**30:.1f} GiB are free"
             )
         solution, mended = self._exact(step, shape) if count >= unknowns else (None, self._gate)
         if count < _AMPLE * unknowns and (solution is None or float(solution.error.median()) > _FINE) and step.first:

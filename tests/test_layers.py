@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import threading
@@ -23,6 +24,7 @@ from gradinv.network import Segment, parts
 from gradinv.recovery import convolution, layers, recover
 from gradinv.recovery.convolution import Equations, Gate, mended_by_bias, mended_by_residual, solve_input
 from gradinv.recovery.final_layer import FinalLayer
+from gradinv.recovery.last_block import Steps, Unsolved
 from gradinv.recovery.layers import solve_layers
 from gradinv.types import GradinvError, Observation, Preprocessing, Recovered, SolvedNode
 
@@ -102,7 +104,14 @@ def paired(recovered: Recovered, true: Tensor, name: str = "") -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "labels"), [(BASIC, 64, [3, 7, 1]), (BOTTLENECK, 64, [5, 2]), (BASIC, 32, [4, 9])]
+    ("kind", "size", "labels"),
+    [
+        (BASIC, 64, [3, 7, 1]),
+        (BOTTLENECK, 64, [5, 2]),
+        (BASIC, 32, [4, 9]),
+        (BASIC, 128, [3, 7]),
+        (BOTTLENECK, 96, [5, 2, 8]),
+    ],
 )
 def test_layers_are_exact_down_to_where_equations_end(kind, size, labels):
     model = resnet(*kind, size)
@@ -110,12 +119,32 @@ def test_layers_are_exact_down_to_where_equations_end(kind, size, labels):
     recovered = recover(model, observation, AUTO)
     order = [labels.index(label) for label in recovered.labels.tolist()]
     true = truth(model, images)
-    exact = [node for node in recovered.nodes if node.method == "exact"]
+    exact = list(itertools.takewhile(lambda node: node.method == "exact", recovered.nodes))
     assert len(exact) >= 5
     for node in exact:
         assert relative(node.activation, true[node.name][order]).max() < 1e-6, node.name
         assert node.equations >= node.unknowns
     assert recovered.stopped
+
+
+def test_the_steps_of_a_convolution_lead_from_each_position_to_its_neighbours():
+    """∇W of two images on a map of 3 × 4, put together from random cotangents and inputs."""
+    height, width = 3, 4
+    cotangents = torch.randn(2, 40, height, width, dtype=torch.float64)
+    inputs = torch.randn(2, 30, height, width, dtype=torch.float64)
+    weight = torch.zeros(40, 30, 3, 3, dtype=torch.float64, requires_grad=True)
+    F.conv2d(inputs, weight, padding=1).backward(cotangents)
+    assert weight.grad is not None
+    steps = Steps(weight.grad, 2 * height * width)
+    corner = steps.corner(2)
+    true = cotangents[:, :, 0, 0].T
+    torch.testing.assert_close(corner @ (corner.T @ true), true)
+    for image in cotangents:
+        found = steps.from_neighbours(left=image[:, 1, 2], above=image[:, 0, 3])
+        torch.testing.assert_close(found, image[:, 1, 3])
+        torch.testing.assert_close(steps.from_neighbours(left=None, above=image[:, 1, 0]), image[:, 2, 0])
+    with pytest.raises(Unsolved, match="tells 40 positions apart, and the images have 41"):
+        Steps(weight.grad, 41)
 
 
 def test_one_image_is_solved_down_to_the_stem(basic):
@@ -165,7 +194,7 @@ def test_the_error_is_known_within_a_factor_of_two(basic, level):
     recovered = recover(model, replace(observation, gradients=noisy), AUTO)
     order = ordered(recovered, [3, 7, 1])
     true = truth(model, images)
-    exact = [node for node in recovered.nodes if node.method == "exact"]
+    exact = list(itertools.takewhile(lambda node: node.method == "exact", recovered.nodes))
     assert len(exact) >= 5
     for node in exact:
         ratio = float(node.error.median() / relative(node.activation, true[node.name][order]).median())

@@ -273,10 +273,12 @@ def mended_by_bias(gate: Gate, bias_gradient: Tensor) -> tuple[Gate, int]:
     """
     lacking = bias_gradient - gate.cotangent.sum((0, 2, 3))
     size = gate.cotangent.abs().sum((0, 2, 3))
-    noise = max(float(lacking.abs().median()), 0.1 * _ROUNDING * float(size.median()))
+    # Rounding is a share of a channel's own numbers, and those of one are up to a thousand times another's.
+    rounding = 0.1 * _ROUNDING * size.clamp(min=float(size.median()))
+    nearness = _STANDS_OUT * rounding.clamp(min=float(lacking.abs().median()))
     flips = torch.zeros_like(gate.mask)
-    near = _STANDS_OUT * noise
-    for channel in (lacking.abs() > near).nonzero()[:, 0].tolist():
+    for channel in (lacking.abs() > nearness).nonzero()[:, 0].tolist():
+        near = float(nearness[channel])
         order = gate.margin[:, channel].flatten().argsort()[:_SINGLE_FLIPS]
         change = torch.where(gate.mask[:, channel], -gate.full[:, channel], gate.full[:, channel]).flatten()[order]
         fits = ((change - lacking[channel]).abs() < near).nonzero()[:, 0]

@@ -256,7 +256,6 @@ def ingredient_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
         "the softest maximum throughout": change(config, pooling=first * len(config.pooling)),
         "Adam": change(config, optimiser="adam", learning_rate=0.1, optimiser_step="gradient"),
         "a tenth of the TV": change(config, tv=config.tv / 10),
-        "the gradient below as well": change(config, gradient=0.1),
         "gradient matching alone": AttackConfig.preset("matching", seeds=config.seeds, iterations=config.iterations),
         "no gradient": change(
             config,

@@ -371,6 +371,25 @@ def test_planted_wrong_mask_entries_are_mended_by_the_bias(problem):
     assert none == 0 and torch.equal(same.mask, gate.mask)
 
 
+def test_rounding_of_a_large_channel_turns_no_entry():
+    """Rounding grows with a channel's numbers, and two entries may happen to explain it."""
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(2, 64, 4, 4, generator=generator, dtype=torch.float64)
+    full[:, 0] *= 1e3
+    mask = torch.rand(full.shape, generator=generator) > 0.5
+    mask[0, 0, 0, :2] = False
+    rounding = 3e-7 * float((full * mask)[:, 0].abs().sum())
+    full[0, 0, 0, 1] = rounding - full[0, 0, 0, 0]
+    bias_gradient = (full * mask).sum((0, 2, 3))
+    bias_gradient[0] += rounding
+    margin = torch.ones_like(full)
+    assert mended_by_bias(Gate(full, mask, margin), bias_gradient)[1] == 0
+    bias_gradient[0] += full[0, 0, 0, 0]
+    mended, turned = mended_by_bias(Gate(full, mask, margin), bias_gradient)
+    assert turned == 1
+    assert mended.mask[0, 0, 0, 0]
+
+
 def test_equations_hold_for_the_true_input(basic):
     """The linear form of ∇W, and the pulled-back cotangent, against autograd."""
     model = basic

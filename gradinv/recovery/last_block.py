@@ -130,10 +130,16 @@ def _two_valued(direction: Tensor, expected: Tensor, off: Tensor) -> tuple[Tenso
         return torch.zeros_like(off), torch.full_like(expected, torch.inf)
     scaled = candidates[:, None] * expected
     cost = torch.minimum((direction - scaled).square(), direction.square()).sum(1)
-    predicted = scaled[cost.argmin()]
-    apart, near = (direction - predicted).abs(), direction.abs()
-    noise = (cost.min() / len(direction)).sqrt().clamp(min=1e-300)
-    return (apart < near) & ~off, torch.where(off, torch.inf, (apart - near).abs() / noise)
+    on, sure = _nearer(direction, scaled[cost.argmin()])
+    return on & ~off, torch.where(off, torch.inf, sure)
+
+
+def _nearer(direction: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries of `direction` (C,) are nearer to the expected ones than to 0: → mask, and how much clearer that is
+    than the other choice, in units of the misfit."""
+    apart, near = (direction - expected).abs(), direction.abs()
+    noise = torch.minimum(apart, near).square().mean().sqrt().clamp(min=1e-300)
+    return apart < near, (apart - near).abs() / noise
 
 
 class Steps:
@@ -193,14 +199,11 @@ def _by_steps(gradient: Tensor, expected: Tensor, pooled: Pooled, height: int, w
 
 
 def _on(direction: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Which entries of `direction` (C,) are the expected ones and which 0: → mask, and how much clearer that is than
-    the other choice, in units of the misfit. Raises Unsolved where most are neither."""
-    apart, near = (direction - expected).abs(), direction.abs()
-    misfit = torch.minimum(apart, near)
-    if not float(misfit.norm()) < _MISFIT * float(near.norm()):
+    """As `_nearer`. Raises Unsolved where most entries are neither the expected ones nor 0."""
+    on, sure = _nearer(direction, expected)
+    if not float((direction - expected * on).norm()) < _MISFIT * float(direction.norm()):
         raise Unsolved("The positions of the last block's map cannot be told apart")
-    noise = misfit.square().mean().sqrt().clamp(min=1e-300)
-    return apart < near, (apart - near).abs() / noise
+    return on, sure
 
 
 def _through_pointwise(
@@ -250,7 +253,7 @@ def _through_pointwise(
             whole = pulled @ (expected[image] * on)
             # The corner's is known up to a factor.
             factor = 1.0 if exact else float((whole * e).sum() / e.square().sum().clamp(min=1e-300))
-            exact[row, column] = whole * ((factor * e - whole).abs() < (factor * e).abs())
+            exact[row, column] = whole * _nearer(factor * e, whole)[0]
     return mask, margin
 
 
@@ -260,14 +263,12 @@ def _corners(corner: Tensor, gradient: Tensor, span: Tensor, seen: list[Tensor],
     Where the image's zeros leave just its own positions, the gradient tells which of the lower units are off at all of
     them, and so in its corner. Of what that leaves open the directions with the most zeros are taken.
     """
-    images = len(seen)
-    everything = torch.eye(images, dtype=span.dtype)
-    own = []
+    images, own = len(seen), []
     for squares in seen:
         values, vectors = torch.linalg.eigh(squares)
         own.append(span @ vectors[:, values.clamp(min=0).sqrt() < _GONE])
     if images == 1 or any(part.shape[1] != positions for part in own):
-        return [_sparsest(corner, everything)] * images
+        return [_sparsest(corner, torch.eye(images, dtype=span.dtype))] * images
     inputs = torch.linalg.lstsq(torch.cat(own, 1), gradient).solution.view(images, positions, -1).norm(dim=1)
     dead = inputs < _DEAD * inputs.median(1, keepdim=True).values
     found = []

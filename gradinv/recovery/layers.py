@@ -152,14 +152,12 @@ class _Way:
         """The mask of the last block, from the features."""
         block = parts(self._model.network).blocks[-1]
         _, height, width = self._shapes[block.name]
-        units = (unit for unit in block.units[-2:])
-        names = [name for unit in units for name in (f"{unit.name}.weight", f"{unit.bn_name}.bias")]
-        gradients = {name: self._gradient(name) for name in names}
+        gradients = {f"{unit.name}.weight": self._gradient(f"{unit.name}.weight") for unit in block.units[-2:]}
         pooled = self._pooled(height * width)
         # All cotangents are proportional to what the final layer's equations give, which is no more exact than this.
         self._floor = (pooled.sigma.norm(dim=1) / pooled.features.norm(dim=1)).clamp(min=_ROUNDING)
         top = last_gate(block, gradients, pooled, height, width)
-        return mended_by_bias(top, gradients[names[-1]])[0]
+        return mended_by_bias(top, self._gradient(f"{block.units[-1].bn_name}.bias"))[0]
 
     def _pooled(self, positions: int) -> Pooled:
         """F by least squares of s AᵀF = K ∇W, not clamped, with what the residual says of its precision."""

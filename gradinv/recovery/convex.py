@@ -52,6 +52,7 @@ def solve_block_input(
     activations: Mapping[str, Tensor],
     shape: tuple[int, int, int, int],
     *,
+    settled: Tensor | None = None,
     noise: float = 1e-6,
     tolerance: float = 2e-3,
     iterations: int = 400,
@@ -69,7 +70,8 @@ def solve_block_input(
         BN(conv1(x)) = h where h > 0, ≤ 0 where h = 0; BN(shortcut(x)) = out − rest(h) where out > 0, ≤ where out = 0
         x ≥ 0
 
-    where BN is in eval mode. `noise` is the least relative error of what is given; where the equations contradict each
+    where BN is in eval mode. `settled` (B, C, H, W) holds the channels that are known already, and no numbers (nan) in
+    those that are to be solved. `noise` is the least relative error of what is given; where the equations contradict each
     other more than that, the gradient's are taken for less exact. The search ends as soon as the second half of the
     iterations moved x by less than the share `tolerance`, at the latest after that many `iterations` or `seconds`; the
     estimate of the error adds a fifth. `stop` ends it within an iteration, with an error of 1 where there was no time
@@ -85,11 +87,17 @@ def solve_block_input(
     Raises GradinvError where something needed is missing or has another shape.
     """
     started = time.monotonic()
-    problem = _of_input(block, gradients, cotangents, activations, shape, noise)
+    if settled is None:
+        settled = torch.full(shape, torch.nan, dtype=torch.float64)
+    wanted = settled.isnan().any(3).any(2).any(0)
+    problem = _of_input(block, gradients, cotangents, activations, settled, wanted, noise)
     x, error, done = _solve(problem, tolerance, iterations, started + seconds, stop, progress)
+    found = settled.to(x, copy=True)
+    found[:, wanted] = problem.maps(x)
+    share = found[:, wanted].flatten(1).norm(dim=1) / found.flatten(1).norm(dim=1).clamp(min=1e-30)
     return ConvexSolution(
-        x=problem.maps(x).contiguous(),
-        error=error,
+        x=found,
+        error=error * share,
         residual=problem.residual(x),
         iterations=done,
         seconds=time.monotonic() - started,
@@ -158,12 +166,15 @@ class _Halt:
 
 
 class _Layers:
-    """The block's first convolution and its shortcut as linear maps of x, BN's slope in the weights."""
+    """The block's first convolution and its shortcut as linear maps of the wanted channels (C,) bool of x, BN's slope
+    in the weights."""
 
-    def __init__(self, unit: Unit, shortcut: Unit | None, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, unit: Unit, shortcut: Unit | None, shape: tuple[int, int, int, int], wanted: Tensor, dtype: torch.dtype
+    ) -> None:
         self._units = (unit, shortcut)
         self._shape = shape
-        self._weights = [None if part is None else _weight(part, dtype) for part in self._units]
+        self._weights = [None if part is None else _weight(part, dtype)[:, wanted] for part in self._units]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (B, C, H, W) → both outputs (B, O, h, w), without BN's offsets."""
@@ -352,29 +363,39 @@ def _of_input(
     gradients: Mapping[str, Tensor],
     cotangents: Mapping[str, Tensor],
     activations: Mapping[str, Tensor],
-    shape: tuple[int, int, int, int],
+    settled: Tensor,
+    wanted: Tensor,
     noise: float,
 ) -> _Problem:
-    """The problem of `solve_block_input`."""
+    """The problem of `solve_block_input`, for the wanted channels (C,) bool."""
+    images, channels, height, width = settled.shape
     first, shortcut = block.units[0], block.shortcut
     units = [first] if shortcut is None else [first, shortcut]
     h = _given(activations, first.name, "activation").double()
     out = _given(activations, block.name, "activation").double()
-    rows, right = _gradient_equations(units, gradients, cotangents, shape)
+    rows, right = _gradient_equations(units, gradients, cotangents, (images, channels, height, width))
     inner = h
     for unit in block.units[1:-1]:
-        inner = activations[unit.name].double() if unit.name in activations else F.relu(_affine(unit, inner))
-    rest = _affine(block.units[-1], inner)
+        inner = activations[unit.name].double() if unit.name in activations else F.relu(affine(unit, inner))
+    rest = affine(block.units[-1], inner)
     if shortcut is not None:
         rest = rest + shortcut.offset.double()[:, None, None]
+    targets, on = [h - first.offset.double()[:, None, None], out - rest], [h > 0, out > 0]
+    if not wanted.all():
+        others = _Layers(first, shortcut, settled.shape, ~wanted, torch.float64)(settled[:, ~wanted])
+        targets[0] = targets[0] - others[0]
+        if shortcut is None:
+            targets[1], on[1] = targets[1][:, wanted], on[1][:, wanted]
+        else:
+            targets[1] = targets[1] - others[1]
     return _Problem(
         rows,
-        right,
-        lambda dtype: _Layers(first, shortcut, shape, dtype),
-        [h - first.offset.double()[:, None, None], out - rest],
-        [h > 0, out > 0],
-        _channel_means(shortcut, out, shape[1]),
-        shape,
+        right[:, wanted],
+        lambda dtype: _Layers(first, shortcut, (images, channels, height, width), wanted, dtype),
+        targets,
+        on,
+        _channel_means(shortcut, out, channels)[wanted],
+        (images, int(wanted.sum()), height, width),
         noise,
     )
 
@@ -534,7 +555,7 @@ def _weight(unit: Unit, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _affine(unit: Unit, x: Tensor) -> Tensor:
+def affine(unit: Unit, x: Tensor) -> Tensor:
     """BN(conv(x)) in float64, whatever the network's own type: (B, C, H, W) → (B, O, h, w)."""
     return F.conv2d(x, _weight(unit, torch.float64), unit.offset.double(), *_geometry(unit), unit.conv.groups)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import cast
 
 import torch
@@ -18,11 +19,14 @@ _STANDS_OUT = 12.0
 _ROUNDING = 1e-6
 # Equations for each unknown that have to be left when channels are set aside.
 _SPARE, _LEAST_SPARE = 1.1, 1.02
+# A channel of x tells the noise of its equations if it has so many for each unknown; and so many channels are solved at
+# a time, whose matrices have that many entries at most.
+_TELLING, _TOGETHER, _ENTRIES = 1.5, 64, 20_000_000
 _ONE_BY_ONE = 8  # channels at most that are set aside one by one
 # A ridge, relative to the columns' norms: a column of which nothing is known gets a large σ and no infinity.
 _RIDGE = 1e-14
 # So many of a channel's least certain mask entries are tried: as the only wrong one, as one of two, and all together.
-_SINGLE_FLIPS, _PAIRED_FLIPS, _JOINT_FLIPS = 200, 24, 384
+_SINGLE_FLIPS, _PAIRED_FLIPS, _FEW_FLIPS, _JOINT_FLIPS = 200, 24, 30, 384
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,21 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, eq=False)
+class Known:
+    """Entries of the input that are known beforehand: `values` `where` (bool), (B, C, H, W) each, float64, with the
+    standard deviation `sigma` of each image's (B,)."""
+
+    values: Tensor
+    where: Tensor
+    sigma: Tensor
+
+    @property
+    def share(self) -> float:
+        """Which share of all entries is known."""
+        return float(self.where.double().mean())
+
+
+@dataclass(frozen=True, eq=False)
 class Solution:
     """An input x (B, C, H, W) with the standard deviation `sigma` of each number, float64.
 
@@ -104,10 +123,14 @@ def solve_input(
     equations: Sequence[Equations],
     shape: tuple[int, int, int, int],
     *,
+    known: Known | None = None,
     doubtful: Tensor | None = None,
     expected: float = 0.0,
 ) -> Solution:
     """Least squares for the input x of one or two convolutions: shape (B, C, H, W), the second one a shortcut's.
+
+    With entries `known` beforehand only the others are solved for, in each input channel its own; where a channel has
+    more of them than equations, the likeliest values are taken, near the channel's mean.
 
     Output channels whose equations stand out are set aside, as long as enough remain; `doubtful` (O,) ones of the first
     equations are from the start. Where the residual stays above the `expected` one although none stands out, equations
@@ -116,8 +139,12 @@ def solve_input(
     values say where these are larger: a true input is never negative.
     """
     images, channels, height, width = shape
-    unknowns = images * height * width
-    system = _System([part.matrix(height, width) for part in equations], [part.right_side() for part in equations])
+    places = images * height * width
+    unknowns = places if known is None else places * (1 - known.share)
+    given = None if known is None else (_columns(known.values), _columns(known.where))
+    system = _System(
+        [part.matrix(height, width) for part in equations], [part.right_side() for part in equations], given
+    )
     kept = [torch.ones(len(part), dtype=torch.bool) for part in system.matrices]
     if doubtful is not None and system.equations([~doubtful, *kept[1:]]) >= _SPARE * unknowns:
         kept[0] = ~doubtful
@@ -131,22 +158,21 @@ def solve_input(
         found = system.solve(fewer)
     if 0 < expected < found.residual:
         found = system.without_worst(found, expected, _LEAST_SPARE * unknowns)
-    noise = (found.leftover.square().sum(0) / max(1, len(found.leftover) - unknowns)).sqrt()
-    x = found.x.view(images, height, width, channels).permute(0, 3, 1, 2)
-    sigma = (found.spread[:, None] * noise).view(images, height, width, channels).permute(0, 3, 1, 2)
+    x, sigma = (part.view(images, height, width, channels).permute(0, 3, 1, 2) for part in (found.x, found.sigma))
+    if known is not None:
+        sigma = torch.where(known.where, known.sigma.view(-1, 1, 1, 1), sigma)
     suspects = ~found.without_outliers(system)[0]
     return Solution(x, sigma * _calibration(x, sigma), found.residual, suspects)
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """A least-squares solution x (n, C) of the channels that were `kept`, its `spread` √diag((AᵀA)⁻¹), what is left of
-    their equations, and each channel's misfit."""
+    """A least-squares solution x (n, C) of the channels that were `kept` with its standard deviation `sigma`, the share
+    of their equations that is left, and each channel's misfit."""
 
     kept: list[Tensor]
     x: Tensor
-    spread: Tensor
-    leftover: Tensor
+    sigma: Tensor
     residual: float
     misfit: list[Tensor]
 
@@ -164,10 +190,14 @@ class _Found:
 
 
 class _System:
-    """The equations of one or two convolutions by output channel: matrices (O, m·n, n) and right sides (O, m·n, C)."""
+    """The equations of one or two convolutions by output channel: matrices (O, m·n, n) and right sides (O, m·n, C),
+    and the entries of x that are given: values and where, (n, C) each."""
 
-    def __init__(self, matrices: list[Tensor], right: list[Tensor]) -> None:
+    def __init__(
+        self, matrices: list[Tensor], right: list[Tensor], given: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.matrices = matrices
+        self._given = given
         self._right = right
         self.sizes = [part.flatten(1).norm(dim=1) for part in right]
         # Those of channels that are off everywhere hold for any x, and say nothing of what is usual.
@@ -181,10 +211,16 @@ class _System:
         """By the kept channels alone."""
         a = torch.cat([m[k].flatten(0, 1) for m, k in zip(self.matrices, kept, strict=True)])
         g = torch.cat([r[k].flatten(0, 1) for r, k in zip(self._right, kept, strict=True)])
-        x, spread = _least_squares(a, g)
-        leftover = a @ x - g
+        if self._given is None:
+            x, spread = _least_squares(a, g)
+            leftover = a @ x - g
+            noise = (leftover.square().sum(0) / max(1, len(a) - a.shape[1])).sqrt()
+            sigma = spread[:, None] * noise
+        else:
+            x, sigma = _completed(a, g, *self._given)
+            leftover = a @ x - g
         misfit = [(m @ x - r).flatten(1).norm(dim=1) for m, r in zip(self.matrices, self._right, strict=True)]
-        return _Found(kept, x, spread, leftover, float(leftover.norm() / g.norm().clamp(min=1e-300)), misfit)
+        return _Found(kept, x, sigma, float(leftover.norm() / g.norm().clamp(min=1e-300)), misfit)
 
     def without_worst(self, found: _Found, expected: float, least: float) -> _Found:
         """Channels of the first equations set aside one by one, the worst first, until the residual is the expected
@@ -223,6 +259,77 @@ def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return x / norms[:, None], spread / norms
 
 
+def _completed(a: Tensor, g: Tensor, values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """The x that minimises ‖a x − g‖ with entries given, and its standard deviation where they are not: a (E, n),
+    g (E, C), values and where (n, C) → (n, C) twice.
+
+    Each channel lacks other entries and so has a matrix of its own. Those with many equations tell the noise first; of
+    the others it says how far to trust the equations, and how far that x varies around its mean.
+    """
+    norms = a.norm(dim=0).clamp(min=1e-300)
+    scaled = a / norms
+    gram = scaled.T @ scaled
+    lacking = (~where).sum(0)
+    mean = (values * where).sum(0) / where.sum(0).clamp(min=1)
+    x = torch.where(where, values, mean) * norms[:, None]
+    sigma = torch.zeros_like(x)
+    told = lacking * _TELLING < len(a)
+    power = torch.where(where, values.square(), 0).sum() / where.sum().clamp(min=1)
+    noise = _ROUNDING * g.square().mean(0).sqrt()
+    for group, ridged in ((told, False), (~told, True)):
+        chosen = group.nonzero()[:, 0]
+        chosen = chosen[lacking[chosen].argsort()]
+        if ridged and told.any():
+            left = (scaled @ x[:, told] - g[:, told]).square().sum() / (len(a) - lacking[told]).sum()
+            noise = torch.maximum(noise, left.sqrt())
+        while len(chosen):
+            most = max(1, _ENTRIES // max(1, int(lacking[chosen[: _TOGETHER]].max())) ** 2)
+            part, chosen = chosen[: min(most, _TOGETHER)], chosen[min(most, _TOGETHER) :]
+            ridge = noise[part].square() / power / norms.square().mean() if ridged else torch.zeros(len(part)).to(a)
+            _complete(scaled, g, gram, x, sigma, part, ~where[:, part], ridge, noise)
+    return x / norms[:, None], sigma / norms[:, None]
+
+
+def _complete(
+    scaled: Tensor,
+    g: Tensor,
+    gram: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    part: Tensor,
+    free: Tensor,
+    ridge: Tensor,
+    noise: Tensor,
+) -> None:
+    """A few channels of `_completed`, in place: their matrices are padded to the same size by the identity."""
+    size = int(free.sum(0).max())
+    order = free.to(torch.int8).argsort(dim=0, descending=True, stable=True)[:size].T  # (c, size): the free entries first
+    there = free.T.gather(1, order)
+    matrix = gram[order[:, :, None], order[:, None, :]] * (there[:, :, None] & there[:, None, :])
+    matrix.diagonal(dim1=1, dim2=2).add_(torch.where(there, ridge[:, None] + _RIDGE, 1.0))
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    more = 100 * _RIDGE
+    while failed.any():
+        matrix.diagonal(dim1=1, dim2=2).add_(more * (failed > 0)[:, None])
+        more *= 100
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+    start = x[:, part].clone()
+    for _ in range(3):
+        now = x[:, part]
+        pull = scaled.T @ (g[:, part] - scaled @ now) - ridge * (now - start)
+        step = torch.cholesky_solve((pull.T.gather(1, order) * there)[:, :, None], factor)[:, :, 0] * there
+        x[:, part] = now + torch.zeros_like(now).T.scatter(1, order, step).T
+    spread = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * there
+    left = (scaled @ x[:, part] - g[:, part]).square().sum(0) / (len(g) - free.sum(0)).clamp(min=1)
+    own = torch.where(ridge > 0, torch.maximum(left.sqrt(), noise[part]), left.sqrt())
+    sigma[:, part] = torch.zeros_like(start).T.scatter(1, order, spread * own[:, None]).T
+
+
+def _columns(maps: Tensor) -> Tensor:
+    """(B, C, H, W) → (B·H·W, C)."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def _calibration(x: Tensor, sigma: Tensor) -> float:
     """By how much σ has to be enlarged for the negative values to be as rare as a normal distribution has them."""
     below = (-x / sigma.clamp(min=1e-300))[x < 0]
@@ -247,8 +354,9 @@ class Gate:
         return self.full * self.mask
 
     def flipped(self, flips: Tensor) -> Gate:
-        """With the entries of `flips`, bool of the same shape, turned round and sure."""
-        return replace(self, mask=self.mask ^ flips, margin=torch.where(flips, torch.inf, self.margin))
+        """With the entries of `flips`, bool of the same shape, turned round. They are no surer than before: what turned
+        them may have been another entry's doing."""
+        return replace(self, mask=self.mask ^ flips)
 
 
 def gate(full: Tensor, solution: Solution, floor: Tensor) -> Gate:
@@ -301,23 +409,44 @@ def mended_by_residual(gate: Gate, equations: Equations, x: Tensor, suspects: Te
     conv = equations.unit.conv
     patches = F.unfold(x, conv.kernel_size, padding=_padding(equations.unit), stride=conv.stride)  # (B, C·m·n, places)
     patches = patches.transpose(0, 1).flatten(1)
-    most = min(patches.shape[1], len(patches) // 3, _JOINT_FLIPS)
     flips = torch.zeros_like(gate.mask)
     for channel in suspects.nonzero()[:, 0].tolist():
-        order = gate.margin[:, channel].flatten().argsort()[:most]
-        on = gate.mask[:, channel].flatten()[order]
-        change = torch.where(on, -gate.full[:, channel].flatten()[order], gate.full[:, channel].flatten()[order])
-        effect = patches[:, order] * (change * equations.unit.slope[channel].to(change))
+        order = gate.margin[:, channel].flatten().argsort()
+        on, full = (part[:, channel].flatten()[order] for part in (gate.mask, gate.full))
+        effect = patches[:, order] * (torch.where(on, -full, full) * equations.unit.slope[channel].to(full))
         predicted = patches @ equations.cotangent[:, channel].flatten()
         lacking = equations.gradient[channel].flatten() - predicted
-        gram = effect.T @ effect
-        gram.diagonal().add_(1e-12 * gram.diagonal().mean().clamp(min=1e-300))
-        turned = torch.linalg.solve(gram, effect.T @ lacking) > 0.5
-        if turned.any():
-            after = lacking - effect[:, turned].sum(1)
-            if float(after.norm()) < 0.7 * float(lacking.norm()):
-                _turn(flips, channel, order[turned])
+        most = min(len(order), len(patches) // 3, _JOINT_FLIPS)
+        choices = (_one_by_one(effect, lacking), _together(effect, lacking, most))
+        left, turned = min(((float((lacking - effect @ c.to(effect)).norm()), c) for c in choices), key=itemgetter(0))
+        if left < 0.7 * float(lacking.norm()):
+            _turn(flips, channel, order[turned])
     return gate.flipped(flips), int(flips.sum())
+
+
+def _one_by_one(effect: Tensor, lacking: Tensor) -> Tensor:
+    """Which columns of the effect (E, n) add up to what is lacking (E,), if they are few: each time the one that
+    explains most. → (n,) bool."""
+    turned = torch.zeros(effect.shape[1], dtype=torch.bool)
+    sizes = effect.square().sum(0)
+    for _ in range(_FEW_FLIPS):
+        sign = torch.where(turned, -1.0, 1.0).to(effect)
+        gain = 2 * sign * (effect.T @ lacking) - sizes
+        best = int(gain.argmax())
+        if float(gain[best]) <= 0:
+            break
+        lacking = lacking - sign[best] * effect[:, best]
+        turned[best] = ~turned[best]
+    return turned
+
+
+def _together(effect: Tensor, lacking: Tensor, most: int) -> Tensor:
+    """Which of the first columns of the effect (E, n) add up to what is lacking (E,), by least squares, rounded."""
+    turned = torch.zeros(effect.shape[1], dtype=torch.bool)
+    gram = effect[:, :most].T @ effect[:, :most]
+    gram.diagonal().add_(1e-12 * gram.diagonal().mean().clamp(min=1e-300))
+    turned[:most] = torch.linalg.solve(gram, effect[:, :most].T @ lacking) > 0.5
+    return turned
 
 
 def _turn(flips: Tensor, channel: int, places: Tensor) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from gradinv.models import Model
 from gradinv.network import STEM, Block, Unit, node_shapes, parts
-from gradinv.recovery.convex import solve_block_input
+from gradinv.recovery.convex import affine, solve_block_input
 from gradinv.recovery.convolution import (
     Equations,
     Gate,
+    Known,
     Solution,
     gate,
     mended_by_bias,
@@ -184,15 +185,12 @@ class _Way:
                 f"Solving {step.node} takes about {needed / 2**30:.1f} GiB of memory and "
                 f"{free / 2**30:.1f} GiB are free"
             )
-        solution, mended = self._exact(step, shape) if count >= unknowns else (None, self._gate)
-        if count < _AMPLE * unknowns and (solution is None or float(solution.error.median()) > _FINE) and step.first:
-            # Not with the mended masks: so few equations are explained by wrong ones, too.
-            node = self._convex(step, shape)
+        solution, mended, known = self._linear(step, shape)
+        fine = solution is not None and float(solution.error.median()) <= _FINE
+        if count < _AMPLE * unknowns and not fine and step.first:
+            node = self._convex(step, shape, None if known is None else solution)
             if node is not None and (solution is None or node.error.median() < solution.error.median()):
-                size = node.activation.flatten(1).square().mean(1).sqrt()
-                sigma = (node.error * size).view(-1, 1, 1, 1).expand(shape)
-                self._pass(step, shape, Solution(node.activation, sigma, node.residual, torch.zeros(0)))
-                return replace(node, cotangent=self._gate.cotangent)
+                return node
         if solution is None:
             raise Unsolved(f"{step.unit.name} gives {count} equations for {unknowns} unknowns of {step.node}")
         error = self._error(solution, equations)
@@ -211,7 +209,7 @@ class _Way:
             "exact",
             error,
             solution.residual,
-            count,
+            count + (0 if known is None else round(known.share * unknowns)),
             unknowns,
             share,
             0.0,
@@ -241,41 +239,87 @@ class _Way:
         if self._solved:
             self._solved[-1] = replace(self._solved[-1], cotangent=mended.cotangent)
 
-    def _exact(self, step: _Step, shape: tuple[int, int, int, int]) -> tuple[Solution, Gate]:
-        """By the gradient's equations alone: the solution, and the gate above it, its masks mended on the way."""
+    def _linear(
+        self, step: _Step, shape: tuple[int, int, int, int]
+    ) -> tuple[Solution | None, Gate, Known | None]:
+        """By linear equations alone: the solution, None where they are too few; the gate above, mended on the way; what
+        was known of the node beforehand and made use of."""
+        count, unknowns = sum(part.count(*shape[2:]) for part in self._equations(step)), shape[0] * shape[2] * shape[3]
+        known = self._known(step) if count < _AMPLE * unknowns else None
+        if known is not None and count >= (1 - known.share) * unknowns:
+            completed = self._exact(step, shape, known)
+            if count < unknowns or float(completed[0].error.median()) <= _FINE:
+                return *completed, known
+            plain = self._exact(step, shape)
+            if completed[0].error.median() <= plain[0].error.median():
+                return *completed, known
+            return *plain, None
+        return (*self._exact(step, shape), None) if count >= unknowns else (None, self._gate, None)
+
+    def _known(self, step: _Step) -> Known | None:
+        """What an identity block's output says of its input: x = out − BN(conv(h)) where out > 0, with h the block's
+        last inner node. None where there is a shortcut or the output is not solved."""
+        known = {node.name: node for node in self._solved}
+        if not step.first or step.block.shortcut is not None or step.block.name not in known:
+            return None
+        output, inner = known[step.block.name], known[step.block.units[-2].name]
+        rest = affine(step.block.units[-1], inner.activation)
+        sizes = [part.flatten(1).square().mean(1).sqrt() for part in (output.activation, rest)]
+        sigma = torch.hypot(output.error * sizes[0], inner.error * sizes[1])
+        return Known((output.activation - rest).clamp(min=0), self._outer.mask, sigma)
+
+    def _exact(
+        self, step: _Step, shape: tuple[int, int, int, int], known: Known | None = None
+    ) -> tuple[Solution, Gate]:
+        """By the gradient's equations, and the entries that are known beside them: the solution, and the gate above it,
+        its masks mended on the way."""
         above = self._gate
         # Rounding and noise leave about as much unexplained in every layer.
         expected = _LIKE_ABOVE * max(_ROUNDING, self._fit.residual, *(node.residual for node in self._solved))
-        best = solution = solve_input(self._equations(step), shape), above
+        best = solution = solve_input(self._equations(step), shape, known=known), above
         for attempt in range(_ROUNDS):
             if best[0].residual <= expected and not best[0].suspects.any():
                 break
             if attempt == 0:
                 doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
-                solution = solve_input(self._equations(step), shape, doubtful=doubtful, expected=expected), above
+                solution = (
+                    solve_input(self._equations(step), shape, known=known, doubtful=doubtful, expected=expected),
+                    above,
+                )
             first, *others = self._equations(step, solution[1])
             x, suspects = solution[0].x.clamp(min=0), solution[0].suspects
             mended, turned = mended_by_residual(solution[1], first, x, suspects)
             equations = [self._behind(step.unit, mended), *others]
-            solution = solve_input(equations, shape, expected=expected), mended
-            best = min(best, solution, key=lambda pair: pair[0].residual)
+            solution = solve_input(equations, shape, known=known, expected=expected), mended
+            best = min(best, solution, key=lambda pair: _unexplained(pair[0], expected))
             if not turned:
                 break
         return best
 
-    def _convex(self, step: _Step, shape: tuple[int, int, int, int]) -> SolvedNode | None:
-        """By the layers' own equations as well; None where the block's activations above are not known."""
+    def _convex(
+        self, step: _Step, shape: tuple[int, int, int, int], solution: Solution | None
+    ) -> SolvedNode | None:
+        """By the layers' own equations as well, and the way then stands at that node; None where the block's
+        activations above are not known, or this does not help. Of a `solution` the channels that it determines stay."""
         known = {node.name: node for node in self._solved}
         if step.block.name not in known:
             return None
+        settled = None
+        if solution is not None:
+            size = solution.x.square().mean().sqrt()
+            vague = solution.sigma.square().mean((0, 2, 3)).sqrt() > _FINE * size
+            if float(vague.double().mean()) <= 0.5:
+                settled = torch.where(vague.view(-1, 1, 1), torch.nan, solution.x.clamp(min=0))
         units = [unit for unit in (step.block.units[0], step.block.shortcut) if unit is not None]
         names = [name for name in step.block.nodes if name in known]
         found = solve_block_input(
             step.block,
             {f"{unit.name}.weight": self._gradient(f"{unit.name}.weight") for unit in units},
             {part.unit.name: part.cotangent for part in self._equations(step)},
-            {name: known[name].activation for name in names},
+            # Of an output that is not known exactly small values are noise, and the mask tells which are.
+            {name: known[name].activation * (self._outer.mask if name == step.block.name else 1) for name in names},
             shape,
+            settled=settled,
             noise=max(1e-6, *(float(known[name].error.median()) for name in names)),
             # An iteration takes as long as there are images, and gains the less the more unknowns there are.
             iterations=min(max(_ITERATIONS // shape[0], 100), 400),
@@ -283,12 +327,19 @@ class _Way:
         )
         if not float(found.error.median()) < _USELESS:
             return None
+        x = found.x.double()
+        size = x.flatten(1).square().mean(1).sqrt()
+        sigma = (found.error.double() * size).view(-1, 1, 1, 1).expand(shape)
+        if solution is not None and settled is not None:
+            sigma = torch.where(settled.isnan(), sigma, solution.sigma)
+        self._pass(step, shape, Solution(x, sigma, found.residual, torch.zeros(0)))
+        error = sigma.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1).clamp(min=1e-30)
         return SolvedNode(
             step.node,
-            found.x.double(),
-            None,
+            x,
+            self._gate.cotangent,
             "convex",
-            found.error.double(),
+            error,
             found.residual,
             found.equations,
             found.unknowns,
@@ -321,6 +372,12 @@ class _Way:
             if _is_pruned(gradient):
                 raise Unsolved(f"Entries of the gradient of {name} were set to 0, and so are no equations")
         return gradient
+
+
+def _unexplained(solution: Solution, expected: float) -> tuple[float, float]:
+    """What is better in a solution comes first: a residual down to the expected one, and the fewer channels had to be
+    set aside for it the better."""
+    return max(solution.residual, expected), float(solution.suspects.sum())
 
 
 def _memory(equations: Sequence[Equations], shape: tuple[int, int, int, int]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.network import Block, Unit
-from gradinv.recovery.convolution import Equations
+from gradinv.recovery.convolution import Equations, Known, affine, columns, geometry, weight_of
 from gradinv.types import GradinvError
 
 _CORRELATION = 1.0  # pixels of the map over which an activation's correlation falls to 1/e
@@ -53,6 +53,7 @@ def solve_block_input(
     shape: tuple[int, int, int, int],
     *,
     settled: Tensor | None = None,
+    places: Known | None = None,
     noise: float = 1e-6,
     tolerance: float = 2e-3,
     iterations: int = 400,
@@ -71,10 +72,10 @@ def solve_block_input(
         x ≥ 0
 
     where BN is in eval mode. `settled` (B, C, H, W) holds the channels that are known already, and no numbers (nan) in
-    those that are to be solved. `noise` is the least relative error of what is given; where the equations contradict each
-    other more than that, the gradient's are taken for less exact. The search ends as soon as the second half of the
-    iterations moved x by less than the share `tolerance`, at the latest after that many `iterations` or `seconds`; the
-    estimate of the error adds a fifth. `stop` ends it within an iteration, with an error of 1 where there was no time
+    those that are to be solved; `places` are positions of which all channels are known beforehand. `noise` is the least
+    relative error of what is given; where the equations contradict each other more than that, the gradient's are taken
+    for less exact. The search ends as soon as the second half of the iterations moved x by less than the share
+    `tolerance`, at the latest after that many `iterations` or `seconds`; the estimate of the error adds a fifth. `stop` ends it within an iteration, with an error of 1 where there was no time
     to estimate it. `progress` gets the iterations and the share of the layers' equations left unexplained.
 
     Of all solutions the likeliest is taken, for activations that vary around a channel's mean and are alike at
@@ -90,7 +91,7 @@ def solve_block_input(
     if settled is None:
         settled = torch.full(shape, torch.nan, dtype=torch.float64)
     wanted = settled.isnan().any(3).any(2).any(0)
-    problem = _of_input(block, gradients, cotangents, activations, settled, wanted, noise)
+    problem = _of_input(block, gradients, cotangents, activations, settled, wanted, places, noise)
     x, error, done = _solve(problem, tolerance, iterations, started + seconds, stop, progress)
     found = settled.to(x, copy=True)
     found[:, wanted] = problem.maps(x)
@@ -174,12 +175,12 @@ class _Layers:
     ) -> None:
         self._units = (unit, shortcut)
         self._shape = shape
-        self._weights = [None if part is None else _weight(part, dtype)[:, wanted] for part in self._units]
+        self._weights = [None if part is None else weight_of(part, dtype)[:, wanted] for part in self._units]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x (B, C, H, W) → both outputs (B, O, h, w), without BN's offsets."""
         return [
-            x if part is None or weight is None else F.conv2d(x, weight, None, *_geometry(part))
+            x if part is None or weight is None else F.conv2d(x, weight, None, *geometry(part))
             for part, weight in zip(self._units, self._weights, strict=True)
         ]
 
@@ -190,7 +191,7 @@ class _Layers:
             if part is None or weight is None:
                 term = output
             else:
-                stride, padding, dilation = _geometry(part)
+                stride, padding, dilation = geometry(part)
                 rest = [
                     side - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
                     for side, out, s, p, d, k in zip(
@@ -365,6 +366,7 @@ def _of_input(
     activations: Mapping[str, Tensor],
     settled: Tensor,
     wanted: Tensor,
+    places: Known | None,
     noise: float,
 ) -> _Problem:
     """The problem of `solve_block_input`, for the wanted channels (C,) bool."""
@@ -374,6 +376,9 @@ def _of_input(
     h = _given(activations, first.name, "activation").double()
     out = _given(activations, block.name, "activation").double()
     rows, right = _gradient_equations(units, gradients, cotangents, (images, channels, height, width))
+    if places is not None:
+        more = _as_equations(places, noise)
+        rows, right = torch.cat([rows, more[0]]), torch.cat([right, more[1]])
     inner = h
     for unit in block.units[1:-1]:
         inner = activations[unit.name].double() if unit.name in activations else F.relu(affine(unit, inner))
@@ -382,7 +387,7 @@ def _of_input(
         rest = rest + shortcut.offset.double()[:, None, None]
     targets, on = [h - first.offset.double()[:, None, None], out - rest], [h > 0, out > 0]
     if not wanted.all():
-        others = _Layers(first, shortcut, settled.shape, ~wanted, torch.float64)(settled[:, ~wanted])
+        others = _Layers(first, shortcut, (images, channels, height, width), ~wanted, torch.float64)(settled[:, ~wanted])
         targets[0] = targets[0] - others[0]
         if shortcut is None:
             targets[1], on[1] = targets[1][:, wanted], on[1][:, wanted]
@@ -549,23 +554,15 @@ def _gradient_equations(
     return torch.cat(rows), torch.cat(right)
 
 
-def _weight(unit: Unit, dtype: torch.dtype) -> Tensor:
-    """The convolution's weight with BN's slope in it, in the layout that is quick."""
-    weight = unit.conv.weight.detach().double() * unit.slope.double()[:, None, None, None]
-    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def affine(unit: Unit, x: Tensor) -> Tensor:
-    """BN(conv(x)) in float64, whatever the network's own type: (B, C, H, W) → (B, O, h, w)."""
-    return F.conv2d(x, _weight(unit, torch.float64), unit.offset.double(), *_geometry(unit), unit.conv.groups)
-
-
-def _geometry(unit: Unit) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Stride, padding and dilation of a unit's convolution."""
-    conv = unit.conv
-    padding = conv.padding
-    assert not isinstance(padding, str)  # torchvision's ResNets give numbers
-    return (conv.stride[0], conv.stride[1]), (padding[0], padding[1]), (conv.dilation[0], conv.dilation[1])
+def _as_equations(places: Known, noise: float) -> tuple[Tensor, Tensor]:
+    """Rows (p, n) of which each picks a known position, and the values there (p, C); they weigh as much as equations
+    with that relative noise do, or the less the less exact they are."""
+    values, where, sigma = (columns(part) for part in (places.values, places.where, places.sigma))
+    told = where.all(1)
+    size = values[told].std()
+    weight = (noise * size / sigma[told].square().mean(1).sqrt()).clamp(max=1)
+    rows = torch.diag(torch.ones(len(told)).to(values))[told] * weight[:, None]
+    return rows, values[told] * weight[:, None]
 
 
 def _alike(height: int, width: int, device: torch.device) -> Tensor:

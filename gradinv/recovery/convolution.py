@@ -22,11 +22,13 @@ _SPARE, _LEAST_SPARE = 1.1, 1.02
 # A channel of x tells the noise of its equations if it has so many for each unknown; and so many channels are solved at
 # a time, whose matrices have that many entries at most.
 _TELLING, _TOGETHER, _ENTRIES = 1.5, 64, 20_000_000
+_TOLD = 1.1  # a position's input is known if so many of the shortcut's outputs are on for each channel of it
 _ONE_BY_ONE = 8  # channels at most that are set aside one by one
 # A ridge, relative to the columns' norms: a column of which nothing is known gets a large σ and no infinity.
 _RIDGE = 1e-14
 # So many of a channel's least certain mask entries are tried: as the only wrong one, as one of two, and all together.
 _SINGLE_FLIPS, _PAIRED_FLIPS, _FEW_FLIPS, _JOINT_FLIPS = 200, 24, 30, 384
+_JOINT_SHARES = 0.3, 0.6, 0.9  # of the equations, that is how many are tried together
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +89,8 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """Entries of the input that are known beforehand: `values` `where` (bool), (B, C, H, W) each, float64, with the
-    standard deviation `sigma` of each image's (B,)."""
+    """Entries of the input that are known beforehand: `values` with their standard deviation `sigma`, `where` (bool);
+    (B, C, H, W) each, float64."""
 
     values: Tensor
     where: Tensor
@@ -141,7 +143,7 @@ def solve_input(
     images, channels, height, width = shape
     places = images * height * width
     unknowns = places if known is None else places * (1 - known.share)
-    given = None if known is None else (_columns(known.values), _columns(known.where))
+    given = None if known is None else (columns(known.values), columns(known.where))
     system = _System(
         [part.matrix(height, width) for part in equations], [part.right_side() for part in equations], given
     )
@@ -160,7 +162,7 @@ def solve_input(
         found = system.without_worst(found, expected, _LEAST_SPARE * unknowns)
     x, sigma = (part.view(images, height, width, channels).permute(0, 3, 1, 2) for part in (found.x, found.sigma))
     if known is not None:
-        sigma = torch.where(known.where, known.sigma.view(-1, 1, 1, 1), sigma)
+        sigma = torch.where(known.where, known.sigma, sigma)
     suspects = ~found.without_outliers(system)[0]
     return Solution(x, sigma * _calibration(x, sigma), found.residual, suspects)
 
@@ -193,9 +195,7 @@ class _System:
     """The equations of one or two convolutions by output channel: matrices (O, m·n, n) and right sides (O, m·n, C),
     and the entries of x that are given: values and where, (n, C) each."""
 
-    def __init__(
-        self, matrices: list[Tensor], right: list[Tensor], given: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def __init__(self, matrices: list[Tensor], right: list[Tensor], given: tuple[Tensor, Tensor] | None = None) -> None:
         self.matrices = matrices
         self._given = given
         self._right = right
@@ -211,14 +211,8 @@ class _System:
         """By the kept channels alone."""
         a = torch.cat([m[k].flatten(0, 1) for m, k in zip(self.matrices, kept, strict=True)])
         g = torch.cat([r[k].flatten(0, 1) for r, k in zip(self._right, kept, strict=True)])
-        if self._given is None:
-            x, spread = _least_squares(a, g)
-            leftover = a @ x - g
-            noise = (leftover.square().sum(0) / max(1, len(a) - a.shape[1])).sqrt()
-            sigma = spread[:, None] * noise
-        else:
-            x, sigma = _completed(a, g, *self._given)
-            leftover = a @ x - g
+        x, sigma = _least_squares(a, g) if self._given is None else _completed(a, g, *self._given)
+        leftover = a @ x - g
         misfit = [(m @ x - r).flatten(1).norm(dim=1) for m, r in zip(self.matrices, self._right, strict=True)]
         return _Found(kept, x, sigma, float(leftover.norm() / g.norm().clamp(min=1e-300)), misfit)
 
@@ -238,7 +232,7 @@ class _System:
 
 
 def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The x that minimises ‖a x − g‖, and √diag((aᵀa)⁻¹): a (E, n), g (E, C) → (n, C), (n,).
+    """The x that minimises ‖a x − g‖, and its standard deviation: a (E, n), g (E, C) → (n, C) twice.
 
     By normal equations, refined with residuals from `a` itself, which gives back the digits that squaring costs.
     """
@@ -256,7 +250,8 @@ def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(3):
         x = x + torch.cholesky_solve(scaled.T @ (g - scaled @ x), factor)
     spread = torch.cholesky_inverse(factor).diagonal().clamp(min=0).sqrt()
-    return x / norms[:, None], spread / norms
+    noise = ((scaled @ x - g).square().sum(0) / max(1, len(a) - a.shape[1])).sqrt()
+    return x / norms[:, None], spread[:, None] * noise / norms[:, None]
 
 
 def _completed(a: Tensor, g: Tensor, values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,6 +261,11 @@ def _completed(a: Tensor, g: Tensor, values: Tensor, where: Tensor) -> tuple[Ten
     Each channel lacks other entries and so has a matrix of its own. Those with many equations tell the noise first; of
     the others it says how far to trust the equations, and how far that x varies around its mean.
     """
+    if (where == where[:, :1]).all():  # whole positions are known, and the others have one matrix
+        free = ~where[:, 0]
+        x, sigma = values.clone(), torch.zeros_like(values)
+        x[free], sigma[free] = _least_squares(a[:, free], g - a[:, ~free] @ values[~free])
+        return x, sigma
     norms = a.norm(dim=0).clamp(min=1e-300)
     scaled = a / norms
     gram = scaled.T @ scaled
@@ -283,7 +283,7 @@ def _completed(a: Tensor, g: Tensor, values: Tensor, where: Tensor) -> tuple[Ten
             left = (scaled @ x[:, told] - g[:, told]).square().sum() / (len(a) - lacking[told]).sum()
             noise = torch.maximum(noise, left.sqrt())
         while len(chosen):
-            most = max(1, _ENTRIES // max(1, int(lacking[chosen[: _TOGETHER]].max())) ** 2)
+            most = max(1, _ENTRIES // max(1, int(lacking[chosen[:_TOGETHER]].max())) ** 2)
             part, chosen = chosen[: min(most, _TOGETHER)], chosen[min(most, _TOGETHER) :]
             ridge = noise[part].square() / power / norms.square().mean() if ridged else torch.zeros(len(part)).to(a)
             _complete(scaled, g, gram, x, sigma, part, ~where[:, part], ridge, noise)
@@ -303,7 +303,9 @@ def _complete(
 ) -> None:
     """A few channels of `_completed`, in place: their matrices are padded to the same size by the identity."""
     size = int(free.sum(0).max())
-    order = free.to(torch.int8).argsort(dim=0, descending=True, stable=True)[:size].T  # (c, size): the free entries first
+    order = (
+        free.to(torch.int8).argsort(dim=0, descending=True, stable=True)[:size].T
+    )  # (c, size): the free entries first
     there = free.T.gather(1, order)
     matrix = gram[order[:, :, None], order[:, None, :]] * (there[:, :, None] & there[:, None, :])
     matrix.diagonal(dim1=1, dim2=2).add_(torch.where(there, ridge[:, None] + _RIDGE, 1.0))
@@ -325,7 +327,56 @@ def _complete(
     sigma[:, part] = torch.zeros_like(start).T.scatter(1, order, spread * own[:, None]).T
 
 
-def _columns(maps: Tensor) -> Tensor:
+def known_by_shortcut(unit: Unit, output: Tensor, on: Tensor, height: int, width: int) -> Known | None:
+    """The input of a 1 × 1 convolution at the positions that its stride meets, from its output (B, O, h, w) without
+    BN's offset, where that is known (`on`, bool): W x = output, by least squares. None where it has too few channels
+    for its input's, or they are off; at single positions that is allowed."""
+    if unit.conv.kernel_size != (1, 1) or _padding(unit) != (0, 0):
+        return None
+    weight = weight_of(unit, torch.float64)[:, :, 0, 0]
+    right, told = columns(output), columns(on)
+    enough = told.sum(1) >= _TOLD * weight.shape[1]
+    if not enough.any():
+        return None
+    x, sigma = (torch.zeros(len(right), weight.shape[1], dtype=torch.float64) for _ in range(2))
+    for places in enough.nonzero()[:, 0].split(max(1, _ENTRIES // weight.numel())):
+        rows = weight * told[places, :, None]
+        left = (right[places] * told[places])[:, :, None]
+        factor, failed = torch.linalg.cholesky_ex(rows.mT @ rows)
+        enough[places[failed > 0]] = False
+        found = torch.cholesky_solve(rows.mT @ left, factor)
+        found += torch.cholesky_solve(rows.mT @ (left - rows @ found), factor)
+        noise = (left - rows @ found).square().sum(1) / (told[places].sum(1, keepdim=True) - weight.shape[1])
+        spread = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).clamp(min=0)
+        x[places], sigma[places] = found[:, :, 0], (spread * noise).sqrt()
+    images, _, rows_out, columns_out = output.shape
+    maps = []
+    for part in (x, sigma, enough[:, None].expand_as(x)):
+        whole = torch.zeros(images, x.shape[1], height, width, dtype=part.dtype)
+        small = part.view(images, rows_out, columns_out, -1).permute(0, 3, 1, 2)
+        whole[:, :, :: unit.conv.stride[0], :: unit.conv.stride[1]] = small
+        maps.append(whole)
+    return Known(maps[0].clamp(min=0), maps[2], maps[1])
+
+
+def weight_of(unit: Unit, dtype: torch.dtype) -> Tensor:
+    """The convolution's weight with BN's slope in it, in the layout that is quick."""
+    weight = unit.conv.weight.detach().double() * unit.slope.double()[:, None, None, None]
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def affine(unit: Unit, x: Tensor) -> Tensor:
+    """BN(conv(x)) in float64, whatever the network's own type: (B, C, H, W) → (B, O, h, w)."""
+    return F.conv2d(x, weight_of(unit, torch.float64), unit.offset.double(), *geometry(unit), unit.conv.groups)
+
+
+def geometry(unit: Unit) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Stride, padding and dilation of a unit's convolution."""
+    conv = unit.conv
+    return _pair(conv.stride), _padding(unit), _pair(conv.dilation)
+
+
+def columns(maps: Tensor) -> Tensor:
     """(B, C, H, W) → (B·H·W, C)."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -416,8 +467,9 @@ def mended_by_residual(gate: Gate, equations: Equations, x: Tensor, suspects: Te
         effect = patches[:, order] * (torch.where(on, -full, full) * equations.unit.slope[channel].to(full))
         predicted = patches @ equations.cotangent[:, channel].flatten()
         lacking = equations.gradient[channel].flatten() - predicted
-        most = min(len(order), len(patches) // 3, _JOINT_FLIPS)
-        choices = (_one_by_one(effect, lacking), _together(effect, lacking, most))
+        choices = [_one_by_one(effect, lacking)]
+        for share in _JOINT_SHARES:
+            choices.append(_together(effect, lacking, min(len(order), int(share * len(patches)), _JOINT_FLIPS)))
         left, turned = min(((float((lacking - effect @ c.to(effect)).norm()), c) for c in choices), key=itemgetter(0))
         if left < 0.7 * float(lacking.norm()):
             _turn(flips, channel, order[turned])

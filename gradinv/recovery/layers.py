@@ -13,13 +13,15 @@ from torch import Tensor
 
 from gradinv.models import Model
 from gradinv.network import STEM, Block, Unit, node_shapes, parts
-from gradinv.recovery.convex import affine, solve_block_input
+from gradinv.recovery.convex import solve_block_input
 from gradinv.recovery.convolution import (
     Equations,
     Gate,
     Known,
     Solution,
+    affine,
     gate,
+    known_by_shortcut,
     mended_by_bias,
     mended_by_residual,
     solve_input,
@@ -185,10 +187,11 @@ class _Way:
                 f"Solving {step.node} takes about {needed / 2**30:.1f} GiB of memory and "
                 f"{free / 2**30:.1f} GiB are free"
             )
-        solution, mended, known = self._linear(step, shape)
+        known = self._known(step, shape) if count < _AMPLE * unknowns else None
+        solution, mended, added = self._linear(step, shape, known)
         fine = solution is not None and float(solution.error.median()) <= _FINE
         if count < _AMPLE * unknowns and not fine and step.first:
-            node = self._convex(step, shape, None if known is None else solution)
+            node = self._convex(step, shape, known, solution if added else None)
             if node is not None and (solution is None or node.error.median() < solution.error.median()):
                 return node
         if solution is None:
@@ -209,7 +212,7 @@ class _Way:
             "exact",
             error,
             solution.residual,
-            count + (0 if known is None else round(known.share * unknowns)),
+            count + added,
             unknowns,
             share,
             0.0,
@@ -240,33 +243,36 @@ class _Way:
             self._solved[-1] = replace(self._solved[-1], cotangent=mended.cotangent)
 
     def _linear(
-        self, step: _Step, shape: tuple[int, int, int, int]
-    ) -> tuple[Solution | None, Gate, Known | None]:
-        """By linear equations alone: the solution, None where they are too few; the gate above, mended on the way; what
-        was known of the node beforehand and made use of."""
-        count, unknowns = sum(part.count(*shape[2:]) for part in self._equations(step)), shape[0] * shape[2] * shape[3]
-        known = self._known(step) if count < _AMPLE * unknowns else None
-        if known is not None and count >= (1 - known.share) * unknowns:
-            completed = self._exact(step, shape, known)
-            if count < unknowns or float(completed[0].error.median()) <= _FINE:
-                return *completed, known
-            plain = self._exact(step, shape)
-            if completed[0].error.median() <= plain[0].error.median():
-                return *completed, known
-            return *plain, None
-        return (*self._exact(step, shape), None) if count >= unknowns else (None, self._gate, None)
+        self, step: _Step, shape: tuple[int, int, int, int], known: Known | None
+    ) -> tuple[Solution | None, Gate, int]:
+        """By linear equations alone: the solution, None where they are too few; the gate above, mended on the way; how
+        many of what was known of each channel beforehand was made use of."""
+        unknowns = shape[0] * shape[2] * shape[3]
+        count = sum(part.count(*shape[2:]) for part in self._equations(step))
+        completed = None
+        if known is not None:
+            left = sum(part.count(*shape[2:]) for part in self._equations(step, beside=known))
+            if left >= (1 - known.share) * unknowns:
+                completed = (*self._exact(step, shape, known), round(known.share * unknowns))
+        if count < unknowns or (completed and float(completed[0].error.median()) <= _FINE):
+            return completed or (None, self._gate, 0)
+        plain = (*self._exact(step, shape), 0)
+        return completed if completed and completed[0].error.median() <= plain[0].error.median() else plain
 
-    def _known(self, step: _Step) -> Known | None:
-        """What an identity block's output says of its input: x = out − BN(conv(h)) where out > 0, with h the block's
-        last inner node. None where there is a shortcut or the output is not solved."""
+    def _known(self, step: _Step, shape: tuple[int, int, int, int]) -> Known | None:
+        """What a block's output says of its input: x = out − BN(conv(h)) where out > 0, with h the block's last inner
+        node, or the same of the shortcut of x. None where the output is not solved, or says too little."""
         known = {node.name: node for node in self._solved}
-        if not step.first or step.block.shortcut is not None or step.block.name not in known:
+        if not step.first or step.block.name not in known:
             return None
         output, inner = known[step.block.name], known[step.block.units[-2].name]
-        rest = affine(step.block.units[-1], inner.activation)
+        rest, on, shortcut = affine(step.block.units[-1], inner.activation), self._outer.mask, step.block.shortcut
+        if shortcut is not None:
+            offset = shortcut.offset.double().view(-1, 1, 1)
+            return known_by_shortcut(shortcut, output.activation - rest - offset, on, *shape[2:])
         sizes = [part.flatten(1).square().mean(1).sqrt() for part in (output.activation, rest)]
-        sigma = torch.hypot(output.error * sizes[0], inner.error * sizes[1])
-        return Known((output.activation - rest).clamp(min=0), self._outer.mask, sigma)
+        sigma = torch.hypot(output.error * sizes[0], inner.error * sizes[1]).view(-1, 1, 1, 1)
+        return Known((output.activation - rest).clamp(min=0), on, sigma.expand(shape))
 
     def _exact(
         self, step: _Step, shape: tuple[int, int, int, int], known: Known | None = None
@@ -276,17 +282,19 @@ class _Way:
         above = self._gate
         # Rounding and noise leave about as much unexplained in every layer.
         expected = _LIKE_ABOVE * max(_ROUNDING, self._fit.residual, *(node.residual for node in self._solved))
-        best = solution = solve_input(self._equations(step), shape, known=known), above
+        best = solution = solve_input(self._equations(step, beside=known), shape, known=known), above
         for attempt in range(_ROUNDS):
             if best[0].residual <= expected and not best[0].suspects.any():
                 break
             if attempt == 0:
                 doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
                 solution = (
-                    solve_input(self._equations(step), shape, known=known, doubtful=doubtful, expected=expected),
+                    solve_input(
+                        self._equations(step, beside=known), shape, known=known, doubtful=doubtful, expected=expected
+                    ),
                     above,
                 )
-            first, *others = self._equations(step, solution[1])
+            first, *others = self._equations(step, solution[1], known)
             x, suspects = solution[0].x.clamp(min=0), solution[0].suspects
             mended, turned = mended_by_residual(solution[1], first, x, suspects)
             equations = [self._behind(step.unit, mended), *others]
@@ -297,12 +305,12 @@ class _Way:
         return best
 
     def _convex(
-        self, step: _Step, shape: tuple[int, int, int, int], solution: Solution | None
+        self, step: _Step, shape: tuple[int, int, int, int], known: Known | None, solution: Solution | None
     ) -> SolvedNode | None:
         """By the layers' own equations as well, and the way then stands at that node; None where the block's
         activations above are not known, or this does not help. Of a `solution` the channels that it determines stay."""
-        known = {node.name: node for node in self._solved}
-        if step.block.name not in known:
+        solved = {node.name: node for node in self._solved}
+        if step.block.name not in solved:
             return None
         settled = None
         if solution is not None:
@@ -311,16 +319,17 @@ class _Way:
             if float(vague.double().mean()) <= 0.5:
                 settled = torch.where(vague.view(-1, 1, 1), torch.nan, solution.x.clamp(min=0))
         units = [unit for unit in (step.block.units[0], step.block.shortcut) if unit is not None]
-        names = [name for name in step.block.nodes if name in known]
+        names = [name for name in step.block.nodes if name in solved]
         found = solve_block_input(
             step.block,
             {f"{unit.name}.weight": self._gradient(f"{unit.name}.weight") for unit in units},
             {part.unit.name: part.cotangent for part in self._equations(step)},
             # Of an output that is not known exactly small values are noise, and the mask tells which are.
-            {name: known[name].activation * (self._outer.mask if name == step.block.name else 1) for name in names},
+            {name: solved[name].activation * (self._outer.mask if name == step.block.name else 1) for name in names},
             shape,
             settled=settled,
-            noise=max(1e-6, *(float(known[name].error.median()) for name in names)),
+            places=None if step.block.shortcut is None else known,
+            noise=max(1e-6, *(float(solved[name].error.median()) for name in names)),
             # An iteration takes as long as there are images, and gains the less the more unknowns there are.
             iterations=min(max(_ITERATIONS // shape[0], 100), 400),
             stop=self.stop,
@@ -347,11 +356,11 @@ class _Way:
             0.0,
         )
 
-    def _equations(self, step: _Step, above: Gate | None = None) -> list[Equations]:
+    def _equations(self, step: _Step, above: Gate | None = None, beside: Known | None = None) -> list[Equations]:
         """Those of the step's convolution, behind a gate or the present one, and of the shortcut where that has the
-        same input."""
+        same input and is not what tells the entries known beside them."""
         found = [self._behind(step.unit, above or self._gate)]
-        if step.first and step.block.shortcut is not None:
+        if step.first and step.block.shortcut is not None and beside is None:
             found.append(self._behind(step.block.shortcut, self._outer))
         return found
 

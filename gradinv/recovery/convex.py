@@ -1,4 +1,4 @@
-"""The input of one residual block where the gradient's equations alone are too few: a convex problem."""
+"""The input of convolutions where the gradient's equations alone are too few: a convex problem."""
 
 from __future__ import annotations
 
@@ -45,13 +45,12 @@ class ConvexSolution:
 
 
 @torch.no_grad()
-def solve_block_input(
-    block: Block,
-    gradients: Mapping[str, Tensor],
-    cotangents: Mapping[str, Tensor],
-    activations: Mapping[str, Tensor],
+def solve_convex(
+    equations: Sequence[Equations],
+    layers: Sequence[Layer],
     shape: tuple[int, int, int, int],
     *,
+    mean: Tensor | None = None,
     settled: Tensor | None = None,
     places: Known | None = None,
     noise: float = 1e-6,
@@ -61,22 +60,17 @@ def solve_block_input(
     stop: Event | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> ConvexSolution:
-    """Solve a block's input x (B, C, H, W) = `shape` from everything that is linear or an inequality in it.
+    """Solve the input x (B, C, H, W) = `shape` of convolutions from everything that is linear or an inequality in it.
 
-    gradients: of the convolutions' weights, by parameter name; cotangents (B, O, h, w) of the convolutions' outputs,
-    by unit name, for the first unit and the shortcut; activations (B, O, h, w) by node name, of the block's first
-    node, others where they are known, and the block's own. With δ the cotangent, W the weight, per convolution
-
-        ∇W[o, i, u, v] = Σ_{k, pos} δ[k, o, pos] x[k, i, pos · stride + (u, v) − padding]
-        BN(conv1(x)) = h where h > 0, ≤ 0 where h = 0; BN(shortcut(x)) = out − rest(h) where out > 0, ≤ where out = 0
-        x ≥ 0
-
-    where BN is in eval mode. `settled` (B, C, H, W) holds the channels that are known already, and no numbers (nan) in
-    those that are to be solved; `places` are positions of which all channels are known beforehand. `noise` is the least
-    relative error of what is given; where the equations contradict each other more than that, the gradient's are taken
-    for less exact. The search ends as soon as the second half of the iterations moved x by less than the share
-    `tolerance`, at the latest after that many `iterations` or `seconds`; the estimate of the error adds a fifth. `stop` ends it within an iteration, with an error of 1 where there was no time
-    to estimate it. `progress` gets the iterations and the share of the layers' equations left unexplained.
+    equations: of the gradients of convolutions that x goes into; layers: what is known of their outputs, which has the
+    same x, and x ≥ 0. `mean` (C,) is a guess of each channel's mean, the mean of the gradient's solution where there is
+    none. `settled` (B, C, H, W) holds the channels that are known already, and no numbers (nan) in those that are to be
+    solved; `places` are positions of which all channels are known beforehand. `noise` is the least relative error of
+    what is given; where the equations contradict each other more than that, the gradient's are taken for less exact.
+    The search ends as soon as the second half of the iterations moved x by less than the share `tolerance`, at the
+    latest after that many `iterations` or `seconds`; the estimate of the error adds a fifth. `stop` ends it within an
+    iteration, with an error of 1 where there was no time to estimate it. `progress` gets the iterations and the share
+    of the layers' equations left unexplained.
 
     Of all solutions the likeliest is taken, for activations that vary around a channel's mean and are alike at
     neighbouring positions. The error is measured on a twin: the same equations as x itself would meet them, with the
@@ -85,13 +79,13 @@ def solve_block_input(
     bundled networks its ratio to the true error was 0.75 to 2 for errors of 0.02 to 0.2, 1.2 to 3 where
     cotangents, activations or masks were wrong, and up to 20 (so too cautious) for errors of 1e-5.
 
-    Raises GradinvError where something needed is missing or has another shape.
+    Raises GradinvError where no gradient passes, or something given has another shape.
     """
     started = time.monotonic()
     if settled is None:
         settled = torch.full(shape, torch.nan, dtype=torch.float64)
     wanted = settled.isnan().any(3).any(2).any(0)
-    problem = _of_input(block, gradients, cotangents, activations, settled, wanted, places, noise)
+    problem = _of_input(equations, layers, mean, settled, wanted, places, noise)
     x, error, done = _solve(problem, tolerance, iterations, started + seconds, stop, progress)
     found = settled.to(x, copy=True)
     found[:, wanted] = problem.maps(x)
@@ -105,6 +99,39 @@ def solve_block_input(
         equations=problem.equations,
         unknowns=problem.unknowns,
     )
+
+
+def layers_of_input(block: Block, activations: Mapping[str, Tensor]) -> list[Layer]:
+    """What a residual block's activations say of its input: activations (B, O, h, w) by node name, of the block's first
+    node, others where they are known, and the block's own.
+
+        BN(conv1(x)) = h where h > 0, ≤ 0 where h = 0; BN(shortcut(x)) = out − rest(h) where out > 0, ≤ where out = 0
+
+    with BN in eval mode. Raises GradinvError where the first node or the block's own is missing.
+    """
+    first, shortcut = block.units[0], block.shortcut
+    h = _given(activations, first.name)
+    out = _given(activations, block.name)
+    inner = h
+    for unit in block.units[1:-1]:
+        inner = activations[unit.name].double() if unit.name in activations else F.relu(affine(unit, inner))
+    rest = affine(block.units[-1], inner)
+    if shortcut is not None:
+        rest = rest + shortcut.offset.double()[:, None, None]
+    return [Layer(first, h - first.offset.double()[:, None, None], h > 0), Layer(shortcut, out - rest, out > 0)]
+
+
+def mean_of_input(block: Block, activations: Mapping[str, Tensor]) -> Tensor:
+    """A guess of each channel's mean (C,) of a block's input: through a 1 × 1 shortcut BN's running mean tells it, an
+    identity block's output is about as large as its input."""
+    out = _given(activations, block.name)
+    if block.shortcut is None:
+        return out.mean((0, 2, 3))
+    weight = block.shortcut.conv.weight.detach().double().mean((2, 3))
+    mean = block.shortcut.bn.running_mean
+    if mean is None:
+        return out.mean().expand(weight.shape[1])
+    return torch.linalg.lstsq(weight, mean.double()[:, None]).solution[:, 0].clamp(min=0)
 
 
 def _solve(
@@ -166,26 +193,39 @@ class _Halt:
         return (self._stop is not None and self._stop.is_set()) or time.monotonic() > self.until
 
 
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What is known of a map of the input x: unit(x), the unit's batch normalisation without its offset, or x itself
+    where there is no unit, is the `target` where that is `on` (bool) and at most the target elsewhere; (B, O, h, w)."""
+
+    unit: Unit | None
+    target: Tensor
+    on: Tensor
+
+
 class _Layers:
-    """The block's first convolution and its shortcut as linear maps of the wanted channels (C,) bool of x, BN's slope
-    in the weights."""
+    """The layers as linear maps of the wanted channels (C,) bool of x, BN's slope in the weights."""
 
     def __init__(
-        self, unit: Unit, shortcut: Unit | None, shape: tuple[int, int, int, int], wanted: Tensor, dtype: torch.dtype
+        self,
+        units: Sequence[Unit | None],
+        shape: tuple[int, int, int, int],
+        wanted: Tensor,
+        dtype: torch.dtype,
     ) -> None:
-        self._units = (unit, shortcut)
+        self._units = units
         self._shape = shape
-        self._weights = [None if part is None else weight_of(part, dtype)[:, wanted] for part in self._units]
+        self._weights = [None if part is None else weight_of(part, dtype)[:, wanted] for part in units]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """x (B, C, H, W) → both outputs (B, O, h, w), without BN's offsets."""
+        """x (B, C, H, W) → the outputs (B, O, h, w), without BN's offsets."""
         return [
             x if part is None or weight is None else F.conv2d(x, weight, None, *geometry(part))
             for part, weight in zip(self._units, self._weights, strict=True)
         ]
 
     def transposed(self, outputs: list[Tensor]) -> Tensor:
-        """The transposed map: two tensors (B, O, h, w) → (B, C, H, W)."""
+        """The transposed map: tensors (B, O, h, w) → (B, C, H, W)."""
         total: Tensor | None = None
         for part, weight, output in zip(self._units, self._weights, outputs, strict=True):
             if part is None or weight is None:
@@ -360,49 +400,48 @@ class _Problem:
 
 
 def _of_input(
-    block: Block,
-    gradients: Mapping[str, Tensor],
-    cotangents: Mapping[str, Tensor],
-    activations: Mapping[str, Tensor],
+    equations: Sequence[Equations],
+    layers: Sequence[Layer],
+    mean: Tensor | None,
     settled: Tensor,
     wanted: Tensor,
     places: Known | None,
     noise: float,
 ) -> _Problem:
-    """The problem of `solve_block_input`, for the wanted channels (C,) bool."""
-    images, channels, height, width = settled.shape
-    first, shortcut = block.units[0], block.shortcut
-    units = [first] if shortcut is None else [first, shortcut]
-    h = _given(activations, first.name, "activation").double()
-    out = _given(activations, block.name, "activation").double()
-    rows, right = _gradient_equations(units, gradients, cotangents, (images, channels, height, width))
+    """The problem of `solve_convex`, for the wanted channels (C,) bool."""
+    images, _, height, width = settled.shape
+    shape = images, int(wanted.sum()), height, width
+    rows, right = _gradient_equations(equations, images, height, width)
     if places is not None:
         more = _as_equations(places, noise)
         rows, right = torch.cat([rows, more[0]]), torch.cat([right, more[1]])
-    inner = h
-    for unit in block.units[1:-1]:
-        inner = activations[unit.name].double() if unit.name in activations else F.relu(affine(unit, inner))
-    rest = affine(block.units[-1], inner)
-    if shortcut is not None:
-        rest = rest + shortcut.offset.double()[:, None, None]
-    targets, on = [h - first.offset.double()[:, None, None], out - rest], [h > 0, out > 0]
+    if mean is None:
+        mean = _level(rows, right)
+    units = [layer.unit for layer in layers]
+    targets, on = [layer.target for layer in layers], [layer.on for layer in layers]
     if not wanted.all():
-        others = _Layers(first, shortcut, (images, channels, height, width), ~wanted, torch.float64)(settled[:, ~wanted])
-        targets[0] = targets[0] - others[0]
-        if shortcut is None:
-            targets[1], on[1] = targets[1][:, wanted], on[1][:, wanted]
-        else:
-            targets[1] = targets[1] - others[1]
+        others = _Layers(units, shape, ~wanted, torch.float64)(settled[:, ~wanted])
+        for index, unit in enumerate(units):
+            if unit is None:
+                targets[index], on[index] = targets[index][:, wanted], on[index][:, wanted]
+            else:
+                targets[index] = targets[index] - others[index]
     return _Problem(
         rows,
         right[:, wanted],
-        lambda dtype: _Layers(first, shortcut, (images, channels, height, width), wanted, dtype),
+        lambda dtype: _Layers(units, shape, wanted, dtype),
         targets,
         on,
-        _channel_means(shortcut, out, channels)[wanted],
-        (images, int(wanted.sum()), height, width),
+        mean[wanted],
+        shape,
         noise,
     )
+
+
+def _level(rows: Tensor, right: Tensor) -> Tensor:
+    """The mean (C,) that explains most of the gradient's equations (p, C) if each channel were constant."""
+    sums = rows.sum(1)
+    return ((sums @ right) / sums.square().sum().clamp(min=1e-300)).clamp(min=0)
 
 
 class _Search:
@@ -521,36 +560,28 @@ def _normal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> T
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def _given(known: Mapping[str, Tensor], name: str, what: str) -> Tensor:
+def _given(known: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in known:
-        raise GradinvError(f"The {what} of {name} is needed to solve the block's input, and it is not known.")
-    return known[name]
+        raise GradinvError(f"The activation of {name} is needed to solve the block's input, and it is not known.")
+    return known[name].double()
 
 
-def _gradient_equations(
-    units: Sequence[Unit],
-    gradients: Mapping[str, Tensor],
-    cotangents: Mapping[str, Tensor],
-    shape: tuple[int, int, int, int],
-) -> tuple[Tensor, Tensor]:
-    """A (p, n) and G (p, C) of the input, of `shape`, that the units' convolutions share."""
-    count, _, height, width = shape
+def _gradient_equations(equations: Sequence[Equations], images: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A (p, n) and G (p, C) of the input that the convolutions share."""
     rows, right = [], []
-    for unit in units:
-        delta = _given(cotangents, unit.name, "cotangent").double()
-        if len(delta) != count or delta.shape[1] != unit.conv.out_channels:
-            raise GradinvError(f"The cotangent of {unit.name} has the shape {tuple(delta.shape)}, not the batch's.")
-        gradient = _given(gradients, f"{unit.name}.weight", "gradient").to(delta.device).double()
-        equations = Equations(unit, delta, gradient)
-        part = equations.matrix(height, width).flatten(0, 1)
-        told = part.square().sum(1) > 0  # a dead channel says nothing
+    for part in equations:
+        name, cotangent = part.unit.name, part.cotangent
+        if len(cotangent) != images or cotangent.shape[1] != part.unit.conv.out_channels:
+            raise GradinvError(f"The cotangent of {name} has the shape {tuple(cotangent.shape)}, not the batch's.")
+        matrix = part.matrix(height, width).flatten(0, 1)
+        told = matrix.square().sum(1) > 0  # a dead channel says nothing
         if told.any():
             # Rounding is a share of each convolution's own numbers.
-            scale = part[told].square().sum(1).mean().sqrt()
-            rows.append(part[told] / scale)
-            right.append(equations.right_side().flatten(0, 1)[told] / scale)
+            scale = matrix[told].square().sum(1).mean().sqrt()
+            rows.append(matrix[told] / scale)
+            right.append(part.right_side().flatten(0, 1)[told] / scale)
     if not rows:
-        raise GradinvError(f"No gradient passes through {units[0].name}, so its input cannot be solved.")
+        raise GradinvError(f"No gradient passes through {equations[0].unit.name}, so its input cannot be solved.")
     return torch.cat(rows), torch.cat(right)
 
 
@@ -572,15 +603,3 @@ def _alike(height: int, width: int, device: torch.device) -> Tensor:
     )
     places = torch.stack([y.flatten(), x.flatten()], 1)
     return torch.exp(-torch.cdist(places, places) / _CORRELATION).to(device)
-
-
-def _channel_means(shortcut: Unit | None, out: Tensor, channels: int) -> Tensor:
-    """A guess of each channel's mean (C,): through a 1×1 shortcut BN's running mean tells it, an identity block's
-    output is about as large as its input."""
-    if shortcut is None:
-        return out.mean((0, 2, 3))
-    weight = shortcut.conv.weight.detach().double().mean((2, 3))
-    mean = shortcut.bn.running_mean
-    if mean is None:
-        return out.mean().expand(channels)
-    return torch.linalg.lstsq(weight, mean.double()[:, None]).solution[:, 0].clamp(min=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import cast
 
 import torch
@@ -27,8 +26,9 @@ _ONE_BY_ONE = 8  # channels at most that are set aside one by one
 # A ridge, relative to the columns' norms: a column of which nothing is known gets a large σ and no infinity.
 _RIDGE = 1e-14
 # So many of a channel's least certain mask entries are tried: as the only wrong one, as one of two, and all together.
-_SINGLE_FLIPS, _PAIRED_FLIPS, _FEW_FLIPS, _JOINT_FLIPS = 200, 24, 30, 384
-_JOINT_SHARES = 0.3, 0.6, 0.9  # of the equations, that is how many are tried together
+_SINGLE_FLIPS, _PAIRED_FLIPS, _JOINT_FLIPS = 200, 24, 1024
+# Of these together: singular values above noise, iterations of the splitting, entries that are turned round afterwards.
+_CUTS, _SPLITTINGS, _FEW_FLIPS = (1e-3, 1e-4, 1e-5), 300, 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,50 +454,61 @@ def mended_by_bias(gate: Gate, bias_gradient: Tensor) -> tuple[Gate, int]:
 def mended_by_residual(gate: Gate, equations: Equations, x: Tensor, suspects: Tensor) -> tuple[Gate, int]:
     """Set the mask entries of the suspect channels right, x being known from the others: → the gate, how many turned.
 
-    A wrong entry of channel o leaves its own patch of x in the equations of o alone, slope · full · patch. Which of the
-    least certain entries were wrong is solved by least squares and rounded. x: (B, C, H, W).
+    A wrong entry of channel o leaves its own patch of x in the equations of o alone, slope · full · patch. Those that
+    add up to all that is left there were wrong. x: (B, C, H, W).
     """
     conv = equations.unit.conv
     patches = F.unfold(x, conv.kernel_size, padding=_padding(equations.unit), stride=conv.stride)  # (B, C·m·n, places)
     patches = patches.transpose(0, 1).flatten(1)
     flips = torch.zeros_like(gate.mask)
     for channel in suspects.nonzero()[:, 0].tolist():
-        order = gate.margin[:, channel].flatten().argsort()
+        gradient = equations.gradient[channel].flatten()
+        lacking = gradient - patches @ equations.cotangent[:, channel].flatten()
+        if float(lacking.norm()) < 3 * _ROUNDING * float(gradient.norm()):  # it was set aside for nothing
+            continue
+        order = gate.margin[:, channel].flatten().argsort()[:_JOINT_FLIPS]
         on, full = (part[:, channel].flatten()[order] for part in (gate.mask, gate.full))
         effect = patches[:, order] * (torch.where(on, -full, full) * equations.unit.slope[channel].to(full))
-        predicted = patches @ equations.cotangent[:, channel].flatten()
-        lacking = equations.gradient[channel].flatten() - predicted
-        choices = [_one_by_one(effect, lacking)]
-        for share in _JOINT_SHARES:
-            choices.append(_together(effect, lacking, min(len(order), int(share * len(patches)), _JOINT_FLIPS)))
-        left, turned = min(((float((lacking - effect @ c.to(effect)).norm()), c) for c in choices), key=itemgetter(0))
-        if left < 0.7 * float(lacking.norm()):
+        turned = _adding_up(effect, lacking)
+        if float((lacking - effect @ turned.to(effect)).norm()) < 0.7 * float(lacking.norm()):
             _turn(flips, channel, order[turned])
     return gate.flipped(flips), int(flips.sum())
 
 
-def _one_by_one(effect: Tensor, lacking: Tensor) -> Tensor:
-    """Which columns of the effect (E, n) add up to what is lacking (E,), if they are few: each time the one that
-    explains most. → (n,) bool."""
-    turned = torch.zeros(effect.shape[1], dtype=torch.bool)
-    sizes = effect.square().sum(0)
+def _adding_up(effect: Tensor, lacking: Tensor) -> Tensor:
+    """Which columns of the effect (E, n) add up to what is lacking (E,): (n,) bool.
+
+    The point of the box [0, 1]ⁿ that explains it is rounded: where columns outnumber equations, but not twice, there is
+    no other such point as a rule. It is found by Douglas and Rachford's splitting, for a few choices of which
+    combinations of the equations are above noise. What the rounding leaves is mended entry by entry.
+    """
+    left, size, right = torch.linalg.svd(effect, full_matrices=False)
+    found = []
+    for cut in _CUTS:
+        kept = size > cut * size[0]
+        rows, goal = right[kept], (left[:, kept].T @ lacking) / size[kept]
+        moving = torch.zeros(effect.shape[1], dtype=effect.dtype)
+        for _ in range(_SPLITTINGS):
+            inside = moving.clamp(0, 1)
+            mirrored = 2 * inside - moving
+            moving = moving + mirrored + rows.T @ (goal - rows @ mirrored) - inside
+        found.append(_polished(effect, lacking, moving > 0.5))
+    return min(found, key=lambda turned: float((lacking - effect @ turned.to(effect)).norm()))
+
+
+def _polished(effect: Tensor, lacking: Tensor, turned: Tensor) -> Tensor:
+    """The columns of `_adding_up`, one or two turned round at a time as long as that leaves less, the best first."""
+    turned, gram = turned.clone(), effect.T @ effect
     for _ in range(_FEW_FLIPS):
         sign = torch.where(turned, -1.0, 1.0).to(effect)
-        gain = 2 * sign * (effect.T @ lacking) - sizes
-        best = int(gain.argmax())
-        if float(gain[best]) <= 0:
+        one = 2 * sign * (effect.T @ (lacking - effect @ turned.to(effect))) - gram.diagonal()
+        two = one[:, None] + one - 2 * sign[:, None] * sign * gram
+        two.diagonal().copy_(one)
+        best = int(two.argmax())
+        if float(two.flatten()[best]) <= 0:
             break
-        lacking = lacking - sign[best] * effect[:, best]
-        turned[best] = ~turned[best]
-    return turned
-
-
-def _together(effect: Tensor, lacking: Tensor, most: int) -> Tensor:
-    """Which of the first columns of the effect (E, n) add up to what is lacking (E,), by least squares, rounded."""
-    turned = torch.zeros(effect.shape[1], dtype=torch.bool)
-    gram = effect[:, :most].T @ effect[:, :most]
-    gram.diagonal().add_(1e-12 * gram.diagonal().mean().clamp(min=1e-300))
-    turned[:most] = torch.linalg.solve(gram, effect[:, :most].T @ lacking) > 0.5
+        places = torch.tensor(divmod(best, len(one))).unique()
+        turned[places] = ~turned[places]
     return turned
 
 

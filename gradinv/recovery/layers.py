@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradinv.models import Model
 from gradinv.network import STEM, Block, Unit, node_shapes, parts
-from gradinv.recovery.convex import solve_block_input
+from gradinv.recovery.convex import Layer, layers_of_input, mean_of_input, solve_convex
 from gradinv.recovery.convolution import (
     Equations,
     Gate,
@@ -190,7 +190,7 @@ class _Way:
         known = self._known(step, shape) if count < _AMPLE * unknowns else None
         solution, mended, added = self._linear(step, shape, known)
         fine = solution is not None and float(solution.error.median()) <= _FINE
-        if count < _AMPLE * unknowns and not fine and step.first:
+        if count < _AMPLE * unknowns and not fine:
             node = self._convex(step, shape, known, solution if added else None)
             if node is not None and (solution is None or node.error.median() < solution.error.median()):
                 return node
@@ -309,27 +309,24 @@ class _Way:
     ) -> SolvedNode | None:
         """By the layers' own equations as well, and the way then stands at that node; None where the block's
         activations above are not known, or this does not help. Of a `solution` the channels that it determines stay."""
-        solved = {node.name: node for node in self._solved}
-        if step.block.name not in solved:
+        above = self._layers(step)
+        if above is None:
             return None
+        layers, mean, noise = above
         settled = None
         if solution is not None:
             size = solution.x.square().mean().sqrt()
             vague = solution.sigma.square().mean((0, 2, 3)).sqrt() > _FINE * size
             if float(vague.double().mean()) <= 0.5:
                 settled = torch.where(vague.view(-1, 1, 1), torch.nan, solution.x.clamp(min=0))
-        units = [unit for unit in (step.block.units[0], step.block.shortcut) if unit is not None]
-        names = [name for name in step.block.nodes if name in solved]
-        found = solve_block_input(
-            step.block,
-            {f"{unit.name}.weight": self._gradient(f"{unit.name}.weight") for unit in units},
-            {part.unit.name: part.cotangent for part in self._equations(step)},
-            # Of an output that is not known exactly small values are noise, and the mask tells which are.
-            {name: solved[name].activation * (self._outer.mask if name == step.block.name else 1) for name in names},
+        found = solve_convex(
+            self._equations(step),
+            layers,
             shape,
+            mean=mean,
             settled=settled,
-            places=None if step.block.shortcut is None else known,
-            noise=max(1e-6, *(float(solved[name].error.median()) for name in names)),
+            places=known if step.first and step.block.shortcut is not None else None,
+            noise=noise,
             # An iteration takes as long as there are images, and gains the less the more unknowns there are.
             iterations=min(max(_ITERATIONS // shape[0], 100), 400),
             stop=self.stop,
@@ -355,6 +352,24 @@ class _Way:
             0.0,
             0.0,
         )
+
+    def _layers(self, step: _Step) -> tuple[list[Layer], Tensor | None, float] | None:
+        """What the activations above say of the step's input, its mean, and the relative error of these activations;
+        None where they are not known."""
+        solved = {node.name: node for node in self._solved}
+        if step.first and step.block.name in solved:
+            names = [name for name in step.block.nodes if name in solved]
+            known = {name: solved[name].activation for name in names}
+            # Of an output that is not known exactly small values are noise, and the mask tells which are.
+            known[step.block.name] = known[step.block.name] * self._outer.mask
+            layers, mean = layers_of_input(step.block, known), mean_of_input(step.block, known)
+        elif not step.first and not step.last:
+            names = [step.unit.name]
+            output = solved[step.unit.name].activation
+            layers, mean = [Layer(step.unit, output - step.unit.offset.double()[:, None, None], output > 0)], None
+        else:
+            return None
+        return layers, mean, max(1e-6, *(float(solved[name].error.median()) for name in names))
 
     def _equations(self, step: _Step, above: Gate | None = None, beside: Known | None = None) -> list[Equations]:
         """Those of the step's convolution, behind a gate or the present one, and of the shortcut where that has the

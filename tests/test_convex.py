@@ -13,7 +13,9 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from gradinv.network import Block, parts
-from gradinv.recovery.convex import ConvexSolution, solve_block_input
+from gradinv.recovery.convex import ConvexSolution, Layer, layers_of_input, mean_of_input, solve_convex
+from gradinv.recovery.convolution import Equations, known_by_shortcut, weight_of
+from gradinv.recovery.convolution import Known as Places
 from gradinv.types import GradinvError
 
 
@@ -28,15 +30,17 @@ class Known:
     truth: Tensor
 
     def solve(self, **changes: object) -> ConvexSolution:
-        shape = tuple(self.truth.shape)
-        return solve_block_input(
-            self.block,
-            self.gradients,
-            self.cotangents,
-            self.activations,
-            shape,
+        return solve_convex(
+            self.equations(),
+            layers_of_input(self.block, self.activations),
+            tuple(self.truth.shape),
+            mean=mean_of_input(self.block, self.activations),
             **changes,  # type: ignore[arg-type]
         )
+
+    def equations(self) -> list[Equations]:
+        units = [unit for unit in (self.block.units[0], self.block.shortcut) if unit is not None]
+        return [Equations(u, self.cotangents[u.name], self.gradients[f"{u.name}.weight"]) for u in units]
 
     def errors(self, solution: ConvexSolution) -> Tensor:
         return (solution.x - self.truth).flatten(1).norm(dim=1) / self.truth.flatten(1).norm(dim=1)
@@ -175,6 +179,73 @@ def test_ends_in_time(known):
 
 def test_says_what_is_missing(known):
     case = known(BasicBlock, "layer2.0", 2)
-    del case.cotangents["layer2.0.conv1"]
-    with pytest.raises(GradinvError, match=r"cotangent of layer2\.0\.conv1"):
+    del case.activations["layer2.0.conv1"]
+    with pytest.raises(GradinvError, match=r"activation of layer2\.0\.conv1"):
         case.solve()
+
+
+def test_channels_that_are_settled_stay_and_help(known):
+    case = known(BasicBlock, "layer2.1", 8)
+    for value in case.cotangents.values():
+        value[:, 8:] = 0  # the gradient alone says too little
+    for value in case.gradients.values():
+        value[8:] = 0
+    settled = case.truth.clone()
+    settled[:, ::4] = torch.nan
+    alone, helped = case.solve(iterations=100), case.solve(iterations=100, settled=settled)
+    assert torch.equal(helped.x[:, 1::4], case.truth[:, 1::4])
+    rest = (alone.x - case.truth)[:, ::4].norm(), (helped.x - case.truth)[:, ::4].norm()
+    assert rest[1] < 0.5 * rest[0]
+    assert (helped.error < alone.error).all()
+
+
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck], ids=["basic", "bottleneck"])
+def test_a_shortcut_tells_the_positions_that_it_meets(known, kind):
+    case = known(kind, "layer2.0", 2)
+    output = layers_of_input(case.block, case.activations)[1]
+    true = F.conv2d(case.truth, weight_of(case.block.shortcut, torch.float64), stride=2)
+    assert torch.allclose(true[output.on], output.target[output.on])
+    # Where a position has too few outputs that are on nothing is said, and what is off is a bound and no equation.
+    on = output.on.clone()
+    on[:, :, ::2] = True
+    on[:, :, 1::2, 0] = False
+    target = torch.where(on, true, 1e3)
+    found = known_by_shortcut(case.block.shortcut, target, on, *case.truth.shape[2:])
+    assert found.where[:, :, ::4, ::2].all() and not found.where[:, :, 2::4, 0].any()
+    assert not found.where[:, :, 1::2].any() and not found.where[:, :, :, 1::2].any()
+    assert torch.allclose(found.values[found.where], case.truth[found.where], atol=1e-9)
+    assert (found.sigma[found.where] < 1e-9).all()
+    assert known_by_shortcut(case.block.shortcut, target, torch.zeros_like(on), *case.truth.shape[2:]) is None
+
+
+def test_places_that_are_known_beforehand_stay(known):
+    case = known(BasicBlock, "layer2.0", 4)
+    for name in ("layer2.0.conv1", "layer2.0.downsample.0"):
+        case.cotangents[name][:, 4:] = 0
+        case.gradients[f"{name}.weight"][4:] = 0
+    where = torch.zeros_like(case.truth, dtype=torch.bool)
+    where[:, :, ::2, ::2] = True
+    places = Places(torch.where(where, case.truth, 0), where, torch.full_like(case.truth, 1e-6))
+    layers, shape = layers_of_input(case.block, case.activations)[:1], tuple(case.truth.shape)
+    alone, helped = (
+        solve_convex(case.equations(), layers, shape, iterations=100, places=beside) for beside in (None, places)
+    )
+    assert (case.errors(helped) < 0.9 * case.errors(alone)).all() and (helped.error < alone.error).all()
+    assert (helped.x - case.truth)[where].norm() < 0.01 * case.truth[where].norm()
+
+
+def test_solves_the_inner_node_of_a_bottleneck(known):
+    case = known(Bottleneck, "layer2.0", 4)
+    unit, node = case.block.units[1], case.activations["layer2.0.conv1"]
+    output = case.activations["layer2.0.conv2"]
+    case.cotangents[unit.name][:, 26:] = 0
+    gradient = case.gradients[f"{unit.name}.weight"]
+    gradient[26:] = 0
+    layer = Layer(unit, output - unit.offset.view(-1, 1, 1), output > 0)
+    equations = Equations(unit, case.cotangents[unit.name], gradient)
+    assert equations.gradient[:26, 0].numel() < node[:, 0].numel()  # fewer than unknowns
+    solution = solve_convex([equations], [layer], tuple(node.shape))
+    true = (solution.x - node).flatten(1).norm(dim=1) / node.flatten(1).norm(dim=1)
+    assert true.max() < 0.15
+    ratio = solution.error / true
+    assert ratio.min() > 1 / 3

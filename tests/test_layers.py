@@ -427,7 +427,7 @@ def test_a_wrong_layer_is_never_called_exact(basic, monkeypatch):
         return replace(gate, mask=mask, margin=torch.full_like(gate.margin, 1e3))
 
     monkeypatch.setattr(layers, "last_gate", spoilt)
-    monkeypatch.setattr(convolution, "_JOINT_FLIPS", 0)
+    monkeypatch.setattr(convolution, "_JOINT_FLIPS", 1)
     fit = FinalLayer(model, observation).fit(torch.tensor(LABELS))
     nodes, stopped = solve_layers(model, observation, fit)
     true = truth(model, images)

@@ -14,6 +14,7 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
+from gradinv import metrics
 from gradinv.defenses import clip, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.gallery import Gallery, pooled
 from gradinv.models import Model
@@ -87,7 +88,7 @@ def test_the_attack_reads_labels_and_features_and_clipping_hides_neither(
     observation = observe(small_model, pixels, labels)
     for shared_one in (observation, clip(observation, 1e-3)):
         found = lessons.attack(small_model, shared_one)
-        order, similarity = defences.aligned(found.features, own)
+        order, similarity = metrics.aligned(found.features, own)
         assert found.labels[order].tolist() == labels.tolist()
         assert min(similarity) > 0.9999 and found.residual < EXPLAINED
 
@@ -111,7 +112,7 @@ def test_counting_what_is_right() -> None:
 
 def test_recovered_features_are_put_in_the_pictures_order() -> None:
     features = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
-    order, similarity = defences.aligned(features[[2, 0, 1]] * 5, features)
+    order, similarity = metrics.aligned(features[[2, 0, 1]] * 5, features)
     assert order == [1, 2, 0] and similarity == pytest.approx([1, 1, 1])
 
 

@@ -50,8 +50,21 @@ def test_a_page_comes_with_its_style_and_the_font_of_its_headings() -> None:
     style = (ASSETS / "style.css").read_bytes()
     assert body.endswith(b"<style>" + style + b"</style></body></html>")
     assert body.count(b'as="font"') == 1 and body.index(b'as="font"') < body.index(b"</head>")
+    given = facts["told"].pop("set-cookie")
+    assert given.startswith(f"{server.COOKIE}=") and "HttpOnly" in given
     assert facts["told"] == {"content-type": "text/html", "content-length": str(len(body))}
     assert facts["asked on"] == {b"accept": b"text/html,*/*"}
+
+
+def test_a_browser_is_given_one_name_which_its_tabs_and_a_frame_of_another_site_keep() -> None:
+    def given(**headers: str) -> str:
+        told: str = asked(server.Styled, "GET", "/", accept="text/html", **headers)[0]["told"].get("set-cookie", "")
+        return told
+
+    first, second = given(), given()
+    assert first != second and "SameSite=Lax" in first and "Secure" not in first
+    assert given(cookie=f"other=1; {server.COOKIE}=abc") == ""
+    assert "SameSite=None; Secure" in given(x_forwarded_proto="https")
 
 
 def test_whatever_is_no_page_passes_as_it_is() -> None:

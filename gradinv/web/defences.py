@@ -11,11 +11,9 @@ from html import escape
 import plotly.graph_objects as go
 import streamlit as st
 from plotly.subplots import make_subplots
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn import functional as F
 
-from gradinv import figures
+from gradinv import figures, metrics
 from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.types import Gradients
 from gradinv.web import head, lessons, markup, replay
@@ -140,20 +138,12 @@ def _guesses(
     name: str, uris: Sequence[str], found: Attack, features: Tensor, first: Sequence[int], places: Sequence[int]
 ) -> Row:
     """What the learned prior paints of the recovered features, in the originals' order, which is known to us only."""
-    order, similarity = aligned(found.features, features)
+    order, similarity = metrics.aligned(found.features, features)
     tiles = [
         Tile(uris[one], f"{name}: guess of a learned prior", f"{value:.3f}", mark=first[one] == place)
         for one, value, place in zip(order, similarity, places, strict=True)
     ]
     return Row(name, tiles, "learned prior")
-
-
-def aligned(found: Tensor, features: Tensor) -> tuple[list[int], list[float]]:
-    """Recovered features (K, D) against the pictures' own (K, D): for each picture which of the recovered is its, one
-    to one so that the cosine similarities are largest in all, and that similarity."""
-    similarity = F.normalize(features) @ F.normalize(found.cpu()).T
-    _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
-    return order.tolist(), similarity[range(len(order)), order.tolist()].tolist()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

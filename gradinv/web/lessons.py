@@ -215,15 +215,22 @@ def _shuffle() -> None:
     st.session_state.draw = (st.session_state.draw + 1 + secrets.randbelow(DRAWS)) % (DRAWS + 1)
 
 
-def defences() -> tuple[str, ...]:
-    """The defences that the sliders say, as `defenses.parse_all` reads them. All sliders are in the address."""
+def defences(stacked: bool = False) -> tuple[str, ...]:
+    """The defences that the sliders say, side by side or `stacked`, as `defenses.parse_all` reads them. All sliders are
+    in the address."""
     chosen = []
     with st.container(key="lesson-defences"):
-        for column, (name, (label, strengths)) in zip(st.columns(len(STRENGTHS)), STRENGTHS.items(), strict=True):
+        columns = [st.container() for _ in STRENGTHS] if stacked else st.columns(len(STRENGTHS))
+        for column, (name, (label, strengths)) in zip(columns, STRENGTHS.items(), strict=True):
             strength = column.select_slider(label, (OFF, *strengths), OFF, key=name, bind="query-params")
             if strength != OFF:
                 chosen.append(f"{name}:{strength}")
     return tuple(chosen)
+
+
+def defended_by_address() -> bool:
+    """Whether the address, or what was chosen before, has a defence on."""
+    return any(st.session_state.get(name, st.query_params.get(name, OFF)) != OFF for name in STRENGTHS)
 
 
 def observed_final(network: Model, pool: Pool, places: Sequence[int]) -> Observation:

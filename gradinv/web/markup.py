@@ -208,6 +208,11 @@ def progress(share: float, left: str, right: str) -> str:
     )
 
 
+def acts(parts: Sequence[str]) -> str:
+    """Parts of a whole side by side, each as `progress` makes it."""
+    return f'<div class="gi-acts">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
 def count(number: int, noun: str) -> str:
     """A number with its noun."""
     return f"{number:,} {noun}" + "s" * (number != 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -118,7 +119,7 @@ def _member(item: Chosen, network: Model) -> Member:
 
 def _class_of_upload(item: Chosen, network: Model, pixels: Tensor) -> int:
     own: int | None = st.session_state.get(_class_key(item, network))
-    return own if own is not None else shared.prediction(network.name, item.id, pixels)
+    return own if own is not None else shared.prediction(network.name, network.preprocessing.size, item.id, pixels)
 
 
 def _class_key(item: Chosen, network: Model) -> str:
@@ -150,7 +151,7 @@ def panel(network: Model, visitor: str) -> Batch | Gradient | None:
     with st.container(key="sources"):
         source = st.segmented_control(
             "Take the batch from",
-            list(SOURCES),
+            [source for source in SOURCES if source != "folder" or _has_folder()],
             format_func=SOURCES.__getitem__,
             default="gradient" if shares() else "gallery",
             required=True,
@@ -168,6 +169,11 @@ def panel(network: Model, visitor: str) -> Batch | Gradient | None:
     return found
 
 
+def _has_folder() -> bool:
+    """Whether a folder in ImageNet layout is named; what may be wrong with it is said where it is chosen."""
+    return bool(os.environ.get("GRADINV_IMAGENET"))
+
+
 def _strip(network: Model) -> Batch:
     found = batch(network)
     for problem in found.problems:
@@ -177,6 +183,17 @@ def _strip(network: Model) -> Batch:
     with st.container(horizontal=True, key="batch-strip", gap="small"):
         for member in found.members:
             _card(member, network)
+    with st.container(horizontal=True, key="strip-tools"):
+        if len(chosen()) > 1:
+            st.button(
+                "Remove all", key="remove-all", type="tertiary", icon=":material/delete:", on_click=choose, args=([],)
+            )
+        own = [item for item in chosen() if item.source == "upload"]
+        if own and len(own) < len(chosen()):
+            st.button(
+                "Only my uploads", key="only-uploads", type="tertiary", icon=":material/filter_alt:", on_click=choose,
+                args=(own,),
+            )  # fmt: skip
     if found.problems:
         st.button("Remove what cannot be used", on_click=_keep_only, args=([m.chosen.id for m in found.members],))
     return found
@@ -226,9 +243,13 @@ def _keep_only(identities: Sequence[str]) -> None:
 
 
 def _notice() -> None:
-    """What came of the last choice, where it was made: the batch above may be out of sight."""
-    if notice := st.session_state.pop("notice", None):
-        st.warning(markup.plain(notice))
+    """What came of the last choice, where it was made: the batch above may be out of sight. Several are a list."""
+    told = st.session_state.pop("notice", None) or []
+    notices = [told] if isinstance(told, str) else told
+    if len(notices) == 1:
+        st.warning(markup.plain(notices[0]))
+    elif notices:
+        st.warning("\n".join(f"- {markup.plain(notice)}" for notice in notices))
 
 
 def _draw_row(label: str, drawing: Callable[[int, int], tuple[list[Picture], str | None]], source: Source) -> None:
@@ -381,7 +402,8 @@ def _upload(network: Model) -> None:
     _notice()
     if not files:
         return
-    added, notices = [], []
+    added: list[Chosen] = []
+    notices: list[str] = []
     for file in files:
         uploads.let_go(file)
         try:
@@ -395,7 +417,7 @@ def _upload(network: Model) -> None:
             notices.append(str(error))
     choose([*chosen(), *added])
     if notices:
-        st.session_state.notice = " ".join(notices)
+        st.session_state.notice = notices
     # A new uploader, which does not show the files any more.
     st.session_state.upload_turn = turn + 1
     st.rerun()

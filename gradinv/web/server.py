@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
+from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+COOKIE = "gradinv-visitor"
+"""What the server calls a browser, so that its tabs are one visitor: a random name, forgotten when it is closed."""
 
 _FONTS = Path(st.__file__).parent / "static" / "static" / "media"
 _HEADINGS = "SourceSerif*Roman*.woff2"
@@ -50,6 +55,7 @@ class Styled:
             return
         start: Message = {}
         body = b""
+        cookies = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1"))
 
         async def answer(message: Message) -> None:
             nonlocal start, body
@@ -59,10 +65,11 @@ class Styled:
             body += message.get("body", b"")
             if not message.get("more_body", False):
                 styled = self._styled(body)
+                given = [] if COOKIE in cookies else [(b"set-cookie", _cookie(scope, dict(scope["headers"])))]
                 # Those of the file say another length, and let browsers keep a document with an older style sheet.
                 stale = (b"content-length", b"etag", b"last-modified")
                 kept = [(name, value) for name, value in start["headers"] if name.lower() not in stale]
-                await send({**start, "headers": [*kept, (b"content-length", str(len(styled)).encode())]})
+                await send({**start, "headers": [*kept, *given, (b"content-length", str(len(styled)).encode())]})
                 await send({"type": "http.response.body", "body": styled})
 
         # Whole and uncompressed.
@@ -72,6 +79,14 @@ class Styled:
 
     def _styled(self, document: bytes) -> bytes:
         return document.replace(b"</head>", self._head + b"</head>", 1).replace(b"</body>", self._style + b"</body>", 1)
+
+
+def _cookie(scope: Message, headers: Mapping[bytes, bytes]) -> bytes:
+    """The visitor's name as a header. In another site's frame, as a hosted Space is shown, browsers send a cookie only
+    where it says so, and take such a one over https only."""
+    secure = b"https" in (headers.get(b"x-forwarded-proto", b""), scope.get("scheme", "").encode())
+    kind = "SameSite=None; Secure; Partitioned" if secure else "SameSite=Lax"
+    return f"{COOKIE}={secrets.token_urlsafe(16)}; Path=/; HttpOnly; {kind}".encode()
 
 
 class Bounded:
@@ -107,12 +122,13 @@ async def ready(app: object) -> AsyncIterator[None]:
     What the first page shows first is made in the meantime between then and the first visit.
     """
     # Here, since Streamlit wants its server to be there when they are imported.
-    replay, settings, shared = (importlib.import_module(f"gradinv.web.{n}") for n in ("replay", "settings", "shared"))
+    names = ("web.replay", "web.settings", "web.shared", "pace")
+    replay, settings, shared, pace = (importlib.import_module(f"gradinv.{name}") for name in names)
     importlib.import_module("gradinv.web.live")
 
     def prepare() -> None:
         replay.moving()
-        shared.model(settings.MODEL)
+        pace.probe(shared.model(settings.MODEL, size=settings.SIZE))
 
     threading.Thread(target=prepare, name="gradinv-ready", daemon=True).start()
     yield

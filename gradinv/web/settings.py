@@ -14,6 +14,9 @@ from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
 
 MODEL, PRESET = "resnet18-tiny", "demo"
+SIZE = 64  # px of the bundled networks' pictures; others have one size only
+SIZES = (64, 128)
+MORE_SIZES = (64, 96, 128, 160, 224)
 PRESETS = {
     "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. "
     "Where none can be, Matching takes its place.",
@@ -54,6 +57,41 @@ def choose_model(given: str | None = None) -> str:
     )
     st.caption(f"{MODELS[name].description}. Top-1 accuracy {MODELS[name].accuracy:g} %. {_origin(name)}")
     return str(name)
+
+
+def size_of(name: str) -> int:
+    """The size, in pixels, of a network's pictures where nobody has chosen another."""
+    return SIZE if MODELS[name].bundled else MODELS[name].size
+
+
+def choose_size(name: str, given: int | None = None) -> int:
+    """The pictures' side in pixels: the visitor's choice where the network is bundled, unless a `given` gradient has
+    one."""
+    trained, usual = MODELS[name].size, size_of(name)
+    if given is not None:
+        return given
+    if not MODELS[name].bundled:
+        return usual
+    asked = str(st.session_state.get("size", st.query_params.get("size", usual)))
+    with st.container(horizontal=True, vertical_alignment="bottom", key="sizes"):
+        sizes = MORE_SIZES if st.session_state.get("all_sizes") or asked not in map(str, SIZES) else SIZES
+        chosen = st.segmented_control(
+            "Side of the pictures, in pixels",
+            [str(size) for size in sizes],
+            default=str(usual),
+            required=True,
+            key="size",
+            bind="query-params",
+        )
+        if sizes == SIZES:
+            st.button("More sizes", type="tertiary", key="more-sizes", on_click=_show_all_sizes)
+    told = f"The network was trained at {trained} px; it takes larger pictures, too."
+    st.caption(told if int(chosen) == trained else f"{told} They take longer, and fewer layers can be solved.")
+    return int(chosen)
+
+
+def _show_all_sizes() -> None:
+    st.session_state.all_sizes = True
 
 
 def _origin(name: str) -> str:
@@ -164,13 +202,14 @@ def _restore_defaults() -> None:
     _fill(AttackConfig.preset(st.session_state.get("preset", PRESET), st.session_state.model))
 
 
-def restore(model: str, preset: str, config: AttackConfig) -> dict[str, str]:
+def restore(model: str, size: int, preset: str, config: AttackConfig) -> dict[str, str]:
     """Set every widget as it was for a run; → what the address has to say of that. Before they are drawn."""
-    st.session_state.model, st.session_state.preset = model, preset
+    st.session_state.model, st.session_state.size, st.session_state.preset = model, str(size), preset
     _fill(config)
     # What a widget is set to, and not by hand, it does not write into the address.
-    given = {"model": model, "preset": preset, **_values(config)}
-    usual = {"model": MODEL, "preset": PRESET, **_values(AttackConfig.preset(preset, model))}
+    given = {"model": model, "size": str(size), "preset": preset, **_values(config)}
+    defaults = _values(AttackConfig.preset(preset, model))
+    usual = {"model": MODEL, "size": str(size_of(model)), "preset": PRESET, **defaults}
     changed = {key: value for key, value in given.items() if value != usual[key]}
     return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in changed.items()}
 

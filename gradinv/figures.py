@@ -62,24 +62,26 @@ def tile(image: Image.Image, quality: int = 82) -> str:
 def activations(values: Tensor, reference: Tensor | None = None) -> tuple[str, ...]:
     """What a layer holds of each image, (B, C, H, W) and at least 0 → one WebP data URI an image.
 
-    Each shows the nine channels that differ most over images and places, the same of every image: a dark place is 0,
-    where the unit is off. `reference`, of the same shape, decides the channels and what is bright; default: the values.
+    Each shows up to nine channels, those that differ most over images and places, the same of every image: a dark place
+    is 0, where the unit is off. `reference`, of the same shape, decides the channels and what is bright; default: the
+    values themselves.
     """
     reference = values if reference is None else reference
     spread = reference.transpose(0, 1).flatten(1).std(1)
     chosen = spread.argsort(descending=True)[: _CHANNELS**2]
+    side = math.ceil(len(chosen) ** 0.5)
     brightest = reference[:, chosen].amax((0, 2, 3)).clamp(min=1e-12).view(-1, 1, 1)
     shares = (values[:, chosen] / brightest).clamp(0, 1).cpu()
     count, _, height, width = shares.shape
-    scale = max(1, round(_SMALL / (_CHANNELS * max(height, width))))
+    scale = max(1, round(_SMALL / (side * max(height, width))))
     gap = max(2, _SMALL // 40)
     down, right = height * scale + gap, width * scale + gap
     tiles = []
     for image in range(count):
-        sheet = Image.new("RGBA", (_CHANNELS * right - gap, _CHANNELS * down - gap))
+        sheet = Image.new("RGBA", (side * right - gap, side * down - gap))
         for place, share in enumerate(shares[image]):
             cell = to_image(_coloured(share)).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(cell, (place % _CHANNELS * right, place // _CHANNELS * down))
+            sheet.paste(cell, (place % side * right, place // side * down))
         tiles.append(tile(sheet, 75))
     return tuple(tiles)
 

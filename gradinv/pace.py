@@ -24,7 +24,8 @@ _STRETCHES = 16  # the latest ones, of which the median counts
 # What an iteration takes for each image and seed, and the layers for each image, as multiples of what the network takes
 # forwards and backwards for one: measured on the bundled networks with 1 to 16 images, right to a factor of about 2.
 _BELOW_A_LAYER, _MATCHED, _MATCHED_WHOLE = 0.2, 0.7, 1.2
-_SOLVED = 30.0
+_SOLVED = 25.0
+_SMALL = 64  # px of a picture up to which that holds
 _SOLVED_MORE = 16  # images from which solving takes longer for each of them, since they are solved for together
 
 _Kind = tuple[str, int, bool, bool, str]
@@ -84,6 +85,14 @@ def estimate(model: Model, config: AttackConfig, batch_size: int) -> float:
     return factor * _prior(model, config, batch_size)
 
 
+def solving(model: Model, batch_size: int) -> float:
+    """About how many seconds it takes to solve the layers, by the prior alone."""
+    # Nearly all of it is for the largest layers, whose equations grow with the picture while the network's cost does
+    # not, as long as its weights are most of it.
+    larger = max(1.0, model.preprocessing.size / _SMALL)
+    return probe(model) * larger * _SOLVED * batch_size * (1 + batch_size / _SOLVED_MORE)
+
+
 def measured(model: Model, config: AttackConfig, batch_size: int, seconds: float) -> None:
     """Remember how long a whole run took, its solving included."""
     ratio = seconds / _prior(model, config, batch_size)
@@ -105,7 +114,5 @@ def _kind(model: Model, config: AttackConfig) -> _Kind:
 def _prior(model: Model, config: AttackConfig, batch_size: int) -> float:
     whole = config.layers == "all" or config.boundary == "loss"
     each = _BELOW_A_LAYER if config.needs_layers else _MATCHED_WHOLE if whole else _MATCHED
-    images = each * batch_size * config.seeds * config.iterations
-    if config.needs_layers:
-        images += _SOLVED * batch_size * (1 + batch_size / _SOLVED_MORE)
-    return probe(model) * images
+    search = probe(model) * each * batch_size * config.seeds * config.iterations
+    return search + solving(model, batch_size) if config.needs_layers else search

@@ -178,36 +178,50 @@ def thumbnail_of(pool: Pool, place: int) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the controls say: the network, and which batch."""
+    """What the controls say: the network, and which batch; its pictures' side in pixels where that can be chosen."""
 
     network: str
     size: int
     repeats: int
     seed: int
+    side: int | None = None
 
 
-def controls() -> Choice:
-    """The network, the batch's size, how often classes repeat, and the draw. All of them are in the address."""
+def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
+    """The network, the batch's size up to `most`, how often classes repeat, or in its place the pictures' `sides`, and
+    the draw. All of them are in the address."""
+    repeats, side = 1, None
     with st.container(key="lesson-controls"):
         left, middle, right, last = st.columns([3, 3, 3, 4], gap="medium", vertical_alignment="bottom")
         network = left.segmented_control(
             "Network", NETWORKS, default=NETWORKS[0], required=True, key="network", bind="query-params"
         )
-        size = middle.slider("Batch size", 1, MOST, 8, key="size", bind="query-params")
-        repeats = right.slider(
-            "Pictures of one class",
-            1,
-            REPEATS,
-            1,
-            key="repeats",
-            bind="query-params",
-            help="How many pictures of a class are drawn together. A class's further pictures are mirrored or cropped.",
-        )
+        size = middle.slider("Batch size", 1, most, 4 if sides else 8, key="size", bind="query-params")
+        if sides:
+            side = right.segmented_control(
+                "Side of the pictures, in pixels",
+                sides,
+                default=sides[0],
+                required=True,
+                key="side",
+                bind="query-params",
+            )
+        else:
+            repeats = right.slider(
+                "Pictures of one class",
+                1,
+                REPEATS,
+                1,
+                key="repeats",
+                bind="query-params",
+                help="How many pictures of a class are drawn together. A class's further pictures are mirrored or "
+                "cropped.",
+            )
         with last.container(horizontal=True, vertical_alignment="bottom"):
             # A slider: number_input fails at an address that says infinity.
             seed = st.slider("Draw", 0, DRAWS, 0, key="draw", bind="query-params", width=150)
             st.button("Shuffle", icon=":material/shuffle:", key="shuffle", on_click=_shuffle)
-    return Choice(str(network), size, repeats, int(seed))
+    return Choice(str(network), size, repeats, int(seed), None if side is None else int(side))
 
 
 def _shuffle() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from gradinv.paths import ASSETS
-from gradinv.web import batch, defences, how, lessons_labels, live, replay, tour
+from gradinv.web import batch, defences, how, layers, lessons_labels, live, replay, tour
 from gradinv.web.guard import keep_finite
 
 st.set_page_config(
@@ -23,6 +23,7 @@ pages = [
     st.Page(replay.page, title="Replay", icon=":material/movie:", url_path="replay"),
     st.Page(lessons_labels.page, title="Labels", icon=":material/label:", url_path="labels"),
     st.Page(batch.page, title="Who was in the batch?", icon=":material/person_search:", url_path="batch"),
+    st.Page(layers.page, title="Layer by layer", icon=":material/layers:", url_path="layers"),
     st.Page(defences.page, title="Defences", icon=":material/shield:", url_path="defences"),
     st.Page(how.page, title="How it works", icon=":material/menu_book:", url_path="how"),
 ]

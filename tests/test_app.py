@@ -22,7 +22,7 @@ from gradinv.jobs import Handle, JobState, Status, manager
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit, gallery, search
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, run, settings, shared
+from gradinv.web import markup, pick, run, settings, shared, uploads
 from gradinv.web.pick import FIRST
 
 APP = str(Path(__file__).resolve().parent.parent / "gradinv" / "web" / "pages.py")
@@ -223,10 +223,14 @@ def test_hostile_addresses_do_no_harm(visit: Open) -> None:
     assert "Choose at least one picture." in text(app)
 
 
-def test_infinite_numbers_in_the_address_are_dropped(visit: Open) -> None:
+def test_numbers_in_the_address_that_no_setting_takes_are_dropped_and_said(visit: Open) -> None:
     app = visit(model="resnet50-tiny", seeds="1e999", iterations="9" * 400)
     sound(app)
     assert not app.error
+    assert [item.value.split(",")[0] for item in app.warning] == [
+        "The address asks for seeds=1e999",
+        f"The address asks for iterations={'9' * 40}…",
+    ]
     assert "seeds" not in app.query_params and address(app, "model") == "resnet50-tiny"
 
 
@@ -642,8 +646,8 @@ def test_wrongly_restored_labels_stand_beside_what_they_should_have_been() -> No
 
 
 def test_a_large_upload_is_kept_small() -> None:
-    assert pick._shrunk(Image.new("RGB", (1024, 2048))).size == (288, 576)
-    assert pick._shrunk(Image.new("RGB", (100, 300))).size == (100, 300)
+    assert uploads._shrunk(Image.new("RGB", (1024, 2048))).size == (288, 576)
+    assert uploads._shrunk(Image.new("RGB", (100, 300))).size == (100, 300)
 
 
 def test_an_error_in_a_tick_is_one_sentence_too(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:

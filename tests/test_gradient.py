@@ -297,7 +297,7 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file: 
     assert chooser.value == "resnet18-tiny" and chooser.disabled
     app.number_input(key="seeds").set_value(2).run()
     app.number_input(key="iterations").set_value(1).run()
-    assert "**a gradient of 2 pictures** · resnet18-tiny · 2 seeds × 1 iteration" in text(app)
+    assert "**a gradient of 2 pictures** of 64 px · resnet18-tiny · 2 seeds × 1 iteration" in text(app)
     app.button(key="start").click().run()
     assert not app.exception and not app.error
     job = app.query_params["job"][-1] if isinstance(app.query_params["job"], list) else app.query_params["job"]
@@ -365,7 +365,7 @@ def test_a_gradient_that_made_room_for_others_is_said_so(file: bytes) -> None:
 def test_back_at_the_gallery_the_pictures_count_again(file: bytes) -> None:
     app = bring(visit(source="gradient", model="resnet18-tiny", seeds="1", iterations="1"), file)
     next(item for item in app.button_group if item.key == "source").set_value("gallery").run()
-    assert not app.exception and "**4 pictures** · resnet18-tiny" in text(app)
+    assert not app.exception and "**4 pictures** of 64 px · resnet18-tiny" in text(app)
     next(item for item in app.button_group if item.key == "source").set_value("gradient").run()
     assert "**a gradient of 2 pictures**" in text(app)
 

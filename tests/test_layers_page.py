@@ -63,7 +63,7 @@ def test_it_says_which_layer_is_reached_and_why_not_the_next() -> None:
 def test_noise_takes_the_lowest_layers_first_and_the_errors_are_the_true_ones() -> None:
     network = shared.model(NETWORK)
     candidates, labels = two()
-    clean, noisy = (layers.solve(network, candidates, labels, noise, 0) for noise in (lessons.OFF, "1e-4"))
+    clean, noisy = (layers.attack(network, candidates, labels, texts, 0) for texts in ((), ("noise:1e-4",)))
     assert len(clean.layers) > len(noisy.layers) > 1
     for before, after in zip(clean.layers, noisy.layers, strict=False):
         assert before.name == after.name and before.true < after.true
@@ -90,4 +90,4 @@ def test_the_page_solves_a_small_batch_at_once_and_asks_before_a_large_one(monke
     app.slider(key="size").set_value(4).run()
     assert not app.exception and not app.error
     assert any("Solving this takes about 2 min" in item.value for item in app.info)
-    assert "solve-off" in [button.key for button in app.button]
+    assert "solve-0" in [button.key for button in app.button]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import plotly.graph_objects as go
 import streamlit as st
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradinv import figures, metrics, pace
+from gradinv.attack.inversion import invert
 from gradinv.cli.say import AS_GOOD_AS_EXACT, percent
 from gradinv.config import AttackConfig
 from gradinv.jobs import Layer, Solving
@@ -31,6 +33,7 @@ from gradinv.web.markup import Row, Tile
 MOST = 16  # pictures in a batch
 SIDES = ("64", "96", "128")  # px
 NOISE = (OFF, "1e-7", "1e-6", "1e-5", "1e-4", "1e-3", "1e-2")
+SEARCH = 100  # iterations of the search for pixels, where there is one
 AT_ONCE = 8.0  # seconds: what takes longer waits for a button
 _KEPT = 24  # batches that were solved
 
@@ -76,11 +79,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class Way:
-    """How far a gradient was solved, the highest layer first, and in a sentence why no further."""
+    """How far a gradient was solved, the highest layer first, and in a sentence why no further; with a search below
+    that also the pictures that came of it, and their PSNR in dB and that of the best constant colours."""
 
     layers: tuple[Seen, ...]
     stopped: str
     seconds: float
+    rebuilt: tuple[str, ...] = ()
+    psnr: tuple[float, ...] = ()
+    baseline: tuple[float, ...] = ()
+
+    def ladder(self, network: Model) -> str:
+        """HTML: a mark for each layer, and in words how far it went."""
+        nodes = tuple(reversed(parts(network.network).nodes[:-1]))
+        boundary = self.layers[-1].name if self.layers else "logits"
+        return solved.ladder(Solving(nodes, tuple(s.layer for s in self.layers), boundary, self.stopped, self.seconds))
 
 
 def page() -> None:
@@ -99,7 +112,8 @@ def _lesson() -> None:
     choice = lessons.controls(MOST, sides=SIDES)
     network = shared.model(choice.network, size=choice.side)
     pool = lessons.samples(choice.network)
-    places = pool.draw(choice.size, choice.repeats, choice.seed)
+    pool, places = lessons.drawn(pool, choice)
+    places = places[:MOST]
     counts = counted(network, len(places))
     st.header("1. Equations against unknowns", anchor=False)
     left, right = st.columns([5, 3], gap="large")
@@ -115,13 +129,12 @@ def _lesson() -> None:
     with st.expander("The same as a table"):
         st.markdown(table(counts), unsafe_allow_html=True)
     st.header("2. Solved, here and now", anchor=False)
-    noise = st.session_state.get("noise", st.query_params.get("noise", OFF))
-    clean = _way(network, pool, places, OFF, choice.seed)
+    clean = way(network, pool, places, (), choice.seed)
     if clean is None:
         return
     _solved(network, pool, places, clean)
     st.header("4. Why noise stops it", anchor=False)
-    _noise(network, pool, places, clean, choice.seed, noise)
+    _noise(network, pool, places, clean, choice.seed)
     lessons.credits(pool)
 
 
@@ -221,10 +234,17 @@ _guard = threading.Lock()
 _solving = threading.Lock()
 
 
-def _way(network: Model, pool: lessons.Pool, places: tuple[int, ...], noise: str, seed: int) -> Way | None:
-    """Solve the batch's gradient, or take it from what was solved. None as long as the visitor has not asked for what
-    takes long."""
-    key = (network.name, network.preprocessing.size, pool.name, places, noise, seed)
+def way(
+    network: Model,
+    pool: lessons.Pool,
+    places: tuple[int, ...],
+    texts: tuple[str, ...],
+    seed: int,
+    search: bool = False,
+) -> Way | None:
+    """Solve the batch's gradient behind some defences, or take it from what was solved, and where that is asked for
+    `search` for pixels below. None as long as the visitor has not asked for what takes long."""
+    key = (network.name, network.preprocessing.size, pool.name, places, texts, seed, search)
     with _guard:
         if key in _ways:
             _ways.move_to_end(key)
@@ -232,11 +252,11 @@ def _way(network: Model, pool: lessons.Pool, places: tuple[int, ...], noise: str
     with shared.using:
         expected = pace.solving(network, len(places))
     asked = st.session_state.get("solve")
-    if expected > AT_ONCE and asked != key[:-2]:
+    if expected > AT_ONCE and asked != key[:4]:
         st.info(f"Solving this takes {markup.about(expected)}.")
-        if not st.button("Solve the layers", type="primary", icon=":material/play_arrow:", key=f"solve-{noise}"):
+        if not st.button("Solve the layers", type="primary", icon=":material/play_arrow:", key=f"solve-{len(texts)}"):
             return None
-        st.session_state.solve = key[:-2]
+        st.session_state.solve = key[:4]
     told = st.empty()
     nodes = len(parts(network.network).nodes) - 1
     told.markdown(markup.progress(0, "Solving the layers", "waiting for its turn"), unsafe_allow_html=True)
@@ -249,7 +269,8 @@ def _way(network: Model, pool: lessons.Pool, places: tuple[int, ...], noise: str
         told.markdown(shown, unsafe_allow_html=True)
 
     with _solving:  # one visitor after the other: each takes all of the machine
-        found = solve(network, [pool.candidates[place] for place in places], pool.labels(places), noise, seed, progress)
+        candidates = [pool.candidates[place] for place in places]
+        found = attack(network, candidates, pool.labels(places), texts, seed, search=search, progress=progress)
     told.empty()
     with _guard:
         _ways[key] = found
@@ -258,31 +279,42 @@ def _way(network: Model, pool: lessons.Pool, places: tuple[int, ...], noise: str
     return found
 
 
-@torch.no_grad()
-def solve(
+def attack(
     network: Model,
     candidates: Sequence[lessons.Candidate],
     labels: Tensor,
-    noise: str,
+    texts: Sequence[str],
     seed: int,
+    *,
+    search: bool = False,
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> Way:
-    """Share the gradient of some pictures, behind noise of that strength, and solve it as far as it goes."""
+    """Share the gradient of some pictures behind some defences, and solve it as far as it goes."""
     pixels = lessons.pixels_of(network, candidates)
-    with shared.using, torch.enable_grad():
-        observation = observe(network, pixels, labels)
-    if noise != OFF:
-        observation = lessons.defended(observation, [f"noise:{noise}"], seed)
-    config = AttackConfig.preset("demo", network.name, labels="auto" if noise == OFF else "ilrg")
-    found = recover(network, observation, config, progress=progress)
-    if not found.nodes:
-        return Way((), found.stopped, 0.0)
-    names = [node.name for node in found.nodes]
     with shared.using:
-        true = Segment(network.network, names[0], names)(network.preprocessing.normalise(pixels.to(network.device)))
-    order, _ = metrics.aligned(found.nodes[0].activation, true[names[0]].relu())
-    layers = tuple(_seen(node, node.activation[order], true[node.name].relu()) for node in found.nodes)
-    return Way(layers, found.stopped, sum(node.seconds for node in found.nodes))
+        observation = observe(network, pixels, labels)
+    observation = lessons.defended(observation, texts, seed)
+    # Behind a defence, testing corrections of the labels takes long and finds nothing.
+    read = "ilrg" if texts else "auto"
+    config = AttackConfig.preset("demo", network.name, labels=read, seeds=1, iterations=SEARCH)
+    found = recover(network, observation, config, progress=progress)
+    layers: tuple[Seen, ...] = ()
+    if names := [node.name for node in found.nodes]:
+        with torch.no_grad(), shared.using:
+            true = Segment(network.network, names[0], names)(network.preprocessing.normalise(pixels.to(network.device)))
+        order, _ = metrics.aligned(found.nodes[0].activation, true[names[0]].relu())
+        layers = tuple(_seen(node, node.activation[order], true[node.name].relu()) for node in found.nodes)
+    seconds = sum(node.seconds for node in found.nodes)
+    if not search:
+        return Way(layers, found.stopped, seconds)
+    # A network of its own: hooks on one hear every thread that runs it, and this takes long.
+    own = replace(network, network=copy.deepcopy(network.network))
+    *_, last = invert(own, observation, config, recovered=found)
+    rebuilt = last.consensus[metrics.pair(last.consensus, last.labels, pixels, labels.tolist())]
+    quality, baseline = (
+        tuple(metrics.psnr(images, pixels).tolist()) for images in (rebuilt, metrics.constant_colour(pixels))
+    )
+    return Way(layers, found.stopped, seconds, figures.tiles(rebuilt), quality, baseline)
 
 
 def _seen(node: SolvedNode, found: Tensor, true: Tensor) -> Seen:
@@ -311,10 +343,8 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
     if not way.layers:
         st.warning(f"No layer below the last one can be solved. {way.stopped}")
         return
-    nodes = tuple(reversed(parts(network.network).nodes[:-1]))
     lowest = way.layers[-1]
-    solving = Solving(nodes, tuple(seen.layer for seen in way.layers), lowest.name, way.stopped, way.seconds)
-    st.html(solved.ladder(solving))
+    st.html(way.ladder(network))
     if way.stopped:
         st.markdown(f"**Why it stops there:** {way.stopped}")
     layers = {seen.name: seen for seen in way.layers}
@@ -372,7 +402,7 @@ def _tiles(uris: Sequence[str], what: str, titles: Sequence[str]) -> list[Tile]:
 # --- noise
 
 
-def _noise(network: Model, pool: lessons.Pool, places: tuple[int, ...], clean: Way, seed: int, given: str) -> None:
+def _noise(network: Model, pool: lessons.Pool, places: tuple[int, ...], clean: Way, seed: int) -> None:
     words, chart = st.columns([3, 5], gap="large")
     with words:
         noise = st.select_slider("Gaussian noise on each number of the gradient, σ", NOISE, OFF, key="noise",
@@ -383,7 +413,7 @@ def _noise(network: Model, pool: lessons.Pool, places: tuple[int, ...], clean: W
             "numbers drown in it, masks go wrong. So noise does not hide a picture evenly: it **takes the lowest "
             "layers first**, and those are the ones that look like the picture."
         )
-        noisy = None if noise == OFF else _way(network, pool, places, noise, seed)
+        noisy = None if noise == OFF else way(network, pool, places, (f"noise:{noise}",), seed)
         if noisy is not None:
             st.markdown(stopped_by(clean, noisy))
     with chart:

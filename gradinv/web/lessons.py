@@ -10,7 +10,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 
@@ -30,7 +30,7 @@ from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
 from gradinv.sources import Picture, gallery
 from gradinv.types import Observation
 from gradinv.victim import final_gradient, observe
-from gradinv.web import markup, shared
+from gradinv.web import markup, shared, uploads
 
 NETWORKS = ("resnet18-tiny", "resnet50-tiny")
 MOST = 20  # pictures in a batch: to solve the features of more takes too long for a lesson
@@ -44,7 +44,7 @@ STRENGTHS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clip": ("Clip to a norm of", ("10", "3", "1", "0.3", "0.1")),
     "noise": ("Gaussian noise, σ", ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "0.1", "1", "3")),
     "prune": ("Prune the smallest share", ("0.5", "0.9", "0.99", "0.999")),
-    "quantise": ("Bits a number", ("8", "6", "4", "3", "2", "1")),
+    "quantise": ("Bits per number", ("8", "6", "4", "3", "2", "1")),
 }
 """Each defence's slider and its strengths, weakest first, in the order in which they are applied."""
 OFF = "off"
@@ -222,6 +222,55 @@ def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
             seed = st.slider("Draw", 0, DRAWS, 0, key="draw", bind="query-params", width=150)
             st.button("Shuffle", icon=":material/shuffle:", key="shuffle", on_click=_shuffle)
     return Choice(str(network), size, repeats, int(seed), None if side is None else int(side))
+
+
+OWN = "own_pictures"  # in the session
+
+
+def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:
+    """The places of the batch: those of the draw, or the visitor's own pictures, which are then among those that are
+    searched. Offers to bring some."""
+    own: list[uploads.Upload] = st.session_state.setdefault(OWN, [])
+    with st.expander("Your own pictures as the batch", icon=":material/upload:"):
+        st.caption(f"{uploads.PRIVACY} Their classes are those that the network takes them for.")
+        sent = uploads.pictures("own")
+        if sent is not None:
+            added, notices = sent
+            st.session_state[OWN] = [*own, *added][:MOST]
+            if len(own) + len(added) > MOST:
+                notices.append(f"A batch takes at most {MOST} pictures here; the others were left out.")
+            st.session_state.own_notices = notices
+            st.rerun()
+        for notice in st.session_state.pop("own_notices", []):
+            st.warning(markup.plain(notice))
+        if own:
+            st.button("Remove all", key="own-remove", type="tertiary", icon=":material/delete:", on_click=_drop_own)
+    if not own:
+        return pool, pool.draw(choice.size, choice.repeats, choice.seed)
+    st.caption(f"The batch is {markup.count(len(own), 'picture')} of your own; the sliders of the draw do nothing.")
+    joined = _with_own(choice.network, pool.name, tuple(upload.id for upload in own), pool, own)
+    return joined, tuple(range(len(pool.candidates), len(joined.candidates)))
+
+
+@st.cache_resource(max_entries=4, show_spinner="Looking at your pictures")
+def _with_own(name: str, among: str, ids: tuple[str, ...], _pool: Pool, _own: Sequence[uploads.Upload]) -> Pool:
+    """A pool and some uploads behind it. What is kept of these is the last visitors' only."""
+    network = shared.model(name)
+    size = network.preprocessing.size
+    candidates = []
+    for upload in _own:
+        pixels = to_pixels(upload.picture.open(), network.preprocessing)
+        label = shared.prediction(name, size, upload.id, pixels)
+        picture = replace(upload.picture, key=upload.id, name=network.class_name(label))
+        candidates.append(Candidate(picture, label))
+    features = torch.cat([_pool.gallery.features, _features(network, candidates)])
+    paths = (*_pool.gallery.paths, *(_pool.gallery.folder / upload.id for upload in _own))
+    gallery = Gallery(_pool.gallery.folder, paths, features)
+    return Pool(f"{among} {' '.join(ids)}", (*_pool.candidates, *candidates), gallery)
+
+
+def _drop_own() -> None:
+    st.session_state[OWN] = []
 
 
 def _shuffle() -> None:

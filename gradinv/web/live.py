@@ -95,10 +95,7 @@ def _defences() -> tuple[str, ...]:
 
 def _lead() -> None:
     """What leaks, at a glance: a recorded run that moves before anyone has done anything."""
-    if moving := replay.moving():
-        with st.container(key="moving"):
-            for part in moving:
-                st.markdown(part)
+    if replay.moving():
         with st.container(horizontal=True, vertical_alignment="center", key="lead-ways"):
             tour.entrance()
             st.page_link(

@@ -241,6 +241,15 @@ def about(seconds: float) -> str:
     return f"about {seconds / 3600:.1f} h"
 
 
+BASELINE = "PSNR; in brackets the best constant colour"
+
+
+def beside(value: float | None, baseline: float | None) -> str:
+    """A picture's PSNR beside its baseline; a narrow tile breaks between the two."""
+    constant = decibel(baseline).removesuffix(" dB")
+    return f"{decibel(value)} (constant {constant})".replace(" ", "\u00a0").replace("\u00a0(", " (")
+
+
 def decibel(value: float | None) -> str:
     """PSNR as a reader wants it."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.1f} dB"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from gradinv.paths import ASSETS
-from gradinv.web import batch, defences, how, layers, lessons_labels, live, replay, tour
-from gradinv.web.guard import keep_finite
+from gradinv.web import address, batch, defences, how, layers, lessons_labels, live, replay, tour
 
 st.set_page_config(
     page_title="gradinv: what a shared gradient gives away",
@@ -28,6 +27,6 @@ pages = [
     st.Page(how.page, title="How it works", icon=":material/menu_book:", url_path="how"),
 ]
 page = st.navigation(pages, position="top")
-keep_finite()
+address.honour(page.url_path or "live")
 tour.banner(pages, page)
 page.run()

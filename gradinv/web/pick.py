@@ -6,16 +6,14 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import streamlit as st
-from PIL import Image
 from torch import Tensor
 
 from gradinv.images import to_pixels
 from gradinv.models import Model
-from gradinv.sources import Credit, Picture, draw, find, from_upload, gallery, known, search
+from gradinv.sources import Credit, Picture, draw, find, gallery, known, search
 from gradinv.types import GradinvError
 from gradinv.web import gradient, markup, shared, uploads
 from gradinv.web.gradient import Gradient
@@ -31,8 +29,6 @@ SOURCES: dict[Source, str] = {
 FIRST = ("goldfish", "tabby", "lion", "coffee")
 LARGEST = gradient.LARGEST  # pictures in a batch
 SHOWN = 24  # thumbnails of a folder at a time
-UPLOAD = 20  # MB of a picture
-KEPT_SIDE = 288  # pixels of an upload's shorter side
 
 
 @dataclass(frozen=True)
@@ -387,48 +383,12 @@ def _add(picture: Picture) -> None:
 
 
 def _upload(network: Model) -> None:
-    st.caption(
-        "Your pictures stay in this server's memory for as long as the page and its runs are kept, and are never "
-        "written to its disk. Their metadata is dropped. Choose a class for each, or leave it to the model."
-    )
-    uploads.keep_in_memory()
-    turn = st.session_state.setdefault("upload_turn", 0)
-    files = st.file_uploader(
-        f"Pictures (JPEG, PNG, WebP, BMP, GIF or TIFF, at most {UPLOAD} MB each)",
-        accept_multiple_files=True,
-        key=f"upload_{turn}",
-        max_upload_size=UPLOAD,
-    )
+    st.caption(f"{uploads.PRIVACY} Choose a class for each, or leave it to the model.")
+    sent = uploads.pictures("upload")
     _notice()
-    if not files:
-        return
-    added: list[Chosen] = []
-    notices: list[str] = []
-    for file in files:
-        uploads.let_go(file)
-        try:
-            if file.size > UPLOAD * 2**20:
-                raise GradinvError(f"{file.name} is larger than {UPLOAD} MB; scale the picture down first.")
-            picture = from_upload(file.getvalue(), file.name)
-            image, notes = picture.load()
-            notices += notes
-            added.append(Chosen("upload", secrets.token_hex(8), replace(picture, load=partial(_kept, _shrunk(image)))))
-        except GradinvError as error:
-            notices.append(str(error))
-    choose([*chosen(), *added])
-    if notices:
-        st.session_state.notice = notices
-    # A new uploader, which does not show the files any more.
-    st.session_state.upload_turn = turn + 1
-    st.rerun()
-
-
-def _shrunk(image: Image.Image) -> Image.Image:
-    """As large as the gallery's pictures, which is enough for every network here: sessions share one memory."""
-    factor = KEPT_SIDE / min(image.size)
-    size = (round(image.width * factor), round(image.height * factor))
-    return image if factor >= 1 else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _kept(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    return image, []
+    if sent is not None:
+        added, notices = sent
+        choose([*chosen(), *(Chosen("upload", upload.id, upload.picture) for upload in added)])
+        if notices:
+            st.session_state.notice = notices
+        st.rerun()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any
 
 import streamlit as st
 from PIL import Image
+from torch import Tensor
 
 from gradinv import figures, metrics
 from gradinv.images import to_grid
@@ -40,11 +40,14 @@ _MOVING_SECONDS = 4.0
 _MOVING_SIDE = 128  # pixels of a tile
 
 
-def _part(kind: str) -> str:
-    return Path(__file__).with_name(f"player.{kind}").read_text(encoding="utf-8")
+def _component(name: str) -> Any:
+    def part(kind: str) -> str:
+        return Path(__file__).with_name(f"{name}.{kind}").read_text(encoding="utf-8")
+
+    return st.components.v2.component(f"gradinv-{name}", html=part("html"), css=part("css"), js=part("js"))
 
 
-_player = st.components.v2.component("gradinv-player", html=_part("html"), css=_part("css"), js=_part("js"))
+_player, _strip = _component("player"), _component("strip")
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,53 +272,61 @@ def _made(run: Bundled) -> str:
     )
 
 
-def moving() -> tuple[str, str, str] | None:
-    """Markdown for the first page: a recorded run that moves by itself, what it was made from, and what that shows.
+def moving() -> bool:
+    """Draw the first page's strips: a recorded run that moves, what it was made from, and what that shows; → whether
+    there is such a run.
 
-    The run is followed by its last picture, for those who want nothing to move. None where there is no such run.
+    Its last picture is there at once; what lets it move comes later, and for those who want nothing to move it waits.
     """
     if FIRST not in library():
-        return None
+        return False
     run = library()[FIRST]
-    animation, still, originals = _animation()
+    frames, steps, originals = _frames()
     true, restored = run.classes
     names, right = markup.plain(", ".join(true)), sum(a == b for a, b in zip(true, restored, strict=True))
-    credits = "; ".join(f"{markup.plain(title)}: {markup.credit_words(credit)}" for title, credit in run.pictures)
-    return (
-        f"![Pictures emerge from noise: {names}]({animation})![The rebuilt pictures: {names}]({still})\n\n"
-        "What the server rebuilds from the gradient",
-        f"![The originals: {names}]({originals})\n\nWhat the client kept to itself",
-        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the look "
-        f"of each picture.\n\n{credits}.",
-    )
+    pictures = zip(true, run.pictures, strict=True)
+    credits = "; ".join(f"{markup.plain(name)}: {markup.credit_words(credit)}" for name, (_, credit) in pictures)
+    with st.container(key="moving"):
+        with st.container(key="moving-strip"):
+            st.markdown(f"![The rebuilt pictures: {names}]({frames[-1]})\n\nWhat the server rebuilds from the gradient")
+            with st.container(key="moving-controls"):
+                _strip(
+                    data={
+                        "frames": list(frames),
+                        "steps": list(steps),
+                        "total": run.recording.run["iterations"]["total"],
+                        "seconds": _MOVING_SECONDS,
+                    },
+                    key="moving-player",
+                )
+        st.markdown(f"![The originals: {names}]({originals})\n\nWhat the client kept to itself")
+        st.markdown(
+            f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the look "
+            f"of each picture.\n\n{credits}."
+        )
+    return True
+
+
+def prepare() -> None:
+    """Make what the first page shows first, so that no visitor waits for it."""
+    if FIRST in library():
+        _frames()
 
 
 @cache
-def _animation() -> tuple[str, str, str]:
-    """The first page's run as data URIs: animated, its last frame, and the originals."""
+def _frames() -> tuple[tuple[str, ...], tuple[int, ...], str]:
+    """The first page's run as data URIs: its frames, from noise on, with their steps, and the originals."""
     run = library()[FIRST]
     steps, order = run.recording.steps, list(run.order)
     count = min(_MOVING, len(steps))
     chosen = [steps[round(index * (len(steps) - 1) / max(1, count - 1))] for index in range(count)]
     size = (_MOVING_SIDE * len(order), _MOVING_SIDE)
-    frames = [
-        to_grid(run.recording.snapshot(step).consensus[order][None]).resize(size, Image.Resampling.BICUBIC)
-        for step in chosen
-    ]
-    packed = io.BytesIO()
-    pause = round(1000 * _MOVING_SECONDS / count)
-    frames[0].save(
-        packed,
-        "WEBP",
-        save_all=True,
-        append_images=frames[1:],
-        duration=[pause] * (count - 1) + [2500],
-        loop=0,
-        quality=70,
-    )
+
+    def strip(images: Tensor) -> str:
+        return figures.tile(to_grid(images[None]).resize(size, Image.Resampling.BICUBIC), quality=75)
+
     originals = run.recording.originals()
     if originals is None:
         raise GradinvError(f"The run {run.name} lacks its originals; record it again.")
-    kept = to_grid(originals[None]).resize(size, Image.Resampling.BICUBIC)
-    moving = "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode("ascii")
-    return moving, figures.tile(frames[-1]), figures.tile(kept)
+    frames = tuple(strip(run.recording.snapshot(step).consensus[order]) for step in chosen)
+    return frames, tuple(chosen), strip(originals)

@@ -65,7 +65,6 @@ if (!window.gradinvKeys) {
 
 CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
 ALONE = "from the gradient"
-BASELINE = "PSNR beside a constant colour’s"
 PSNR_ALT = {
     True: "PSNR of each seed and of the consensus by step, beside that of the best constant colour",
     False: "PSNR by step, beside that of the best constant colour",
@@ -498,10 +497,10 @@ def _rows(
     # A single seed is its own consensus.
     whole, note = ("Consensus", CONSENSUS[work.config.registration == "lazy"]) if seeds > 1 else ("Rebuilt", ALONE)
     if own is not None:
-        note += f"; {BASELINE}"
+        note += f"; {markup.BASELINE}"
     if pictures is None:
         # What will stand below the pictures has its place.
-        notes = [""] * _size(work) if own is None else [_quality_of(None, value) for value in facts.baseline]
+        notes = [""] * _size(work) if own is None else [markup.beside(None, value) for value in facts.baseline]
         first = [Tile(None, "Not there yet", "\u00a0", text) for text in notes]
         waiting = [Tile(None, "Not there yet")] * _size(work)
         each = [Row(f"Seed {seed + 1}", waiting) for seed in range(seeds)] if seeds > 1 else []
@@ -514,7 +513,7 @@ def _rows(
         names = [f"picture {place + 1}" for place in range(len(names))]
     notes = [""] * len(names)
     if own is not None:
-        notes = [_quality_of(value, constant) for value, constant in zip(pictures.psnr, facts.baseline, strict=True)]
+        notes = [markup.beside(value, constant) for value, constant in zip(pictures.psnr, facts.baseline, strict=True)]
     consensus = [
         Tile(uri, f"Reconstruction of {name}", name, text, None if hidden else mark)
         for uri, name, text, mark in zip(pictures.consensus, names, notes, right, strict=True)
@@ -524,12 +523,6 @@ def _rows(
         tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
         rows.append(Row(f"Seed {seed + 1}", tiles))
     return rows
-
-
-def _quality_of(value: float | None, baseline: float | None) -> str:
-    """A picture's PSNR beside its baseline; a narrow tile breaks between the two."""
-    constant = markup.decibel(baseline).removesuffix(" dB")
-    return f"{markup.decibel(value)} (constant {constant})".replace(" ", "\u00a0").replace("\u00a0(", " (")
 
 
 def _finished(state: JobState) -> None:

@@ -127,7 +127,7 @@ async def ready(app: object) -> AsyncIterator[None]:
     importlib.import_module("gradinv.web.live")
 
     def prepare() -> None:
-        replay.moving()
+        replay.prepare()
         pace.probe(shared.model(settings.MODEL, size=settings.SIZE))
 
     threading.Thread(target=prepare, name="gradinv-ready", daemon=True).start()

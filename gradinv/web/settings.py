@@ -16,6 +16,7 @@ from gradinv.types import GradinvError
 MODEL, PRESET = "resnet18-tiny", "demo"
 SIZE = 64  # px of the bundled networks' pictures; others have one size only
 SIZES = (64, 128)
+MOST_SEEDS, MOST_ITERATIONS = 1024, 1_000_000
 MORE_SIZES = (64, 96, 128, 160, 224)
 PRESETS = {
     "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. "
@@ -40,6 +41,11 @@ _SHORT = ("bn", "tv")
 _PLAIN = {"seeds": "seeds", "iterations": "iterations", "bn": "bn", "start": "start_from"}
 
 
+def models() -> list[str]:
+    """The networks that can be chosen: those without a final layer once one was fitted."""
+    return [name for name, info in MODELS.items() if not info.headless or fitted_file(name).is_file()]
+
+
 def choose_model(given: str | None = None) -> str:
     """The model's name: the visitor's choice, unless a `given` gradient has one."""
     if given is not None and st.session_state.get("model", st.query_params.get("model", MODEL)) != given:
@@ -47,7 +53,7 @@ def choose_model(given: str | None = None) -> str:
         _restore_defaults()
     name = st.segmented_control(
         "Network whose gradient is shared",
-        [name for name, info in MODELS.items() if not info.headless or fitted_file(name).is_file()],
+        models(),
         default=MODEL,
         required=True,
         key="model",
@@ -107,7 +113,7 @@ def panel(model: str) -> AttackConfig:
     seeds = left.number_input(
         "Seeds",
         1,
-        1024,
+        MOST_SEEDS,
         base.seeds,
         key="seeds",
         bind="query-params",
@@ -116,7 +122,7 @@ def panel(model: str) -> AttackConfig:
     iterations = middle.number_input(
         "Iterations",
         1,
-        1_000_000,
+        MOST_ITERATIONS,
         base.iterations,
         step=50,
         key="iterations",

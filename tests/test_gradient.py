@@ -309,7 +309,7 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file: 
     assert "distance of the gradients" not in said and "nan" not in said
     assert "PSNR" not in said and "Original" not in said and "constant colour" not in said
     board = next(item.value for item in app.markdown if "gi-board" in item.value)
-    assert board.count("<img") == 2 * 3 and "gi-hidden" not in board and "<small></small>" not in board
+    assert board.count("<img") == 2 * 4 and "gi-hidden" not in board and "<small></small>" not in board
     assert "goldfish" in board and "gi-right" not in board
     assert not app.toggle and len(app.get("download_button")) == 4 and len(app.get("plotly_chart")) == 2
 

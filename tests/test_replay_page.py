@@ -443,7 +443,7 @@ class Player:
         self.show(*names)
 
     def show(self, *names: str) -> None:
-        parts = [replay._part(kind) for kind in ("html", "css", "js")]
+        parts = [replay.part("player", kind) for kind in ("html", "css", "js")]
         self.tab.evaluate(HOST, [*parts, base64.b64encode(replay.packed(*names)).decode()])
 
     def ask(self, element: str, what: str) -> Any:

@@ -97,6 +97,7 @@ def rules(page: str) -> dict[str, Rule]:
             "hide": FLAG,
         }
     return {
+        "replay": {"mode": one_of(("watch", "guess"))},
         "labels": {**_LESSON, "truth": FLAG},
         "batch": {**_LESSON, **_DEFENCES, "reveal": FLAG, "prior": FLAG, "among": one_of(batch.AMONG)},
         "defences": {**_LESSON, **_DEFENCES, "truth": FLAG},

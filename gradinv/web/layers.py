@@ -353,7 +353,7 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
         st.session_state.pop("layer", None)
     name = st.select_slider("Layer, from the output down", list(layers), lowest.name, key="layer")
     seen = layers[name]
-    titles = [pool.candidates[place].title for place in places]
+    titles = [pool.candidates[place].picture.name for place in places]
     originals = [
         Tile(lessons.thumbnail_of(pool, place), f"Original: {title}", title)
         for place, title in zip(places, titles, strict=True)

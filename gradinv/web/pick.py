@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -281,9 +282,12 @@ def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> 
         st.warning(markup.plain(problem))
     st.session_state[key] = [item.id for item in chosen() if item.source == source and item.id in by_key]
 
+    named = Counter(picture.name for picture in by_key.values())
+
     def describe(name: str) -> str:
         picture = by_key[name]
-        return f"![{markup.plain(picture.title)}]({thumbnails[name]}) {picture.name}"
+        told = picture.name if named[picture.name] == 1 else f"{picture.name} ({picture.title})"
+        return f"![{markup.plain(told)}]({thumbnails[name]}) {told}"
 
     def sync() -> None:
         picked = st.session_state[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from html import escape
@@ -21,7 +22,7 @@ from gradinv.paths import ASSETS
 from gradinv.recording import Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import head, markup, solved
+from gradinv.web import guess, head, markup, solved
 from gradinv.web.guard import guarded
 from gradinv.web.solved import MISFIT
 
@@ -40,11 +41,15 @@ _MOVING_SECONDS = 4.0
 _MOVING_SIDE = 128  # pixels of a tile
 
 
-def _component(name: str) -> Any:
-    def part(kind: str) -> str:
-        return Path(__file__).with_name(f"{name}.{kind}").read_text(encoding="utf-8")
+def part(name: str, kind: str) -> str:
+    """A file of a component: its html, css or js."""
+    return Path(__file__).with_name(f"{name}.{kind}").read_text(encoding="utf-8")
 
-    return st.components.v2.component(f"gradinv-{name}", html=part("html"), css=part("css"), js=part("js"))
+
+def _component(name: str) -> Any:
+    return st.components.v2.component(
+        f"gradinv-{name}", html=part(name, "html"), css=part(name, "css"), js=part(name, "js")
+    )
 
 
 _player, _strip = _component("player"), _component("strip")
@@ -160,11 +165,18 @@ def _page() -> None:
     runs = library()
     head.lead(
         "Recorded runs",
-        "Each began with noise and had nothing but a shared gradient to go by. Guess what the pictures are before "
-        "you reveal the originals.",
+        "Each began with noise and had nothing but a shared gradient to go by. Watch them, or guess what the pictures "
+        "are before you see the originals.",
     )
     if not runs:
         raise GradinvError("No recorded run is installed; record some with: python assets/runs/record.py.")
+    mode = st.segmented_control(
+        "Recorded runs", ("watch", "guess"), default="watch", required=True, key="mode", bind="query-params",
+        label_visibility="collapsed",
+    )  # fmt: skip
+    if mode == "guess":
+        _guess()
+        return
     run, beside = _asked("run") or next(iter(runs)), _asked("beside")
     _check_step()
     beside = None if beside == run else beside
@@ -172,10 +184,33 @@ def _page() -> None:
     shown = [run] if beside is None else [run, beside]
     with st.container(key="player"):
         _player(data=packed(*shown), key="replay-player")
+    _about(shown)
+
+
+def _about(names: Sequence[str]) -> None:
+    """How runs were recorded, and whose pictures they show."""
+    runs = library()
     with st.expander("How this was recorded, and whose pictures these are"):
-        st.html("".join(_made(runs[name]) for name in shown))
-        pictures = dict(picture for name in shown for picture in runs[name].pictures)
+        st.html("".join(_made(runs[name]) for name in names))
+        pictures = dict(picture for name in names for picture in runs[name].pictures)
         st.html(f"<p>Pictures:</p>{markup.credits(pictures.items())}")
+
+
+def _guess() -> None:
+    """The game. Where no run is asked for, it is one with many pictures, most of which the first page does not show."""
+    runs = {name: run for name, run in library().items() if len(run.pictures) > 1}
+    asked = _asked("run")
+    first = asked if asked in runs else max(runs, key=lambda name: len(runs[name].pictures))
+    name = st.selectbox(
+        "Which run", list(runs), list(runs).index(first), format_func=lambda name: runs[name].title, key="guess-run"
+    )
+    recording = runs[name].recording
+    originals = recording.originals()
+    if originals is None:
+        raise GradinvError(f"The run {name} lacks its originals; record it again.")
+    rebuilt = recording.snapshot(recording.steps[-1]).consensus[list(runs[name].order)]
+    guess.play(name, rebuilt, originals, runs[name].classes[0])
+    _about([name])
 
 
 def defended() -> list[tuple[Bundled, Bundled]]:

@@ -486,8 +486,8 @@ def _rows(
     if own is not None:
         true = [facts.classes[label] for label in own.labels]
         originals = [
-            Tile(None if hidden else uri, "Hidden original" if hidden else f"Original: {title}", "" if hidden else name)
-            for uri, title, name in zip(facts.originals, facts.titles, true, strict=True)
+            Tile(None if hidden else uri, "Hidden original" if hidden else f"Original: {name}", "" if hidden else name)
+            for uri, name in zip(facts.originals, true, strict=True)
         ]
         rows.append(Row("Originals", originals, "what the client kept"))
     if layer is not None:
@@ -567,7 +567,7 @@ def _finished(state: JobState) -> None:
     with right:
         st.markdown("**Terms of the loss by step**")
         st.plotly_chart(figures.loss_curves(curves), key="loss", alt="Each weighted term of the loss by step")
-    credits = [(title, credit) for title, credit in zip(facts.titles, facts.credits, strict=True) if credit]
+    credits = _credits(work, facts)
     if credits and not hidden:
         st.html(f"<p>Pictures:</p>{markup.credits(credits)}")
 
@@ -583,6 +583,13 @@ def _go_on(state: JobState, progress: Progress) -> None:
             _open(job)
             st.rerun()
         _begin(replace(work, before=progress.kept))
+
+
+def _credits(work: Inversion, facts: Facts) -> list[tuple[str, Credit]]:
+    """The originals' classes, as the page calls them, and whose pictures they are."""
+    labels = () if work.originals is None else work.originals.labels
+    pairs = zip(labels, facts.credits, strict=True)
+    return [(facts.classes[label], credit) for label, credit in pairs if credit is not None]
 
 
 def _recording(job: str, progress: Progress) -> Recording:
@@ -664,7 +671,7 @@ def _summary(state: JobState, progress: Progress, recorded: Recording, numbers: 
         _rows(work, facts, progress.pictures, False),
         _numbers(work, facts, measured, restored, False) if measured is not None else "",
         recorded.run,
-        [(name, credit) for name, credit in zip(facts.titles, facts.credits, strict=True) if credit],
+        _credits(work, facts),
     )
 
 

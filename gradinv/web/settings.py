@@ -12,6 +12,7 @@ from gradinv.config import AttackConfig
 from gradinv.models import MODELS, fitted_file
 from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
+from gradinv.web.markup import TERMS
 
 MODEL, PRESET = "resnet18-tiny", "demo"
 SIZE = 64  # px of the bundled networks' pictures; others have one size only
@@ -130,7 +131,7 @@ def panel(model: str) -> AttackConfig:
         help="Optimisation steps of each seed.",
     )
     with right:
-        bn = _told("BN statistics that the attacker uses", BN, base.bn, "bn")
+        bn = _told("BN statistics that the attacker uses", BN, base.bn, "bn", help=TERMS["BN"])
         if base.bn_weight == 0:
             st.caption("Below a solved layer they count nothing, unless you raise their weight.")
     start = "random"
@@ -143,11 +144,23 @@ def panel(model: str) -> AttackConfig:
 
 
 def _told(
-    label: str, options: Mapping[str, str], default: str, key: str, on_change: Callable[[], None] | None = None
+    label: str,
+    options: Mapping[str, str],
+    default: str,
+    key: str,
+    on_change: Callable[[], None] | None = None,
+    help: str | None = None,
 ) -> str:
     """A choice between options, with what the chosen one means below it."""
     chosen = st.segmented_control(
-        label, list(options), default=default, required=True, key=key, bind="query-params", on_change=on_change
+        label,
+        list(options),
+        default=default,
+        required=True,
+        key=key,
+        bind="query-params",
+        on_change=on_change,
+        help=help,
     )
     st.caption(options[chosen])
     return str(chosen)

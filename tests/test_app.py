@@ -484,6 +484,47 @@ def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) 
     assert "**Stopped** after" in text(app)
     assert len(app.get("download_button")) == 4
 
+    # And it goes on from there, as a run of its own.
+    before, stopped = address(app, "job"), manager().state(address(app, "job"))
+    assert stopped is not None
+    app.button(key="go-on").click().run()
+    sound(app)
+    assert address(app, "job") != before
+    going = manager().state(address(app, "job"))
+    assert going is not None and going.work.before is stopped.update.kept  # type: ignore[attr-defined]
+    app = wait(app, lambda state: isinstance(state.update, jobs.Progress))
+    assert manager().state(address(app, "job")).update.step >= stopped.update.step  # type: ignore[union-attr]
+    manager().cancel(address(app, "job"))
+    wait(app)
+
+
+def test_the_same_batch_runs_again_behind_a_defence(visit: Open) -> None:
+    app = visit(pictures="goldfish.tabby")
+    app = wait(app.button(key="start").click().run())
+    before = address(app, "job")
+    app.select_slider(key="noise").set_value("1e-2").run()
+    press(app, "Start this run")
+    sound(app)
+    assert address(app, "job") != before
+    app = wait(app)
+    sound(app)
+    assert "The client’s defence: Gaussian noise of standard deviation 0.01" in text(app)
+    run = Recording.open(manager().state(address(app, "job")).update.store).run  # type: ignore[union-attr]
+    assert run["client"]["defences"] == ["noise:1e-2"] and run["boundary"] == "logits"
+    # Its settings lead back to it.
+    other = press(visit(job=address(app, "job")), "New run")
+    assert address(other, "noise") == "1e-2" and other.select_slider(key="noise").value == "1e-2"
+
+
+def test_what_a_client_shares_behind_a_defence_is_what_the_server_reads(visit: Open) -> None:
+    assert "2 of 2 labels" in text(visit(pictures="goldfish.tabby"))
+    app = visit(pictures="goldfish.tabby", noise="1", preset="matching")
+    sound(app)
+    assert "Gaussian noise of standard deviation 1 is added" in text(app)
+    assert "2 of 2 labels" not in text(app)
+    command = next(item.value for item in app.code if item.value.startswith("gradinv invert"))
+    assert "--defence noise:1 " in command
+
 
 def test_each_layer_that_is_solved_shows_before_there_is_a_picture(
     visit: Open, monkeypatch: pytest.MonkeyPatch

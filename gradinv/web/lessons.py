@@ -24,10 +24,9 @@ from gradinv.defenses import parse_all
 from gradinv.gallery import Gallery, pooled
 from gradinv.images import to_pixels
 from gradinv.models import Model
-from gradinv.paths import ASSETS
 from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
 from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
-from gradinv.sources import Picture, gallery
+from gradinv.sources import SAMPLES, Picture, gallery
 from gradinv.types import Observation
 from gradinv.victim import final_gradient, observe
 from gradinv.web import markup, shared, uploads
@@ -146,8 +145,8 @@ def samples(name: str) -> Pool:
     views[0] += [Candidate(picture, None) for picture in gallery() if picture.key not in known]
     features = torch.cat([_features(network, candidates) for candidates in views])  # a view at a time: less memory
     candidates = [candidate for view in views for candidate in view]
-    paths = tuple(ASSETS / "samples" / item.picture.key / str(item.view) for item in candidates)
-    return Pool("samples", tuple(candidates), Gallery(ASSETS / "samples", paths, features))
+    paths = tuple(SAMPLES / item.picture.key / str(item.view) for item in candidates)
+    return Pool("samples", tuple(candidates), Gallery(SAMPLES, paths, features))
 
 
 def _features(network: Model, candidates: Sequence[Candidate]) -> Tensor:

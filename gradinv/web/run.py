@@ -169,7 +169,9 @@ def _leave(state: JobState | None) -> None:
             pick.choose(facts.chosen)
         restored = settings.restore(facts.model, facts.size, facts.preset, work.config)
         if work.originals is not None:
-            restored |= dict(text.split(":", 1) for text in work.originals.defences)
+            chosen = dict(text.split(":", 1) for text in work.originals.defences)
+            restored |= chosen
+            st.session_state.update({name: chosen.get(name, lessons.OFF) for name in lessons.STRENGTHS})
     kept = {
         name: value
         for name, value in st.query_params.to_dict().items()

@@ -502,7 +502,7 @@ def test_the_same_batch_runs_again_behind_a_defence(visit: Open) -> None:
     app = visit(pictures="goldfish.tabby")
     app = wait(app.button(key="start").click().run())
     before = address(app, "job")
-    app.select_slider(key="noise").set_value("1e-2").run()
+    app.select_slider(key="again-noise").set_value("1e-2").run()
     press(app, "Start this run")
     sound(app)
     assert address(app, "job") != before

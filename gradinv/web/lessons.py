@@ -9,7 +9,7 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -17,6 +17,7 @@ from html import escape
 import streamlit as st
 import torch
 from PIL import Image, ImageOps
+from streamlit.delta_generator import DeltaGenerator
 from torch import Tensor
 
 from gradinv import figures, prior
@@ -277,16 +278,28 @@ def _shuffle() -> None:
     st.session_state.draw = (st.session_state.draw + 1 + secrets.randbelow(DRAWS)) % (DRAWS + 1)
 
 
-def defences(stacked: bool = False) -> tuple[str, ...]:
-    """The defences that the sliders say, side by side or `stacked`, as `defenses.parse_all` reads them. All sliders are
-    in the address."""
-    chosen = []
+def defences() -> tuple[str, ...]:
+    """The defences that the sliders say, as `defenses.parse_all` reads them. All sliders are in the address."""
     with st.container(key="lesson-defences"):
-        columns = [st.container() for _ in STRENGTHS] if stacked else st.columns(len(STRENGTHS))
-        for column, (name, (label, strengths)) in zip(columns, STRENGTHS.items(), strict=True):
-            strength = column.select_slider(label, (OFF, *strengths), OFF, key=name, bind="query-params")
-            if strength != OFF:
-                chosen.append(f"{name}:{strength}")
+        columns = st.columns(len(STRENGTHS))
+        return _chosen({name: (column, OFF, name) for name, column in zip(STRENGTHS, columns, strict=True)}, True)
+
+
+def other_defences(present: Sequence[str]) -> tuple[str, ...]:
+    """As `defences`, one slider below the other, at first the `present` ones; the address does not have them."""
+    strengths = dict(text.split(":", 1) for text in present)
+    places = {name: (st.container(), strengths.get(name, OFF), f"again-{name}") for name in STRENGTHS}
+    return _chosen(places, False)
+
+
+def _chosen(places: Mapping[str, tuple[DeltaGenerator, str, str]], bound: bool) -> tuple[str, ...]:
+    """Draw the sliders: each one's place, its value at first, and its key."""
+    chosen = []
+    for name, (place, value, key) in places.items():
+        label, strengths = STRENGTHS[name]
+        strength = place.select_slider(label, (OFF, *strengths), value, key=key, bind="query-params" if bound else None)
+        if strength != OFF:
+            chosen.append(f"{name}:{strength}")
     return tuple(chosen)
 
 

@@ -365,7 +365,7 @@ def _again(state: JobState) -> None:
             "The client changes its gradient before it shares it, and the attack starts anew."
             + ("" if state.finished else " The present run is stopped for it.")
         )
-        texts = lessons.defences(stacked=True)
+        texts = lessons.other_defences(work.originals.defences)
         notes = [parse(text).note for text in texts] or ["No defence is on."]
         st.markdown("\n".join(f"- {note}" for note in notes))
         st.button(

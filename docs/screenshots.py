@@ -27,7 +27,8 @@ STILL = {
     "replay": "replay?run=four&beside=noise",
     "labels": "labels?repeats=2",
     "batch": "batch?reveal=true",
-    "defences": "defences?clip=1&noise=1e-3",
+    "layers": "layers?noise=1e-5",
+    "defences": "defences?clip=1&noise=1e-4",
     "how": "how",
 }
 """By name the pages where nothing goes on, with the settings that they are shown with."""

@@ -66,7 +66,7 @@ def test_the_sample_is_a_gradient_of_the_pictures(observation: Observation, mode
 def test_the_example_is_that_of_the_readme_and_makes_what_it_says(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert gradient.EXAMPLE in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert gradient.EXAMPLE in (ROOT / "docs" / "gradients.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(gradient.EXAMPLE, {"pixels": torch.rand(2, 3, 64, 64), "labels": torch.tensor([3, 5])})
     check_observation(model, Observation.load("mine.safetensors"))

@@ -7,8 +7,8 @@ import streamlit as st
 from gradinv.paths import ASSETS
 from gradinv.web import address, batch, defences, how, layers, lessons_labels, live, replay, tour
 
+# Before the navigation, whose icons the browser would otherwise fetch from the internet for its tab.
 st.set_page_config(
-    page_title="gradinv: what a shared gradient gives away",
     page_icon=str(ASSETS / "icon.svg"),
     layout="wide",
     menu_items={
@@ -27,6 +27,7 @@ pages = [
     st.Page(how.page, title="How it works", icon=":material/menu_book:", url_path="how"),
 ]
 page = st.navigation(pages, position="top")
+st.set_page_config(page_title=f"{page.title} · gradinv")
 address.honour(page.url_path or "live")
 tour.banner(pages, page)
 page.run()

@@ -11,7 +11,7 @@ import streamlit as st
 
 from gradinv.config import AttackConfig
 from gradinv.sources import gallery
-from gradinv.web import batch, layers, lessons, markup, pick, settings
+from gradinv.web import batch, layers, lessons, pick, settings, uploads
 
 NOTICES = "address_notices"  # in the session
 SHOWN = 40  # letters of a value that are repeated
@@ -141,8 +141,7 @@ def honour(page: str) -> None:
         st.session_state[NOTICES] = notices
         st.query_params.from_dict(kept)
         st.rerun()  # this run's widgets would still be given the old address
-    for notice in st.session_state.pop(NOTICES, []):
-        st.warning(markup.plain(notice))
+    uploads.tell(st.session_state.pop(NOTICES, []))
 
 
 def _number(text: str) -> float | None:

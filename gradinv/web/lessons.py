@@ -241,8 +241,7 @@ def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:
                 notices.append(f"A batch takes at most {MOST} pictures here; the others were left out.")
             st.session_state.own_notices = notices
             st.rerun()
-        for notice in st.session_state.pop("own_notices", []):
-            st.warning(markup.plain(notice))
+        uploads.tell(st.session_state.pop("own_notices", []))
         if own:
             st.button("Remove all", key="own-remove", type="tertiary", icon=":material/delete:", on_click=_drop_own)
     if not own:

@@ -242,11 +242,7 @@ def _keep_only(identities: Sequence[str]) -> None:
 def _notice() -> None:
     """What came of the last choice, where it was made: the batch above may be out of sight. Several are a list."""
     told = st.session_state.pop("notice", None) or []
-    notices = [told] if isinstance(told, str) else told
-    if len(notices) == 1:
-        st.warning(markup.plain(notices[0]))
-    elif notices:
-        st.warning("\n".join(f"- {markup.plain(notice)}" for notice in notices))
+    uploads.tell([told] if isinstance(told, str) else told)
 
 
 def _draw_row(label: str, drawing: Callable[[int, int], tuple[list[Picture], str | None]], source: Source) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +17,7 @@ from streamlit.typing import UploadedFile
 
 from gradinv.sources import Picture, from_upload
 from gradinv.types import GradinvError
+from gradinv.web import markup
 
 LARGEST = 20  # MB of a picture
 KINDS = "JPEG, PNG, WebP, BMP, GIF or TIFF"
@@ -63,6 +65,14 @@ def pictures(key: str) -> tuple[list[Upload], list[str]] | None:
             notices.append(str(error))
     st.session_state[f"{key}_turn"] = turn + 1
     return found, notices
+
+
+def tell(notices: Sequence[str]) -> None:
+    """Say what came of a choice; several sentences are a list."""
+    if len(notices) == 1:
+        st.warning(markup.plain(notices[0]))
+    elif notices:
+        st.warning("\n".join(f"- {markup.plain(notice)}" for notice in notices))
 
 
 def _shrunk(image: Image.Image) -> Image.Image:

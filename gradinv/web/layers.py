@@ -245,10 +245,13 @@ def way(
     """Solve the batch's gradient behind some defences, or take it from what was solved, and where that is asked for
     `search` for pixels below. None as long as the visitor has not asked for what takes long."""
     key = (network.name, network.preprocessing.size, pool.name, places, texts, seed, search)
+    # What comes of a visitor's own pictures is kept in the visit only.
+    kept = _ways if pool.name == lessons.SHARED else st.session_state.setdefault("own_ways", OrderedDict())
     with _guard:
-        if key in _ways:
-            _ways.move_to_end(key)
-            return _ways[key]
+        if key in kept:
+            kept.move_to_end(key)
+            found: Way = kept[key]
+            return found
     with shared.using:
         expected = pace.solving(network, len(places))
     asked = st.session_state.get("solve")
@@ -273,9 +276,9 @@ def way(
         found = attack(network, candidates, pool.labels(places), texts, seed, search=search, progress=progress)
     told.empty()
     with _guard:
-        _ways[key] = found
-        while len(_ways) > _KEPT:
-            _ways.popitem(last=False)
+        kept[key] = found
+        while len(kept) > _KEPT:
+            kept.popitem(last=False)
     return found
 
 

@@ -48,6 +48,7 @@ STRENGTHS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Each defence's slider and its strengths, weakest first, in the order in which they are applied."""
 OFF = "off"
+SHARED = "samples"  # what the pool of the bundled photographs is called
 
 LAYOUT = {
     "paper_bgcolor": "rgba(0,0,0,0)",
@@ -147,7 +148,7 @@ def samples(name: str) -> Pool:
     features = torch.cat([_features(network, candidates) for candidates in views])  # a view at a time: less memory
     candidates = [candidate for view in views for candidate in view]
     paths = tuple(SAMPLES / item.picture.key / str(item.view) for item in candidates)
-    return Pool("samples", tuple(candidates), Gallery(SAMPLES, paths, features))
+    return Pool(SHARED, tuple(candidates), Gallery(SAMPLES, paths, features))
 
 
 def _features(network: Model, candidates: Sequence[Candidate]) -> Tensor:
@@ -247,29 +248,33 @@ def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:
     if not own:
         return pool, pool.draw(choice.size, choice.repeats, choice.seed)
     st.caption(f"The batch is {markup.count(len(own), 'picture')} of your own; the sliders of the draw do nothing.")
-    joined = _with_own(choice.network, pool.name, tuple(upload.id for upload in own), pool, own)
+    key = (choice.network, pool.name, *(upload.id for upload in own))
+    if st.session_state.get("own_pool", (None,))[0] != key:
+        st.session_state.own_pool = (key, _with_own(choice.network, pool, own))
+    joined: Pool = st.session_state.own_pool[1]
     return joined, tuple(range(len(pool.candidates), len(joined.candidates)))
 
 
-@st.cache_resource(max_entries=4, show_spinner="Looking at your pictures")
-def _with_own(name: str, among: str, ids: tuple[str, ...], _pool: Pool, _own: Sequence[uploads.Upload]) -> Pool:
-    """A pool and some uploads behind it. What is kept of these is the last visitors' only."""
+def _with_own(name: str, pool: Pool, own: Sequence[uploads.Upload]) -> Pool:
+    """A pool and some uploads behind it."""
     network = shared.model(name)
     size = network.preprocessing.size
     candidates = []
-    for upload in _own:
+    for upload in own:
         pixels = to_pixels(upload.picture.open(), network.preprocessing)
         label = shared.prediction(name, size, upload.id, pixels)
         picture = replace(upload.picture, key=upload.id, name=network.class_name(label))
         candidates.append(Candidate(picture, label))
-    features = torch.cat([_pool.gallery.features, _features(network, candidates)])
-    paths = (*_pool.gallery.paths, *(_pool.gallery.folder / upload.id for upload in _own))
-    gallery = Gallery(_pool.gallery.folder, paths, features)
-    return Pool(f"{among} {' '.join(ids)}", (*_pool.candidates, *candidates), gallery)
+    features = torch.cat([pool.gallery.features, _features(network, candidates)])
+    paths = (*pool.gallery.paths, *(pool.gallery.folder / upload.id for upload in own))
+    joined = Gallery(pool.gallery.folder, paths, features)
+    name = " ".join([pool.name, *(upload.id for upload in own)])
+    return Pool(name, (*pool.candidates, *candidates), joined)
 
 
 def _drop_own() -> None:
     st.session_state[OWN] = []
+    st.session_state.pop("own_pool", None)
 
 
 def _shuffle() -> None:

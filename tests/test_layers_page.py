@@ -37,7 +37,10 @@ def test_the_count_by_shapes_is_that_of_the_equations_that_are_solved(name: str)
     exact = [node for node in nodes if node.method == "exact"]
     for node in exact:
         count = counts[node.name]
-        assert (count.equations, count.unknowns) == (node.equations, node.unknowns), node.name
+        assert count.unknowns == node.unknowns, node.name
+        # Where they are hardly enough, what else is known of the layer may count as well.
+        ample = count.equations >= 1.5 * count.unknowns
+        assert count.equations == node.equations if ample else count.equations <= node.equations, node.name
         assert count.shape == tuple(node.activation.shape[1:])
     assert [count.name for count in layers.counted(network, 2)][: len(nodes)] == [node.name for node in nodes]
 

@@ -208,7 +208,7 @@ def _explained(counts: Sequence[Count], batch_size: int) -> str:
     return (
         f"{words}\n\nHere there are enough {reached}. For **{count.name}** there are {count.equations:,} equations and "
         f"{count.unknowns:,} unknowns, {ratio:.1f} times as many. What else is known of a layer, that it is never "
-        "negative and leads to the layer above, can make up for that once; then the way ends."
+        "negative and leads to the layers above, can make up for some that lack; then the way ends."
     )
 
 

@@ -227,10 +227,9 @@ def test_numbers_in_the_address_that_no_setting_takes_are_dropped_and_said(visit
     app = visit(model="resnet50-tiny", seeds="1e999", iterations="9" * 400)
     sound(app)
     assert not app.error
-    assert [item.value.split(",")[0] for item in app.warning] == [
-        "The address asks for seeds=1e999",
-        f"The address asks for iterations={'9' * 40}…",
-    ]
+    (said,) = (item.value for item in app.warning)  # several are a list
+    assert "- The address asks for seeds=1e999, but" in said
+    assert f"- The address asks for iterations={'9' * 40}…, but" in said
     assert "seeds" not in app.query_params and address(app, "model") == "resnet50-tiny"
 
 

@@ -27,13 +27,15 @@ STILL = {
     "replay": "replay?run=four&beside=noise",
     "labels": "labels?repeats=2",
     "batch": "batch?reveal=true",
-    "defences": "defences?clip=1&noise=1e-3",
+    "layers": "layers?noise=1e-5",
+    "defences": "defences?clip=1&noise=1e-4",
     "how": "how",
 }
 """By name the pages where nothing goes on, with the settings that they are shown with."""
 LIVE = ("live-start", "live-running", "live-finished")
 REBUILT = "4 of 4 labels read from the gradient alone"
 MAIN = '[data-testid="stMain"]'
+LATE = """() => Number([...document.querySelectorAll('.gi-progress')].at(-1)?.getAttribute('aria-valuenow')) >= 60"""
 HOUR = 3_600_000  # milliseconds
 MEASURES = """() => [
   performance.getEntriesByName('first-contentful-paint')[0]?.startTime / 1000, performance.now() / 1000, window.shifted
@@ -119,9 +121,7 @@ def live(camera: Camera, address: str, settings: str, names: set[str]) -> Iterat
     for name in LIVE[1:]:
         for look, page in pages.items():
             if name == "live-running":
-                page.wait_for_function(
-                    "() => Number(document.querySelector('.gi-progress')?.getAttribute('aria-valuenow')) >= 60"
-                )
+                page.wait_for_function(LATE)
             else:
                 page.get_by_text("Finished after").wait_for()
                 settled(page)

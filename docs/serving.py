@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 READY = '[data-testid="stApp"][data-test-script-state="notRunning"]'
-PAGES = {"live": "", "replay": "replay", "labels": "labels", "batch": "batch", "defences": "defences", "how": "how"}
+PAGES = {
+    "live": "",
+    "replay": "replay",
+    "labels": "labels",
+    "batch": "batch",
+    "layers": "layers",
+    "defences": "defences",
+    "how": "how",
+}
 """By name the paths of all pages."""
 WATCH = """(() => {
   window.shifted = 0;

@@ -37,6 +37,9 @@ _STAGES = {"layer1": "stage 1", "layer2": "stage 2", "layer3": "stage 3", "layer
 WHOLE = ("consensus", "rebuilt")  # the curve of several seeds together, and of one alone
 _SMALL = 128  # px a side below which a tile is enlarged
 _POINTS = 160  # a curve at most, when it is drawn live
+_CHANNELS = 3  # a side of what is shown of a layer
+# From 0, where a unit is off, to the largest value: red, green and blue in [0, 1].
+_RAMP = torch.tensor([[0.06, 0.12, 0.13], [0.06, 0.56, 0.53], [0.93, 1.0, 0.98]])
 
 
 def tiles(images: Tensor, quality: int = 82) -> tuple[str, ...]:
@@ -54,6 +57,40 @@ def tile(image: Image.Image, quality: int = 82) -> str:
     packed = io.BytesIO()
     image.save(packed, "WEBP", quality=quality)
     return "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode("ascii")
+
+
+def activations(values: Tensor, reference: Tensor | None = None) -> tuple[str, ...]:
+    """What a layer holds of each image, (B, C, H, W) and at least 0 → one WebP data URI an image.
+
+    Each shows up to nine channels, those that differ most over images and places, the same of every image: a dark place
+    is 0, where the unit is off. `reference`, of the same shape, decides the channels and what is bright; default: the
+    values themselves.
+    """
+    reference = values if reference is None else reference
+    spread = reference.transpose(0, 1).flatten(1).std(1)
+    chosen = spread.argsort(descending=True)[: _CHANNELS**2]
+    side = math.ceil(len(chosen) ** 0.5)
+    brightest = reference[:, chosen].amax((0, 2, 3)).clamp(min=1e-12).view(-1, 1, 1)
+    shares = (values[:, chosen] / brightest).clamp(0, 1).cpu()
+    count, _, height, width = shares.shape
+    scale = max(1, round(_SMALL / (side * max(height, width))))
+    gap = max(2, _SMALL // 40)
+    down, right = height * scale + gap, width * scale + gap
+    tiles = []
+    for image in range(count):
+        sheet = Image.new("RGBA", (side * right - gap, side * down - gap))
+        for place, share in enumerate(shares[image]):
+            cell = to_image(_coloured(share)).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(cell, (place % side * right, place // side * down))
+        tiles.append(tile(sheet, 75))
+    return tuple(tiles)
+
+
+def _coloured(shares: Tensor) -> Tensor:
+    """Shares (H, W) in [0, 1] → pixels (3, H, W)."""
+    way = shares * (len(_RAMP) - 1)
+    low = way.floor().clamp(max=len(_RAMP) - 2).long()
+    return torch.lerp(_RAMP[low], _RAMP[low + 1], (way - low)[..., None]).permute(2, 0, 1)
 
 
 def layer_norms(observation: Observation) -> dict[str, float]:

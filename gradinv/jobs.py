@@ -15,27 +15,29 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from gradinv import figures, metrics
+from gradinv import figures, metrics, pace
 from gradinv.attack.inversion import invert
+from gradinv.attack.state import RunState
 from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
+from gradinv.defenses import parse_all
 from gradinv.models import Model
-from gradinv.network import parts
-from gradinv.recording import MemoryStore, Recorder, thinned
-from gradinv.types import GradinvError, Observation, Snapshot, SolvedNode, memory_exhausted
+from gradinv.network import Segment, parts
+from gradinv.pace import MEASURABLE, Pace
+from gradinv.recording import MemoryStore, Recorder, Recording, Resumption, thinned
+from gradinv.types import GradinvError, Observation, Recovered, Snapshot, SolvedNode, memory_exhausted
 from gradinv.victim import observe
 
 log = logging.getLogger(__name__)
 
 Status = Literal["queued", "running", "done", "stopped", "failed"]
 FINISHED: frozenset[Status] = frozenset({"done", "stopped", "failed"})
-MEASURABLE = 10  # steps from which a run tells how fast the next one will be
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Work(Protocol):
 class JobState:
     """A job at one moment. `place` is 0 for what is not queued, else 1 for the next to run; `wait` is the seconds until
     it begins, None where that cannot be told. `update` is the latest published, `reason` one sentence on why it failed
-    or was dropped."""
+    or was dropped, `stopping` whether it was told to end and has not yet."""
 
     id: str
     status: Status
@@ -120,6 +122,7 @@ class JobState:
     update: Any
     reason: str | None
     work: Work
+    stopping: bool = False
 
     @property
     def finished(self) -> bool:
@@ -199,7 +202,8 @@ class JobManager:
             self._drop_abandoned()
             self._revive()
             place = self._queue.index(job) + 1 if job.status == "queued" else 0
-            return JobState(job.id, job.status, place, self._wait(place), job.update, job.reason, job.work)
+            wait, stopping = self._wait(place), job.stop.is_set() and job.status not in FINISHED
+            return JobState(job.id, job.status, place, wait, job.update, job.reason, job.work, stopping)
 
     def cancel(self, job_id: str) -> None:
         """End a job: at once where it waits, within one iteration where it runs; nothing where it has ended."""
@@ -326,10 +330,12 @@ def sentence(error: BaseException, what: str = "The run") -> str:
 
 @dataclass(frozen=True, eq=False)
 class Originals:
-    """A client's pictures, pixels (B, 3, S, S) in [0, 1], and their labels. Their gradient is taken first."""
+    """A client's pictures, pixels (B, 3, S, S) in [0, 1], and their labels. Their gradient is taken first, and changed
+    by the `defences`, in the notation of `defenses.parse`."""
 
     pixels: Tensor
     labels: tuple[int, ...]
+    defences: tuple[str, ...] = ()
 
     @property
     def batch_size(self) -> int:
@@ -342,13 +348,16 @@ class Originals:
 
     def observed(self, model: Model, config: AttackConfig) -> Observation:
         """What the server receives of them, with the BN statistics that the attack assumes to leak."""
-        return observe(
+        observation = observe(
             model,
             self.pixels,
             torch.tensor(self.labels),
             share_bn=config.bn == "exact",
             mode="train" if config.bn == "inferred" else "eval",
         )
+        for defence in parse_all(self.defences, config.seed):
+            observation = defence(observation)
+        return observation
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,11 +401,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Layer:
-    """A node that was solved: its shape (C, H, W), and the median over the images of its estimated relative error."""
+    """A node that was solved: its shape (C, H, W), the median over the images of its estimated relative error, and what
+    it holds of each image (`figures.activations`), in the originals' order where there are any."""
 
     name: str
     shape: tuple[int, ...]
     error: float
+    tiles: tuple[str, ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -420,9 +431,26 @@ class Solving:
     seconds: float = 0.0
 
     @property
-    def remaining(self) -> None:
-        """Nobody knows: how deep it goes depends on the gradient."""
-        return None
+    def size(self) -> int:
+        """Bytes of the layers' tiles."""
+        return sum(len(tile) for layer in self.layers for tile in layer.tiles)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a stopped run needs to go on: where its images stand, what was recovered, and how far the layers went."""
+
+    state: RunState
+    recovered: Recovered
+    solving: Solving
+    store: MemoryStore
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        tensors = list(self.state.tensors.values())
+        tensors += [t for node in self.recovered.nodes for t in (node.activation, node.cotangent) if t is not None]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -430,8 +458,8 @@ class Progress:
     """What the page shows of an inversion at one step.
 
     `seconds` are those of the search. `curves` are the recorded rows so far, `speed` is in seconds an iteration,
-    `remaining` in seconds (both None before the first step), `store` the recording itself, `solving` what was solved
-    before.
+    `remaining` in seconds (both None before they are worth telling), `store` the recording itself, `solving` what was
+    solved before. A run that was stopped has `kept` what it takes to go on, where that is not too much.
     """
 
     step: int
@@ -443,6 +471,7 @@ class Progress:
     curves: tuple[Mapping[str, Any], ...]
     store: MemoryStore
     solving: Solving
+    kept: Kept | None = None
 
     @property
     def total(self) -> float:
@@ -460,11 +489,13 @@ class Inversion:
 
     INTERVAL = 0.75  # seconds between updates; with a page tick of the same length a change shows within two seconds
     FRAMES = 300  # recorded at most, whatever the length of the run
+    KEPT = 64 * 2**20  # bytes that are kept at most of a stopped run, so that it can go on
 
     load: Callable[[], Model]
     client: Originals | Shared
     config: AttackConfig
     facts: Any = None
+    before: Kept | None = None
 
     @property
     def originals(self) -> Originals | None:
@@ -473,8 +504,9 @@ class Inversion:
 
     @property
     def cost(self) -> int:
-        """Batch size × pixels of an image × iterations × seeds."""
-        return self.client.values * self.config.iterations * self.config.seeds
+        """Batch size × pixels of an image × iterations that are left × seeds."""
+        done = 0 if self.before is None else self.before.state.step
+        return self.client.values * (self.config.iterations - done) * self.config.seeds
 
     def check(self) -> None:
         """Raises GradinvError for an empty batch or one without a label for each picture."""
@@ -488,24 +520,42 @@ class Inversion:
     def __call__(self, handle: Handle) -> Status:
         """Run until the last iteration or `handle.stop`."""
         model = self.load()
-        own = self.originals
+        own, before = self.originals, self.before
         if own is not None:
             check_memory(model, len(own.pixels), self.config)
         observation = self.client.observed(model, self.config)
         began = time.perf_counter()
+        expected = pace.estimate(model, self.config, self.client.batch_size)
         nodes = _nodes(model) if self.config.needs_layers else ()
         layers: list[Layer] = []
+        order: list[int] = []
 
         def solved(node: SolvedNode) -> None:
-            layers.append(Layer(node.name, tuple(node.activation.shape[1:]), float(node.error.median())))
-            handle.publish(Solving(nodes, tuple(layers), seconds=time.perf_counter() - began), 0)
+            nonlocal order
+            order = order or self._order(model, node)
+            tiles = figures.activations(node.activation[order].float())
+            layers.append(Layer(node.name, tuple(node.activation.shape[1:]), float(node.error.median()), tiles))
+            spent = time.perf_counter() - began
+            solving = Solving(nodes, tuple(layers), seconds=spent)
+            handle.publish(solving, solving.size, max(expected - spent, 0.0))
 
-        handle.publish(Solving(nodes), 0)
-        run = invert(model, observation, self.config, interval=self.INTERVAL, stop=handle.stop, progress=solved)
-        # Stopped half-way, nothing is known of how far it would have gone.
-        boundary = None if handle.stop.is_set() else run.config.boundary
-        solving = Solving(nodes, tuple(layers), boundary, run.recovered.stopped, time.perf_counter() - began)
-        store = MemoryStore()
+        solving = Solving(nodes) if before is None else before.solving
+        handle.publish(solving, solving.size, expected if before is None else None)
+        run = invert(
+            model,
+            observation,
+            self.config,
+            interval=self.INTERVAL,
+            stop=handle.stop,
+            progress=solved,
+            resume=None if before is None else before.state,
+            recovered=None if before is None else before.recovered,
+        )
+        if before is None:
+            # Stopped half-way, nothing is known of how far it would have gone.
+            boundary = None if handle.stop.is_set() else run.config.boundary
+            solving = Solving(nodes, tuple(layers), boundary, run.recovered.stopped, time.perf_counter() - began)
+        store = MemoryStore() if before is None else before.store.copy()
         recorder = Recorder(
             store,
             config=self.config,
@@ -513,44 +563,64 @@ class Inversion:
             observation=observation,
             originals=None if own is None else own.pixels,
             labels=None if own is None else own.labels,
+            defences=() if own is None else own.defences,
             recovered=run.recovered,
+            resumed=None if before is None else _resumption(before, observation, own),
         )
-        pace: deque[tuple[float, int]] = deque(maxlen=20)
+        first = 0 if before is None else before.state.step
+        clock = Pace()
 
         def publish(progress: Progress) -> None:
-            handle.publish(progress, sum(len(store.read(name)) for name in store.names()), progress.remaining)
+            size = sum(len(store.read(name)) for name in store.names()) + solving.size
+            handle.publish(progress, size + (progress.kept.size if progress.kept else 0), progress.remaining)
 
         def shown(snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
             for snapshot in snapshots:
-                pace.append((snapshot.seconds, snapshot.step))
-                publish(self._progress(snapshot, pace, recorder.curves, store, solving))
+                clock.add(snapshot.seconds, snapshot.step, first)
+                publish(self._progress(snapshot, clock, recorder.curves, store, solving))
                 yield snapshot
 
         last: Snapshot | None = None
         for recorded in recorder.follow(thinned(shown(run), run.config.iterations / self.FRAMES)):
             last = recorded
+        done = recorder.run["status"] == "done"
         if last is not None:
+            kept = None
+            if not done and solving.boundary is not None:
+                kept = Kept(run.state(), run.recovered, solving, store)
+            if kept is not None and kept.size > self.KEPT:
+                kept = None
             # Once more, now that everything is recorded.
-            publish(self._progress(last, pace, recorder.curves, store, solving))
-            _measured(model.name, self, solving.seconds, last)
-        return "done" if recorder.run["status"] == "done" else "stopped"
+            publish(replace(self._progress(last, clock, recorder.curves, store, solving), kept=kept))
+            if last.step >= MEASURABLE and solving.boundary is not None:
+                seconds = solving.seconds + last.seconds * last.steps / last.step
+                pace.measured(model, run.config, self.client.batch_size, seconds)
+        return "done" if done else "stopped"
+
+    def _order(self, model: Model, node: SolvedNode) -> list[int]:
+        """The originals' order of what is solved, which comes in the labels': by the first node."""
+        own = self.originals
+        if own is None:
+            return list(range(len(node.activation)))
+        with torch.no_grad():
+            true = Segment(model.network, node.name)(model.preprocessing.normalise(own.pixels.to(model.device)))
+        return metrics.aligned(node.activation.float(), true[node.name].relu())[0]
 
     def _progress(
         self,
         snapshot: Snapshot,
-        pace: Sequence[tuple[float, int]],
+        clock: Pace,
         curves: Sequence[Mapping[str, Any]],
         store: MemoryStore,
         solving: Solving,
     ) -> Progress:
-        steps = pace[-1][1] - pace[0][1]
-        speed = (pace[-1][0] - pace[0][0]) / steps if steps > 0 else None
+        speed, left = clock.speed, snapshot.steps - snapshot.step
         return Progress(
             step=snapshot.step,
             steps=snapshot.steps,
             seconds=snapshot.seconds,
             speed=speed,
-            remaining=None if speed is None else speed * (snapshot.steps - snapshot.step),
+            remaining=0.0 if left == 0 else None if speed is None else speed * left,
             pictures=self.pictures(snapshot),
             curves=tuple(curves),
             store=store,
@@ -574,6 +644,21 @@ class Inversion:
         )
 
 
+def _resumption(before: Kept, observation: Observation, own: Originals | None) -> Resumption:
+    """What a recorder goes on from, in memory."""
+    recording = Recording.open(before.store)
+    return Resumption(
+        store=before.store,
+        run=recording.run,
+        curves=recording.curves,
+        steps=frozenset(step for step in recording.steps if step <= before.state.step),
+        config=AttackConfig.from_dict(recording.run["config"]),
+        observation=observation,
+        state=before.state,
+        originals=None if own is None else own.pixels,
+    )
+
+
 def _nodes(model: Model) -> tuple[str, ...]:
     """The network's nodes that can be solved, the highest first; of one that is no ResNet, none. Of the very highest
     the final layer sees the mean over the picture only."""
@@ -581,39 +666,6 @@ def _nodes(model: Model) -> tuple[str, ...]:
         return tuple(reversed(parts(model.network).nodes[:-1]))
     except GradinvError:
         return ()
-
-
-@dataclass(frozen=True)
-class _Pace:
-    """Seconds of the solving for each image, and of the search for its cost."""
-
-    solving: float
-    search: float
-
-
-_Kind = tuple[str, str, str, bool, str]
-_paces: dict[_Kind, _Pace] = {}
-
-
-def _kind(model: str, config: AttackConfig) -> _Kind:
-    """What decides how long a run takes, beside its cost."""
-    return model, config.layers, config.boundary, config.gradient > 0, config.optimiser
-
-
-def _measured(model: str, work: Inversion, solving: float, last: Snapshot) -> None:
-    """Remember how fast a run was. The first steps of one are slower than the rest, so that few tell nothing."""
-    if last.step >= MEASURABLE:
-        # By the share that was done: where another preset took over, its iterations are others.
-        share = last.step / last.steps
-        pace = _Pace(solving / work.client.batch_size, last.seconds / share / work.cost)
-        _paces[_kind(model, work.config)] = pace
-
-
-def estimate(model: str, config: AttackConfig, batch_size: int, cost: int) -> float | None:
-    """About how many seconds a run takes, the solving included, by the last one here of the same network that searched
-    for the same; None before there was any. `cost` is the run's."""
-    pace = _paces.get(_kind(model, config))
-    return None if pace is None else pace.solving * batch_size + pace.search * cost
 
 
 _manager: JobManager | None = None
@@ -638,4 +690,4 @@ def reset() -> None:
             atexit.unregister(_manager.close)
             _manager.close()
             _manager = None
-        _paces.clear()
+        pace.forget()

@@ -22,6 +22,7 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gradinv.gallery import Gallery, pooled
 from gradinv.models import Model
@@ -227,6 +228,15 @@ def pair(images: Tensor, restored: Sequence[int], originals: Tensor, labels: Seq
         originals,
     )
     return found
+
+
+def aligned(found: Tensor, true: Tensor) -> tuple[list[int], list[float]]:
+    """What was recovered of each image, features or activations (B, …), against the images' own in another order: for
+    each image which of the recovered is its, one to one so that the cosine similarities are largest in all, and that
+    similarity."""
+    similarity = F.normalize(true.cpu().flatten(1)) @ F.normalize(found.cpu().flatten(1)).T
+    _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
+    return order.tolist(), similarity[range(len(order)), order.tolist()].tolist()
 
 
 def _assign(found: Tensor, rows: list[int], columns: list[int], images: Tensor, originals: Tensor) -> None:

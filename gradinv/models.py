@@ -171,6 +171,10 @@ class Model:
         logits: Tensor = self.network(self.preprocessing.normalise(pixels.to(self.device)))
         return logits.argmax(1).cpu()
 
+    def at(self, size: int) -> Model:
+        """The same network, with the same weights in memory, for pictures of another side in pixels."""
+        return self if size == self.preprocessing.size else replace(self, preprocessing=_preprocessing(size))
+
 
 @dataclass(frozen=True, eq=False)
 class Backbone:

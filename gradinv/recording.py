@@ -155,6 +155,10 @@ class MemoryStore:
     def names(self) -> list[str]:
         return sorted(self._files.copy())
 
+    def copy(self) -> MemoryStore:
+        """All files as they are now, in another store."""
+        return MemoryStore(self._files.copy())
+
     def zip(self) -> bytes:
         """All files as a zip archive; pictures are compressed already, so they are stored as they are."""
         packed = io.BytesIO()
@@ -487,7 +491,7 @@ class Resumption:
     uninterrupted run would have as well, up to the `state`. `originals` are pixels, or None where they were not known.
     """
 
-    store: DirectoryStore
+    store: Store
     run: Mapping[str, Any]
     curves: Sequence[dict[str, Any]]
     steps: frozenset[int]

@@ -112,6 +112,9 @@ class Picture:
 
 # --- the bundled gallery
 
+SAMPLES = ASSETS / "samples"
+"""The folder of the bundled photographs."""
+
 
 def gallery(model: Model | None = None) -> list[Picture]:
     """The bundled photographs whose class the model knows, sorted by title; all 48 where no model is given.
@@ -145,11 +148,11 @@ def _choice(keys: Collection[str], like: str = "") -> str:
 
 @cache
 def _sample_rows() -> tuple[dict[str, str], ...]:
-    return _read_table(ASSETS / "samples" / "samples.csv")
+    return _read_table(SAMPLES / "samples.csv")
 
 
 def _sample(row: dict[str, str], wnid: str) -> Picture:
-    path = ASSETS / "samples" / row["file"]
+    path = SAMPLES / row["file"]
     credit = Credit(
         row["author"],
         row["licence"],

@@ -16,12 +16,13 @@ import streamlit as st
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from gradinv import jobs
+from gradinv import jobs, pace
+from gradinv.config import AttackConfig
 from gradinv.jobs import Handle, JobState, Status, manager
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit, gallery, search
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, run, settings, shared
+from gradinv.web import markup, pick, run, settings, shared, uploads
 from gradinv.web.pick import FIRST
 
 APP = str(Path(__file__).resolve().parent.parent / "gradinv" / "web" / "pages.py")
@@ -36,6 +37,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
     # A warm worker model saves a visitor a second and would cost these tests several.
     monkeypatch.setattr(shared, "warm", lambda name: None)
+    monkeypatch.setattr(run, "owner", run.visitor)  # what AppTest gives for cookies is no text
     st.cache_resource.clear()
     jobs.reset()
     yield
@@ -88,7 +90,7 @@ def test_the_page_opens_ready_to_start(visit: Open) -> None:
     assert [item.picture.key for item in app.session_state.batch] == list(FIRST)
     assert "4 of 4 labels read from the gradient alone" in text(app)
     assert "the BN statistics of the training data" in text(app)
-    assert "**4 pictures** · resnet18-tiny · 1 seed × 1 iteration" in text(app)
+    assert "**4 pictures** of 64 px · resnet18-tiny · 1 seed × 1 iteration" in text(app)
     assert not app.button(key="start").disabled
 
 
@@ -144,18 +146,36 @@ def test_the_command_line_that_does_the_same_is_shown(visit: Open) -> None:
     assert "command" not in text(visit(pictures=""))
 
 
-def test_how_long_a_run_takes_is_told_once_one_was_measured(visit: Open) -> None:
-    app = visit(pictures="goldfish", iterations="12")
-    assert "1 seed × 12 iterations · time not measured yet" in text(app)
-    app.button(key="start").click().run()
-    wait(app)
-    (found,) = jobs._paces.values()
-    assert found.solving > 0 and found.search > 0
-    jobs._paces.update((key, jobs._Pace(120, 60 / (64 * 64 * 12))) for key in list(jobs._paces))
-    # Four times the search of one minute, and the solving, which takes as long whatever comes after it.
-    assert "2 seeds × 24 iterations · about 6 min" in text(visit(pictures="goldfish", iterations="24", seeds="2"))
-    assert "1 seed × 12 iterations · about 6 min" in text(visit(pictures="goldfish.tabby", iterations="12"))
-    assert "time not measured yet" in text(visit(pictures="goldfish", model="resnet50-tiny", iterations="12"))
+def test_how_long_a_run_takes_is_told_before_the_first_and_follows_what_is_measured(
+    visit: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "probe", lambda model: 0.1)
+    app = visit(pictures="goldfish", preset="matching", seeds="2", iterations="1000")
+    assert "2 seeds × 1,000 iterations · about 2 min" in text(app)  # 0.7 of the probe for each
+    network, config = shared.model("resnet18-tiny"), AttackConfig.preset("matching", seeds=2, iterations=1000)
+    for _ in range(2):
+        pace.measured(network, config, 1, 4 * pace.estimate(network, config, 1))
+    assert "about 2 min" not in text(visit(pictures="goldfish", preset="matching", seeds="2", iterations="1000"))
+
+
+@pytest.mark.parametrize(("given", "side"), [({}, 64), ({"size": "128"}, 128), ({"size": "96"}, 96)])
+def test_the_pictures_have_the_size_that_the_address_says(visit: Open, given: dict[str, str], side: int) -> None:
+    app = visit(pictures="goldfish", **given)
+    sound(app)
+    assert f"**1 picture** of {side} px" in text(app) and "1 of 1 labels read" in text(app)
+    command = next(item.value for item in app.code if item.value.startswith("gradinv invert"))
+    assert ("--image-size" in command) == (side != 64)
+
+
+def test_a_run_has_the_chosen_size_and_leads_back_to_it(visit: Open) -> None:
+    app = visit(pictures="goldfish", size="96")
+    app = wait(app.button(key="start").click().run())
+    sound(app)
+    assert "1 picture of 96 px" in text(app)
+    recorded = Recording.open(manager().state(address(app, "job")).update.store)
+    assert recorded.run["model"]["image_size"] == 96 and recorded.images("consensus").shape[-1] == 96
+    other = press(visit(job=address(app, "job")), "New run")
+    assert address(other, "size") == "96" and "of 96 px" in text(other)
 
 
 def test_a_random_draw_has_the_size_that_was_asked_for(visit: Open) -> None:
@@ -203,10 +223,13 @@ def test_hostile_addresses_do_no_harm(visit: Open) -> None:
     assert "Choose at least one picture." in text(app)
 
 
-def test_infinite_numbers_in_the_address_are_dropped(visit: Open) -> None:
+def test_numbers_in_the_address_that_no_setting_takes_are_dropped_and_said(visit: Open) -> None:
     app = visit(model="resnet50-tiny", seeds="1e999", iterations="9" * 400)
     sound(app)
     assert not app.error
+    (said,) = (item.value for item in app.warning)  # several are a list
+    assert "- The address asks for seeds=1e999, but" in said
+    assert f"- The address asks for iterations={'9' * 40}…, but" in said
     assert "seeds" not in app.query_params and address(app, "model") == "resnet50-tiny"
 
 
@@ -301,8 +324,13 @@ def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
     assert len(boards) == 1
     for alt in ("Original: goldfish", "Original: tabby", "Reconstruction of goldfish", "Reconstruction of tabby"):
         assert boards[0].count(f'alt="{alt}"') == 1
-    # A single seed is its own consensus: neither is said, nor shown twice.
-    assert boards[0].count("<img") == 4 and "consensus" not in said and "Seed" not in boards[0]
+    # A single seed is its own consensus: neither is said, nor shown twice. Between, what a layer holds of each.
+    assert (
+        boards[0].count("<img") == 6
+        and boards[0].count('alt="What ') == 2
+        and "consensus" not in said
+        and "Seed" not in boards[0]
+    )
     assert "2 of 2 right" in said and "constant colour" in said
     # No picture's PSNR stands without its baseline.
     assert len(re.findall(r"<small>[\d.]+\u00a0dB \(constant\u00a0[\d.]+\)</small>", boards[0])) == 2
@@ -316,7 +344,7 @@ def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
     sound(other)
     assert "job" not in other.query_params
     assert address(other, "pictures") == "goldfish.tabby"
-    assert "**2 pictures** · resnet18-tiny · 1 seed × 1 iteration" in text(other)
+    assert "**2 pictures** of 64 px · resnet18-tiny · 1 seed × 1 iteration" in text(other)
     # The address has them too, for whoever gets it; what is so by default it leaves out.
     assert (address(other, "iterations"), address(other, "seeds")) == ("1", "1")
     assert settings.MODEL == "resnet18-tiny" and "model" not in other.query_params
@@ -385,7 +413,7 @@ def test_the_seeds_of_a_single_picture_stand_side_by_side(visit: Open) -> None:
     sound(app)
     board = next(item.value for item in app.markdown if "gi-board" in item.value)
     top, seeds = board.split('<div class="gi-board ')[1:]
-    assert top.startswith("gi-n1") and top.count("<img") == 2
+    assert top.startswith("gi-n1") and top.count("<img") == 3
     assert seeds.startswith("gi-n2") and seeds.count("<img") == 2
 
 
@@ -455,6 +483,47 @@ def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) 
     assert "**Stopped** after" in text(app)
     assert len(app.get("download_button")) == 4
 
+    # And it goes on from there, as a run of its own.
+    before, stopped = address(app, "job"), manager().state(address(app, "job"))
+    assert stopped is not None
+    app.button(key="go-on").click().run()
+    sound(app)
+    assert address(app, "job") != before
+    going = manager().state(address(app, "job"))
+    assert going is not None and going.work.before is stopped.update.kept  # type: ignore[attr-defined]
+    app = wait(app, lambda state: isinstance(state.update, jobs.Progress))
+    assert manager().state(address(app, "job")).update.step >= stopped.update.step  # type: ignore[union-attr]
+    manager().cancel(address(app, "job"))
+    wait(app)
+
+
+def test_the_same_batch_runs_again_behind_a_defence(visit: Open) -> None:
+    app = visit(pictures="goldfish.tabby")
+    app = wait(app.button(key="start").click().run())
+    before = address(app, "job")
+    app.select_slider(key="again-noise").set_value("1e-2").run()
+    press(app, "Start this run")
+    sound(app)
+    assert address(app, "job") != before
+    app = wait(app)
+    sound(app)
+    assert "The client’s defence: Gaussian noise of standard deviation 0.01" in text(app)
+    run = Recording.open(manager().state(address(app, "job")).update.store).run  # type: ignore[union-attr]
+    assert run["client"]["defences"] == ["noise:1e-2"] and run["boundary"] == "logits"
+    # Its settings lead back to it.
+    other = press(visit(job=address(app, "job")), "New run")
+    assert address(other, "noise") == "1e-2" and other.select_slider(key="noise").value == "1e-2"
+
+
+def test_what_a_client_shares_behind_a_defence_is_what_the_server_reads(visit: Open) -> None:
+    assert "2 of 2 labels" in text(visit(pictures="goldfish.tabby"))
+    app = visit(pictures="goldfish.tabby", noise="1", preset="matching")
+    sound(app)
+    assert "Gaussian noise of standard deviation 1 is added" in text(app)
+    assert "2 of 2 labels" not in text(app)
+    command = next(item.value for item in app.code if item.value.startswith("gradinv invert"))
+    assert "--defence noise:1 " in command
+
 
 def test_each_layer_that_is_solved_shows_before_there_is_a_picture(
     visit: Open, monkeypatch: pytest.MonkeyPatch
@@ -475,7 +544,7 @@ def test_each_layer_that_is_solved_shows_before_there_is_a_picture(
         assert reached.wait(PATIENCE)
         sound(app.run())
         said = text(app)
-        assert "Solving the layers</b><span>2 of 16" in said and said.count('class="gi-exact"') == 2
+        assert "Layers: 2 of 16 solved" in said and said.count('class="gi-exact"') == 2
         # The second from the top, of a picture of 64 px.
         assert "Solved: layer4.0, 2,048 numbers of each picture (512 × 2 × 2) known exactly." in said
         assert "Reconstruction of" not in said and "nan" not in said
@@ -585,10 +654,13 @@ def test_an_imagenet_folder_is_searched_by_class_name(
     assert len(app.session_state.batch) == 4
 
 
-def test_without_an_imagenet_folder_the_page_says_how_to_give_one(visit: Open) -> None:
-    app = source(visit(), "folder")
-    sound(app)
-    assert "GRADINV_IMAGENET" in text(app)
+def test_a_folder_is_offered_where_one_is_named(visit: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offered() -> list[str]:
+        return next(list(item.options) for item in visit().button_group if item.key == "source")
+
+    assert "ImageNet folder" not in offered()
+    monkeypatch.setenv("GRADINV_IMAGENET", str(tmp_path))
+    assert "ImageNet folder" in offered()
 
 
 def test_what_users_write_is_escaped() -> None:
@@ -614,8 +686,8 @@ def test_wrongly_restored_labels_stand_beside_what_they_should_have_been() -> No
 
 
 def test_a_large_upload_is_kept_small() -> None:
-    assert pick._shrunk(Image.new("RGB", (1024, 2048))).size == (288, 576)
-    assert pick._shrunk(Image.new("RGB", (100, 300))).size == (100, 300)
+    assert uploads._shrunk(Image.new("RGB", (1024, 2048))).size == (288, 576)
+    assert uploads._shrunk(Image.new("RGB", (100, 300))).size == (100, 300)
 
 
 def test_an_error_in_a_tick_is_one_sentence_too(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,7 +706,7 @@ def test_an_error_in_a_tick_is_one_sentence_too(visit: Open, monkeypatch: pytest
 def test_the_archive_carries_the_credits_of_the_originals() -> None:
     store = MemoryStore({"run.json": b"{}"})
     credit = Credit("Ada", "CC BY 2.0", "https://example.org/licence", "https://example.org/picture", "cropped")
-    facts = run.Facts("resnet18-tiny", "demo", (), (), (), ("lion", "mine"), (credit, None), ())
+    facts = run.Facts("resnet18-tiny", 64, "demo", (), (), (), ("lion", "mine"), (credit, None), ())
     with zipfile.ZipFile(io.BytesIO(run._archive(store, facts))) as archive:
         assert archive.namelist() == ["images/CREDITS.txt", "run.json"]
         credits = archive.read("images/CREDITS.txt").decode()

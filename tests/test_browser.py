@@ -160,7 +160,7 @@ def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_relo
     assert other.page.locator(RECONSTRUCTION).first.get_attribute("src") == shown
     with page.expect_download() as download:
         page.get_by_role("button", name="Everything").click()
-    assert download.value.suggested_filename == "gradinv-resnet18-tiny-goldfish-pizza-step-60.zip"
+    assert download.value.suggested_filename == "gradinv-resnet18-tiny-64px-goldfish-pizza-step-60.zip"
 
     # After another choice, the browser's Back leads to the run.
     page.get_by_role("button", name="New run").click()

@@ -66,7 +66,7 @@ def test_the_sample_is_a_gradient_of_the_pictures(observation: Observation, mode
 def test_the_example_is_that_of_the_readme_and_makes_what_it_says(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert gradient.EXAMPLE in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert gradient.EXAMPLE in (ROOT / "docs" / "gradients.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(gradient.EXAMPLE, {"pixels": torch.rand(2, 3, 64, 64), "labels": torch.tensor([3, 5])})
     check_observation(model, Observation.load("mine.safetensors"))
@@ -297,7 +297,7 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file: 
     assert chooser.value == "resnet18-tiny" and chooser.disabled
     app.number_input(key="seeds").set_value(2).run()
     app.number_input(key="iterations").set_value(1).run()
-    assert "**a gradient of 2 pictures** · resnet18-tiny · 2 seeds × 1 iteration" in text(app)
+    assert "**a gradient of 2 pictures** of 64 px · resnet18-tiny · 2 seeds × 1 iteration" in text(app)
     app.button(key="start").click().run()
     assert not app.exception and not app.error
     job = app.query_params["job"][-1] if isinstance(app.query_params["job"], list) else app.query_params["job"]
@@ -309,7 +309,7 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file: 
     assert "distance of the gradients" not in said and "nan" not in said
     assert "PSNR" not in said and "Original" not in said and "constant colour" not in said
     board = next(item.value for item in app.markdown if "gi-board" in item.value)
-    assert board.count("<img") == 2 * 3 and "gi-hidden" not in board and "<small></small>" not in board
+    assert board.count("<img") == 2 * 4 and "gi-hidden" not in board and "<small></small>" not in board
     assert "goldfish" in board and "gi-right" not in board
     assert not app.toggle and len(app.get("download_button")) == 4 and len(app.get("plotly_chart")) == 2
 
@@ -365,7 +365,7 @@ def test_a_gradient_that_made_room_for_others_is_said_so(file: bytes) -> None:
 def test_back_at_the_gallery_the_pictures_count_again(file: bytes) -> None:
     app = bring(visit(source="gradient", model="resnet18-tiny", seeds="1", iterations="1"), file)
     next(item for item in app.button_group if item.key == "source").set_value("gallery").run()
-    assert not app.exception and "**4 pictures** · resnet18-tiny" in text(app)
+    assert not app.exception and "**4 pictures** of 64 px · resnet18-tiny" in text(app)
     next(item for item in app.button_group if item.key == "source").set_value("gradient").run()
     assert "**a gradient of 2 pictures**" in text(app)
 

@@ -100,6 +100,23 @@ def test_table_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert lines[7].startswith("13 pictures in val,") and "they are the client's own" in lines[8] and len(lines) == 9
 
 
+def test_without_a_folder_the_bundled_pictures_are_searched(
+    model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
+    chosen = [sources.find(sources.gallery(model), name) for name in ("lion", "goldfish")]
+    labels = torch.tensor([model.class_index(picture.wnid or "") for picture in chosen])
+    pixels = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in chosen])
+    observe(model, pixels, labels).save(tmp_path / "shared.safetensors")
+    assert cli.main(["identify", "--observation", str(tmp_path / "shared.safetensors"), "--top", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "The bundled pictures are searched" in captured.err
+    found = [image["matches"][0] for image in json.loads(captured.out)["images"]]
+    assert sorted(Path(match["path"]).name for match in found) == ["goldfish.jpg", "lion.jpg"]
+    assert min(match["similarity"] for match in found) > 0.99
+
+
 def test_a_changed_gradient_is_said_to_be_less_sure(observed: Observation, capsys: pytest.CaptureFixture[str]) -> None:
     weight = observed.gradients["fc.weight"]
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
@@ -194,7 +211,6 @@ def test_mistakes_are_one_sentence(
     observed: Observation, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Model
 ) -> None:
     assert "at least 1, not 0" in fails(capsys, *IDENTIFY, "--top", "0")
-    assert "--imagenet DIR" in fails(capsys, *IDENTIFY[:3])
     assert "There is no folder missing" in fails(capsys, *IDENTIFY[:4], "missing")
     (tmp_path / "empty").mkdir()
     assert "empty holds no pictures" in fails(capsys, *IDENTIFY[:4], "empty")

@@ -26,7 +26,9 @@ LAYERS: tuple[frozenset[str], ...] = (
             *("tape", "victim"),
         )
     ),
-    frozenset(f"gradinv.{name}" for name in ("benchmark", "evaluation", "figures", "jobs", "peers", "recording")),
+    frozenset(
+        f"gradinv.{name}" for name in ("benchmark", "evaluation", "figures", "jobs", "pace", "peers", "recording")
+    ),
     frozenset({"gradinv.cli", "gradinv.web"}),
     frozenset({"gradinv.__main__", "app"}),
 )

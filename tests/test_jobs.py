@@ -13,6 +13,7 @@ import torch
 
 from gradinv import jobs
 from gradinv.config import AttackConfig
+from gradinv.defenses import prune
 from gradinv.jobs import (
     Handle,
     Inversion,
@@ -421,11 +422,11 @@ class Listener:
     layers: int = -1
 
     def publish(self, update: Progress | Solving, size: int, remaining: float | None = None) -> None:
-        assert remaining == update.remaining
         if isinstance(update, Solving):
             assert not self.updates
             self.solving.append(update)
         else:
+            assert remaining == update.remaining
             self.updates.append(update)
             self.sizes.append(size)
         if len(self.updates) == self.enough or len(self.solving) == self.layers:
@@ -479,6 +480,61 @@ def test_the_layers_are_published_one_by_one_before_the_pictures_and_recorded() 
     assert (top.name, top.shape, top.numbers) == ("layer4.1.conv1", (512, 1, 1), 512) and top.error < 1e-3
     run = Recording.open(last.store).run
     assert [node["name"] for node in run["recovered"]["nodes"]] == names and run["boundary"] == last.solving.boundary
+
+
+def test_what_a_layer_holds_is_shown_of_each_picture_in_the_originals_order() -> None:
+    # The labels are restored in their own order; the pictures are given in the other one.
+    own = inversion().originals
+    assert own is not None
+    shown = []
+    for order in ([0, 1], [1, 0]):
+        listener = Listener()
+        labels = tuple(own.labels[place] for place in order)
+        dataclasses.replace(inversion(), client=Originals(own.pixels[order], labels))(listener)
+        layers = listener.updates[-1].solving.layers
+        assert all(len(layer.tiles) == 2 for layer in layers)
+        shown.append({layer.name: layer.tiles for layer in layers})
+    top = "layer4.0"
+    assert shown[0][top][0] != shown[0][top][1]
+    assert shown[1][top] == shown[0][top][::-1]
+
+
+def test_a_stopped_run_goes_on_to_where_it_would_have_come_without_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inversion, "INTERVAL", 0.0)
+    whole, first, second = Listener(), Listener(enough=4), Listener()
+    assert inversion(iterations=12)(whole) == "done"
+    assert inversion(iterations=12)(first) == "stopped"
+    last = first.updates[-1]
+    assert last.kept is not None and 0 < last.step < 12 and first.sizes[-1] > last.kept.size
+    going = dataclasses.replace(inversion(iterations=12), before=last.kept)
+    assert going.cost < inversion(iterations=12).cost
+    assert going(second) == "done"
+    assert [solving.layers for solving in second.solving] == [last.solving.layers]
+    end = second.updates[-1]
+    assert end.pictures.consensus == whole.updates[-1].pictures.consensus and end.kept is None
+    assert Recording.open(end.store).steps == Recording.open(whole.updates[-1].store).steps
+    # The run that was stopped is as it was.
+    assert Recording.open(last.store).run["status"] == "stopped"
+
+
+def test_what_would_take_too_much_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inversion, "KEPT", 1000)
+    listener = Listener(enough=2)
+    assert inversion(iterations=1000)(listener) == "stopped"
+    assert listener.updates[-1].kept is None
+
+
+def test_a_client_with_a_defence_shares_what_it_leaves_and_the_recording_says_so() -> None:
+    own = inversion().originals
+    assert own is not None
+    work = dataclasses.replace(inversion(), client=dataclasses.replace(own, defences=("prune:0.9",)))
+    plain, pruned = (one.originals.observed(small(), one.config) for one in (inversion(), work) if one.originals)
+    expected = prune(plain, 0.9)
+    assert all(torch.equal(value, expected.gradients[name]) for name, value in pruned.gradients.items())
+    assert not all(torch.equal(value, plain.gradients[name]) for name, value in pruned.gradients.items())
+    listener = Listener()
+    assert work(listener) == "done"
+    assert Recording.open(listener.updates[-1].store).run["client"]["defences"] == ["prune:0.9"]
 
 
 def test_what_is_stopped_while_the_layers_are_solved_claims_nothing_of_those_below() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
+from gradinv import metrics, sources
 from gradinv.defenses import clip, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.gallery import Gallery, pooled
 from gradinv.models import Model
@@ -23,6 +24,7 @@ from gradinv.types import GradinvError
 from gradinv.victim import observe
 from gradinv.web import batch, defences, lessons, lessons_labels, markup, replay, shared
 from gradinv.web.lessons import Candidate, Pool
+from gradinv.web.uploads import Upload
 
 PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
 Open = Callable[..., AppTest]
@@ -87,7 +89,7 @@ def test_the_attack_reads_labels_and_features_and_clipping_hides_neither(
     observation = observe(small_model, pixels, labels)
     for shared_one in (observation, clip(observation, 1e-3)):
         found = lessons.attack(small_model, shared_one)
-        order, similarity = defences.aligned(found.features, own)
+        order, similarity = metrics.aligned(found.features, own)
         assert found.labels[order].tolist() == labels.tolist()
         assert min(similarity) > 0.9999 and found.residual < EXPLAINED
 
@@ -111,7 +113,7 @@ def test_counting_what_is_right() -> None:
 
 def test_recovered_features_are_put_in_the_pictures_order() -> None:
     features = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
-    order, similarity = defences.aligned(features[[2, 0, 1]] * 5, features)
+    order, similarity = metrics.aligned(features[[2, 0, 1]] * 5, features)
     assert order == [1, 2, 0] and similarity == pytest.approx([1, 1, 1])
 
 
@@ -290,6 +292,20 @@ def test_a_page_opens_and_ignores_a_hostile_address(visit: Open, name: str) -> N
     assert (app.slider(key="size").value, app.slider(key="repeats").value) == (8, 1)
     assert app.slider(key="draw").value == 0
     assert "passwd" not in text(app) and "<script>" not in text(app)
+
+
+@pytest.mark.parametrize("name", ["lessons_labels", "batch"])
+def test_a_visitors_own_pictures_are_the_batch_and_among_those_that_are_searched(visit: Open, name: str) -> None:
+    app = visit(name, reveal="true")
+    own = [Upload(f"own{place}", known) for place, known in enumerate(sources.gallery()[:3])]
+    app.session_state[lessons.OWN] = own
+    app.run()
+    assert not app.exception and not app.error
+    said = text(app)
+    assert "The batch is 3 pictures of your own" in said
+    assert "3 of 3" in said if name == "batch" else "**3 pictures of" in said
+    next(button for button in app.button if button.key == "own-remove").click().run()
+    assert not app.exception and "of your own;" not in text(app)
 
 
 def test_labels_that_repeat_are_beyond_column_minimum(visit: Open) -> None:

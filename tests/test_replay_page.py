@@ -92,7 +92,7 @@ def installed(
         told = {**told, "place": list(configs).index(name)}
         packed = MemoryStore({**files, "about.json": json.dumps(told).encode()}).zip()
         (target / f"{name}.zip").write_bytes(packed)
-    caches = (replay.library, replay.packed, replay._card, replay._animation)
+    caches = (replay.library, replay.packed, replay._card, replay._frames)
     monkeypatch.setattr(replay, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(recipe, "HERE", target)
     for cached in caches:
@@ -149,8 +149,8 @@ def test_first_page_has_its_run_and_the_pairs_can_be_recorded(recipe: ModuleType
     names = [run.name for run in recipe.RUNS]
     assert {name for pair in replay.PAIRS.values() for name in pair} <= set(names)
     assert list(replay.library()) == [name for name in names if name in replay.library()]
-    with Image.open(io.BytesIO(base64.b64decode(replay._animation()[0].partition(",")[2]))) as moving:
-        assert moving.n_frames == replay._MOVING
+    frames, _, _ = replay._frames()
+    assert len(frames) == replay._MOVING
 
 
 # --- recording them
@@ -290,27 +290,46 @@ def test_damaged_description_is_one_sentence(installed: dict[str, Recording], tm
 # --- the first page's
 
 
-def test_first_page_moves(installed: dict[str, Recording]) -> None:
-    shown = replay.moving()
-    assert shown is not None
-    sources = re.findall(r"!\[([^\]]+)\]\(data:image/webp;base64,([^)]+)\)", "".join(shown))
-    pictures = [Image.open(io.BytesIO(base64.b64decode(source))) for _, source in sources]
-    moving, still, originals = pictures
-    assert moving.n_frames > 1 and still.n_frames == originals.n_frames == 1
-    assert {picture.size for picture in pictures} == {(3 * 128, 128)}
-    moving.seek(moving.n_frames - 1)
-    assert (from_grid(moving, 3) - from_grid(still, 3)).abs().mean() < 0.03
+def strips() -> list[str]:
+    """What the first page's strips say in Markdown."""
+
+    def script() -> None:
+        import streamlit as st
+
+        from gradinv.web import replay
+
+        st.session_state.there = replay.moving()
+
+    app = AppTest.from_function(script, default_timeout=60).run()
+    assert not app.exception
+    assert app.session_state.there is bool(app.markdown)
+    return [item.value for item in app.markdown]
+
+
+def picture(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_first_page_moves_and_begins_with_the_last_picture(installed: dict[str, Recording]) -> None:
+    frames, steps, originals = replay._frames()
+    assert len(frames) == len(steps) > 1 and list(steps) == sorted(steps)
+    assert {picture(uri).size for uri in (*frames, originals)} == {(3 * 128, 128)}
+    recorded = installed["four"]
+    last = recorded.snapshot(recorded.steps[-1]).consensus[list(replay.library()["four"].order)]
+    sent = from_grid(picture(frames[-1]).convert("RGB").resize((3 * last.shape[-1], last.shape[-1])), 3)
+    assert (sent.flatten() - last[None].flatten()).abs().mean() < 0.05
+    shown = re.findall(r"!\[([^\]]+)\]\((data:image/webp;base64,[^)]+)\)", "".join(strips()))
+    assert [uri for _, uri in shown] == [frames[-1], originals]
 
 
 def test_first_page_credits_what_it_shows(installed: dict[str, Recording]) -> None:
-    shown = replay.moving()
-    assert shown is not None
+    words = strips()[-1]
     for name in PICTURES:
         credit = find(gallery(), name).credit
-        assert credit is not None and credit.author in shown[2] and credit.licence in shown[2]
+        assert credit is not None and credit.author in words and credit.licence in words
     restored = installed["four"].run["labels"]["restored"]
     right = sum((Counter(restored) & Counter(installed["four"].run["labels"]["true"])).values())
-    assert f"gave away {right} of their 3 classes" in shown[2]
+    assert f"gave away {right} of their 3 classes" in words
 
 
 def test_a_name_is_no_markdown() -> None:
@@ -320,7 +339,7 @@ def test_a_name_is_no_markdown() -> None:
 
 def test_first_page_does_without_a_recorded_run(installed: dict[str, Recording], tmp_path: Path) -> None:
     (tmp_path / "assets" / "runs" / "four.zip").unlink()
-    assert replay.moving() is None
+    assert strips() == []
 
 
 # --- the page
@@ -424,7 +443,7 @@ class Player:
         self.show(*names)
 
     def show(self, *names: str) -> None:
-        parts = [replay._part(kind) for kind in ("html", "css", "js")]
+        parts = [replay.part("player", kind) for kind in ("html", "css", "js")]
         self.tab.evaluate(HOST, [*parts, base64.b64encode(replay.packed(*names)).decode()])
 
     def ask(self, element: str, what: str) -> Any:

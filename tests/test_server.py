@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from typing import Any
 
 import pytest
@@ -50,13 +51,64 @@ def test_a_page_comes_with_its_style_and_the_font_of_its_headings() -> None:
     style = (ASSETS / "style.css").read_bytes()
     assert body.endswith(b"<style>" + style + b"</style></body></html>")
     assert body.count(b'as="font"') == 1 and body.index(b'as="font"') < body.index(b"</head>")
+    given = facts["told"].pop("set-cookie")
+    assert given.startswith(f"{server.COOKIE}=") and "HttpOnly" in given
     assert facts["told"] == {"content-type": "text/html", "content-length": str(len(body))}
     assert facts["asked on"] == {b"accept": b"text/html,*/*"}
+
+
+def test_a_browser_is_given_one_name_which_its_tabs_and_a_frame_of_another_site_keep() -> None:
+    def given(**headers: str) -> str:
+        told: str = asked(server.Styled, "GET", "/", accept="text/html", **headers)[0]["told"].get("set-cookie", "")
+        return told
+
+    first, second = given(), given()
+    assert first != second and "SameSite=Lax" in first and "Secure" not in first
+    assert given(cookie=f"other=1; {server.COOKIE}=abc") == ""
+    assert "SameSite=None; Secure" in given(x_forwarded_proto="https")
 
 
 def test_whatever_is_no_page_passes_as_it_is() -> None:
     facts, body = asked(server.Styled, "GET", "/static/js/index.js", accept="*/*", accept_encoding="gzip")
     assert body == PAGE and facts["told"]["etag"] == "1" and b"accept-encoding" in facts["asked on"]
+
+
+def test_scripts_are_sent_compressed_once_and_as_they_are_where_that_is_asked() -> None:
+    seen: list[str] = []
+    script = b"let a = 1;\n" * 1000
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+        status = 404 if "missing" in scope["path"] else 200
+        told = [(b"content-length", str(len(script)).encode()), (b"cache-control", b"immutable")]
+        await send({"type": "http.response.start", "status": status, "headers": told})
+        await send({"type": "http.response.body", "body": script[:100], "more_body": True})
+        await send({"type": "http.response.body", "body": script[100:]})
+
+    packed = server.Packed(application)
+
+    def get(path: str, **headers: bytes) -> tuple[Any, bytes]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        given = [(name.replace("_", "-").encode(), value) for name, value in headers.items()]
+        scope = {"type": "http", "method": "GET", "path": path, "headers": given}
+        asyncio.run(packed(scope, send, send))
+        return sent[0], b"".join(part["body"] for part in sent[1:])
+
+    for _ in range(2):
+        start, body = get("/static/js/a.js", accept_encoding=b"gzip, br", if_none_match=b"1")
+        told = dict(start["headers"])
+        assert gzip.decompress(body) == script and told[b"content-encoding"] == b"gzip"
+        assert told[b"content-length"] == str(len(body)).encode() and told[b"cache-control"] == b"immutable"
+    assert seen == ["/static/js/a.js"]
+    assert get("/static/js/a.js")[1] == script
+    assert get("/static/js/a.js", accept_encoding=b"gzip", range=b"bytes=0-9")[1] == script
+    assert get("/static/media/a.woff2", accept_encoding=b"gzip")[1] == script
+    missing, _ = get("/static/js/missing.js", accept_encoding=b"gzip")
+    assert missing["status"] == 404
 
 
 @pytest.mark.parametrize(("size", "status"), [("20", 200), ("21", 413), ("", 413)])

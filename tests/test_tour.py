@@ -10,7 +10,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from gradinv.web import batch, defences, how, lessons, lessons_labels, live, replay, tour
+from gradinv.web import batch, defences, how, layers, lessons, lessons_labels, live, replay, tour
 
 APP = str(Path(__file__).resolve().parent.parent / "gradinv" / "web" / "pages.py")
 PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
@@ -19,6 +19,7 @@ PAGES = {
     "Replay": replay,
     "Labels": lessons_labels,
     "Who was in the batch?": batch,
+    "Layer by layer": layers,
     "Defences": defences,
     "How it works": how,
 }
@@ -70,7 +71,7 @@ def test_next_leads_through_all_pages_in_order_and_out_of_the_tour(visit: Open) 
     app = press(visit(), "begin")
     for number, one in enumerate(tour.STEPS, 1):
         assert [item.value for item in app.header] == [one.page]
-        assert step(app) == f"{number} of 6"
+        assert step(app) == f"{number} of 7"
         assert any(one.task in item.value for item in app.markdown)
         assert address(app) == {**one.address, "tour": str(number)}
         press(app, "next")
@@ -82,7 +83,7 @@ def test_back_leads_back_and_end_ends_it_on_the_page(visit: Open) -> None:
     app = visit(tour="1")
     assert app.button(key="tour-back").disabled
     press(press(press(app, "next"), "next"), "back")
-    assert [item.value for item in app.header] == ["Labels"] and step(app) == "2 of 6"
+    assert [item.value for item in app.header] == ["Labels"] and step(app) == "2 of 7"
     press(app, "end")
     assert [item.value for item in app.header] == ["Labels"]
     assert step(app) == "" and "tour" not in app.query_params
@@ -90,10 +91,10 @@ def test_back_leads_back_and_end_ends_it_on_the_page(visit: Open) -> None:
 
 
 def test_what_a_step_set_up_does_not_outlast_the_tour(visit: Open) -> None:
-    app = press(press(press(press(press(visit(), "begin"), "next"), "next"), "next"), "next")
-    assert address(app) == {"clip": "1", "tour": "5"}
+    app = press(press(press(press(press(press(visit(), "begin"), "next"), "next"), "next"), "next"), "next")
+    assert address(app) == {"clip": "1", "tour": "6"}
     assert address(press(app, "end")) == {} and app.session_state["clip"] == lessons.OFF
-    app = press(press(press(press(press(visit(), "begin"), "next"), "next"), "next"), "next")
+    app = press(press(press(press(press(press(visit(), "begin"), "next"), "next"), "next"), "next"), "next")
     app.query_params["clip"] = "0.3"  # by the visitor's hand
     assert address(press(app.run(), "end")) == {"clip": "0.3"} and "clip" not in app.session_state
 
@@ -102,7 +103,7 @@ def test_what_a_step_set_up_does_not_outlast_the_tour(visit: Open) -> None:
 def test_a_number_that_is_not_the_pages_shows_the_pages_own_step(visit: Open, number: str) -> None:
     app = visit(tour=number)
     assert not app.exception and not app.error
-    assert step(app) == "1 of 6" and address(app) == {"tour": "1"}
+    assert step(app) == "1 of 7" and address(app) == {"tour": "1"}
 
 
 def test_an_infinite_number_is_no_tour(visit: Open) -> None:
@@ -114,7 +115,7 @@ def test_the_tour_goes_along_where_the_navigation_leads(visit: Open) -> None:
     app = visit(tour="1")
     app.query_params.clear()  # as the navigation does
     app.run()
-    assert step(app) == "1 of 6" and address(app) == {"tour": "1"}
+    assert step(app) == "1 of 7" and address(app) == {"tour": "1"}
 
 
 def test_a_run_and_the_large_type_are_carried_along(visit: Open) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 HELP = "find the pictures of a batch among many, from its gradient alone"
 EXAMPLES = """\
 examples:
+  gradinv identify --observation client.safetensors                 among the bundled pictures, offline
   gradinv identify --observation client.safetensors --imagenet val
   gradinv identify --observation client.safetensors --imagenet photos --top 1 --json
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         "--imagenet",
         metavar="DIR",
         help="the pictures to search: a folder in ImageNet layout or any other, with the folders in it "
-        "(else: GRADINV_IMAGENET)",
+        "(else: GRADINV_IMAGENET, else the bundled pictures)",
     )
     parser.add_argument(
         "--model", help="a name that `gradinv models` lists, or a weights file (default: the one of the observation)"
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from gradinv.checks import check_observation
     from gradinv.gallery import sought
     from gradinv.recovery.final_layer import EXPLAINED
+    from gradinv.sources import SAMPLES
     from gradinv.types import GradinvError, Observation
 
     say = speaker(args)
@@ -62,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise GradinvError(f"--top takes a number of pictures of at least 1, not {args.top}.")
     folder = args.imagenet or os.environ.get("GRADINV_IMAGENET")
     if not folder:
-        raise GradinvError("Which pictures are to be searched? Name their folder with --imagenet DIR.")
+        say("The bundled pictures are searched; --imagenet DIR searches those of a folder.")
+        folder = str(SAMPLES)
     observation = Observation.load(args.observation)
     model = _load_model(args, observation)
     check_observation(model, observation)

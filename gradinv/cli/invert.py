@@ -311,7 +311,7 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
         labels=resumed.run["labels"]["true"],
         defences=resumed.run["client"]["defences"],
         every=resumed.run["every"],
-        out=resumed.store.path,
+        out=Path(args.resume).expanduser(),
         resumed=resumed,
     )
 

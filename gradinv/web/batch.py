@@ -41,7 +41,7 @@ def page() -> None:
 
 def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
     network = shared.model(choice.network)
-    places = pool.draw(choice.size, choice.repeats, choice.seed)
+    pool, places = lessons.drawn(pool, choice)
     if not places:
         raise GradinvError(f"No picture of the folder is of a class that {network.name} knows; name another folder.")
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):

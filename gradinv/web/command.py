@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 
 from gradinv.config import AttackConfig
-from gradinv.models import Model
+from gradinv.models import MODELS, Model
 from gradinv.web.gradient import Gradient
 from gradinv.web.pick import Batch, Chosen
 
 
-def line(network: Model, batch: Batch | Gradient, preset: str, config: AttackConfig) -> str:
+def line(network: Model, batch: Batch | Gradient, defences: Sequence[str], preset: str, config: AttackConfig) -> str:
     """The command that does what the page would; a picture or a gradient that was brought is named as its file was."""
     words = ["gradinv", "invert"]
     if isinstance(batch, Gradient):
@@ -20,7 +21,12 @@ def line(network: Model, batch: Batch | Gradient, preset: str, config: AttackCon
         words += [_name(member.chosen) for member in batch.members]
         files = [member for member in batch.members if member.chosen.source == "upload"]
         words += [word for member in files for word in ("--class", member.name)]
-    words += ["--model", network.name, "--preset", preset]
+    words += ["--model", network.name]
+    size = network.preprocessing.size
+    if not isinstance(batch, Gradient) and size != MODELS[network.name].size:  # a gradient says its own
+        words += ["--image-size", str(size)]
+    words += [word for text in defences for word in ("--defence", text)]
+    words += ["--preset", preset]
     base = AttackConfig.preset(preset, network.name)
     for item in dataclasses.fields(AttackConfig):
         value = getattr(config, item.name)

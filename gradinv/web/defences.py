@@ -11,18 +11,17 @@ from html import escape
 import plotly.graph_objects as go
 import streamlit as st
 from plotly.subplots import make_subplots
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn import functional as F
 
-from gradinv import figures
+from gradinv import figures, metrics
 from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.types import Gradients
-from gradinv.web import head, lessons, markup, replay
+from gradinv.web import head, layers, lessons, markup, replay, shared
 from gradinv.web.guard import guarded
 from gradinv.web.lessons import Attack, Pool
 from gradinv.web.markup import Row, Tile
 
+FEW = 4  # pictures of which the layers are solved
 EPSILON = 8.0  # of the guarantee that the page holds against the sliders
 
 
@@ -40,15 +39,16 @@ def page() -> None:
     with guarded():
         head.lead(
             "What does a defence hide, and what does it cost?",
-            "A client can change its gradient before it shares it. Move the sliders: what the attacker still gets "
-            "at once stands before what the server, which only wants a good average, loses.",
+            "A client can change its gradient before it shares it. Move the sliders and see what the attacker still "
+            "gets, and what the server loses, which only wants a good average.",
         )
         choice = lessons.controls()
         texts = lessons.defences()
         _notes(texts)
         pool = lessons.samples(choice.network)
-        places = pool.draw(choice.size, choice.repeats, choice.seed)
+        pool, places = lessons.drawn(pool, choice)
         _attacker(choice, texts, pool, places)
+        _layers(choice, texts, pool, places[:FEW])
         _server(choice, texts, pool, places)
         lessons.credits(pool)
 
@@ -140,20 +140,12 @@ def _guesses(
     name: str, uris: Sequence[str], found: Attack, features: Tensor, first: Sequence[int], places: Sequence[int]
 ) -> Row:
     """What the learned prior paints of the recovered features, in the originals' order, which is known to us only."""
-    order, similarity = aligned(found.features, features)
+    order, similarity = metrics.aligned(found.features, features)
     tiles = [
         Tile(uris[one], f"{name}: guess of a learned prior", f"{value:.3f}", mark=first[one] == place)
         for one, value, place in zip(order, similarity, places, strict=True)
     ]
     return Row(name, tiles, "learned prior")
-
-
-def aligned(found: Tensor, features: Tensor) -> tuple[list[int], list[float]]:
-    """Recovered features (K, D) against the pictures' own (K, D): for each picture which of the recovered is its, one
-    to one so that the cosine similarities are largest in all, and that similarity."""
-    similarity = F.normalize(features) @ F.normalize(found.cpu()).T
-    _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
-    return order.tolist(), similarity[range(len(order)), order.tolist()].tolist()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -166,18 +158,50 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+# --- the layers
+
+
+def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: tuple[int, ...]) -> None:
+    """Down to which layer the gradient can be solved, and what a short search below it gives."""
+    st.header("Where the attack stops", anchor=False)
+    st.markdown(
+        f"Of {'one picture' if len(places) == 1 else f'{len(places)} pictures'} of the batch, shared as a batch of "
+        "their own: the layers that can be solved, from the output down, and what a short search for the pixels below "
+        "them leaves to see. [Layer by layer](layers) shows how that works."
+    )
+    network = shared.model(choice.network)
+    rows = [_originals(pool, places, bool(st.session_state.get("truth", True)))]
+    for name, own in {"No defence": (), "Defended": texts}.items():
+        if name == "Defended" and not texts:
+            continue
+        st.markdown(f"**{name}**")
+        found = layers.way(network, pool, places, own, choice.seed, search=True)
+        if found is None:
+            return
+        st.markdown(found.ladder(network), unsafe_allow_html=True)
+        tiles = [
+            Tile(uri, f"{name}: rebuilt picture {place}", note=markup.beside(value, baseline))
+            for place, (uri, value, baseline) in enumerate(
+                zip(found.rebuilt, found.psnr, found.baseline, strict=True), 1
+            )
+        ]
+        rows.append(Row(name, tiles, markup.BASELINE))
+    st.markdown(markup.board(rows), unsafe_allow_html=True)
+    st.caption(f"One seed and {layers.SEARCH} iterations, so that it is there at once; the page Live takes more.")
+
+
 # --- the server
 
 
 def _server(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: tuple[int, ...]) -> None:
     st.header("What the server loses", anchor=False)
-    layers, whole = _distorted(choice.network, pool.name, places, texts, choice.seed, pool)
+    by_layer, whole = _distorted(choice.network, pool.name, places, texts, choice.seed, pool)
     st.markdown(
         markup.facts([("relative error of the gradient", f"{whole.error:.3g}"), ("cosine", f"{whole.cosine:.4f}")]),
         unsafe_allow_html=True,
     )
     st.plotly_chart(
-        distortions(layers),
+        distortions(by_layer),
         key="distortion",
         config={"displayModeBar": False},
         alt="Bars by layer: above the relative error of its gradient, below the cosine similarity to the client’s",
@@ -215,13 +239,13 @@ def _distortion(square: float, own: float, shared: float, product: float) -> Dis
     return Distortion(error, product / math.sqrt(own * shared) if own * shared > 0 else 0.0)
 
 
-def distortions(layers: Mapping[str, Distortion]) -> go.Figure:
+def distortions(by_layer: Mapping[str, Distortion]) -> go.Figure:
     """Bars by layer, from the input to the output: the relative error and the cosine."""
-    names = list(layers)
+    names = list(by_layer)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     columns = (("error", figures.COLOURS[1]), ("cosine", figures.COLOURS[0]))
     for part, (name, colour) in enumerate(columns, 1):
-        values = [getattr(layers[layer], name) for layer in names]
+        values = [getattr(by_layer[layer], name) for layer in names]
         figure.add_bar(
             x=names,
             y=[value if math.isfinite(value) else None for value in values],

@@ -28,7 +28,7 @@ from gradinv.web import markup, shared, uploads
 LARGEST = 256  # pictures in a batch, more than any limit of memory lets pass on a small machine
 NAME = 60  # letters of a file's name that are shown
 
-# As the README has it.
+# As docs/gradients.md has it.
 EXAMPLE = """\
 from torch.nn.functional import cross_entropy
 from gradinv.models import load_model

@@ -9,14 +9,15 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 
 import streamlit as st
 import torch
 from PIL import Image, ImageOps
+from streamlit.delta_generator import DeltaGenerator
 from torch import Tensor
 
 from gradinv import figures, prior
@@ -24,13 +25,12 @@ from gradinv.defenses import parse_all
 from gradinv.gallery import Gallery, pooled
 from gradinv.images import to_pixels
 from gradinv.models import Model
-from gradinv.paths import ASSETS
 from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
 from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
-from gradinv.sources import Picture, gallery
+from gradinv.sources import SAMPLES, Picture, gallery
 from gradinv.types import Observation
 from gradinv.victim import final_gradient, observe
-from gradinv.web import markup, shared
+from gradinv.web import markup, shared, uploads
 
 NETWORKS = ("resnet18-tiny", "resnet50-tiny")
 MOST = 20  # pictures in a batch: to solve the features of more takes too long for a lesson
@@ -44,10 +44,11 @@ STRENGTHS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clip": ("Clip to a norm of", ("10", "3", "1", "0.3", "0.1")),
     "noise": ("Gaussian noise, σ", ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "0.1", "1", "3")),
     "prune": ("Prune the smallest share", ("0.5", "0.9", "0.99", "0.999")),
-    "quantise": ("Bits a number", ("8", "6", "4", "3", "2", "1")),
+    "quantise": ("Bits per number", ("8", "6", "4", "3", "2", "1")),
 }
 """Each defence's slider and its strengths, weakest first, in the order in which they are applied."""
 OFF = "off"
+SHARED = "samples"  # what the pool of the bundled photographs is called
 
 LAYOUT = {
     "paper_bgcolor": "rgba(0,0,0,0)",
@@ -146,8 +147,8 @@ def samples(name: str) -> Pool:
     views[0] += [Candidate(picture, None) for picture in gallery() if picture.key not in known]
     features = torch.cat([_features(network, candidates) for candidates in views])  # a view at a time: less memory
     candidates = [candidate for view in views for candidate in view]
-    paths = tuple(ASSETS / "samples" / item.picture.key / str(item.view) for item in candidates)
-    return Pool("samples", tuple(candidates), Gallery(ASSETS / "samples", paths, features))
+    paths = tuple(SAMPLES / item.picture.key / str(item.view) for item in candidates)
+    return Pool(SHARED, tuple(candidates), Gallery(SAMPLES, paths, features))
 
 
 def _features(network: Model, candidates: Sequence[Candidate]) -> Tensor:
@@ -178,36 +179,102 @@ def thumbnail_of(pool: Pool, place: int) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the controls say: the network, and which batch."""
+    """What the controls say: the network, and which batch; its pictures' side in pixels where that can be chosen."""
 
     network: str
     size: int
     repeats: int
     seed: int
+    side: int | None = None
 
 
-def controls() -> Choice:
-    """The network, the batch's size, how often classes repeat, and the draw. All of them are in the address."""
+def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
+    """The network, the batch's size up to `most`, how often classes repeat, or in its place the pictures' `sides`, and
+    the draw. All of them are in the address."""
+    repeats, side = 1, None
     with st.container(key="lesson-controls"):
         left, middle, right, last = st.columns([3, 3, 3, 4], gap="medium", vertical_alignment="bottom")
         network = left.segmented_control(
             "Network", NETWORKS, default=NETWORKS[0], required=True, key="network", bind="query-params"
         )
-        size = middle.slider("Batch size", 1, MOST, 8, key="size", bind="query-params")
-        repeats = right.slider(
-            "Pictures of one class",
-            1,
-            REPEATS,
-            1,
-            key="repeats",
-            bind="query-params",
-            help="How many pictures of a class are drawn together. A class's further pictures are mirrored or cropped.",
-        )
+        size = middle.slider("Batch size", 1, most, 4 if sides else 8, key="size", bind="query-params")
+        if sides:
+            side = right.segmented_control(
+                "Side of the pictures, in pixels",
+                sides,
+                default=sides[0],
+                required=True,
+                key="side",
+                bind="query-params",
+            )
+        else:
+            repeats = right.slider(
+                "Pictures of one class",
+                1,
+                REPEATS,
+                1,
+                key="repeats",
+                bind="query-params",
+                help="How many pictures of a class are drawn together. A class's further pictures are mirrored or "
+                "cropped.",
+            )
         with last.container(horizontal=True, vertical_alignment="bottom"):
             # A slider: number_input fails at an address that says infinity.
             seed = st.slider("Draw", 0, DRAWS, 0, key="draw", bind="query-params", width=150)
             st.button("Shuffle", icon=":material/shuffle:", key="shuffle", on_click=_shuffle)
-    return Choice(str(network), size, repeats, int(seed))
+    return Choice(str(network), size, repeats, int(seed), None if side is None else int(side))
+
+
+OWN = "own_pictures"  # in the session
+
+
+def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:
+    """The places of the batch: those of the draw, or the visitor's own pictures, which are then among those that are
+    searched. Offers to bring some."""
+    own: list[uploads.Upload] = st.session_state.setdefault(OWN, [])
+    with st.expander("Your own pictures as the batch", icon=":material/upload:"):
+        st.caption(f"{uploads.PRIVACY} Their classes are those that the network takes them for.")
+        sent = uploads.pictures("own")
+        if sent is not None:
+            added, notices = sent
+            st.session_state[OWN] = [*own, *added][:MOST]
+            if len(own) + len(added) > MOST:
+                notices.append(f"A batch takes at most {MOST} pictures here; the others were left out.")
+            st.session_state.own_notices = notices
+            st.rerun()
+        uploads.tell(st.session_state.pop("own_notices", []))
+        if own:
+            st.button("Remove all", key="own-remove", type="tertiary", icon=":material/delete:", on_click=_drop_own)
+    if not own:
+        return pool, pool.draw(choice.size, choice.repeats, choice.seed)
+    st.caption(f"The batch is {markup.count(len(own), 'picture')} of your own; the sliders of the draw do nothing.")
+    key = (choice.network, pool.name, *(upload.id for upload in own))
+    if st.session_state.get("own_pool", (None,))[0] != key:
+        st.session_state.own_pool = (key, _with_own(choice.network, pool, own))
+    joined: Pool = st.session_state.own_pool[1]
+    return joined, tuple(range(len(pool.candidates), len(joined.candidates)))
+
+
+def _with_own(name: str, pool: Pool, own: Sequence[uploads.Upload]) -> Pool:
+    """A pool and some uploads behind it."""
+    network = shared.model(name)
+    size = network.preprocessing.size
+    candidates = []
+    for upload in own:
+        pixels = to_pixels(upload.picture.open(), network.preprocessing)
+        label = shared.prediction(name, size, upload.id, pixels)
+        picture = replace(upload.picture, key=upload.id, name=network.class_name(label))
+        candidates.append(Candidate(picture, label))
+    features = torch.cat([pool.gallery.features, _features(network, candidates)])
+    paths = (*pool.gallery.paths, *(pool.gallery.folder / upload.id for upload in own))
+    joined = Gallery(pool.gallery.folder, paths, features)
+    name = " ".join([pool.name, *(upload.id for upload in own)])
+    return Pool(name, (*pool.candidates, *candidates), joined)
+
+
+def _drop_own() -> None:
+    st.session_state[OWN] = []
+    st.session_state.pop("own_pool", None)
 
 
 def _shuffle() -> None:
@@ -217,13 +284,32 @@ def _shuffle() -> None:
 
 def defences() -> tuple[str, ...]:
     """The defences that the sliders say, as `defenses.parse_all` reads them. All sliders are in the address."""
-    chosen = []
     with st.container(key="lesson-defences"):
-        for column, (name, (label, strengths)) in zip(st.columns(len(STRENGTHS)), STRENGTHS.items(), strict=True):
-            strength = column.select_slider(label, (OFF, *strengths), OFF, key=name, bind="query-params")
-            if strength != OFF:
-                chosen.append(f"{name}:{strength}")
+        columns = st.columns(len(STRENGTHS))
+        return _chosen({name: (column, OFF, name) for name, column in zip(STRENGTHS, columns, strict=True)}, True)
+
+
+def other_defences(present: Sequence[str]) -> tuple[str, ...]:
+    """As `defences`, one slider below the other, at first the `present` ones; the address does not have them."""
+    strengths = dict(text.split(":", 1) for text in present)
+    places = {name: (st.container(), strengths.get(name, OFF), f"again-{name}") for name in STRENGTHS}
+    return _chosen(places, False)
+
+
+def _chosen(places: Mapping[str, tuple[DeltaGenerator, str, str]], bound: bool) -> tuple[str, ...]:
+    """Draw the sliders: each one's place, its value at first, and its key."""
+    chosen = []
+    for name, (place, value, key) in places.items():
+        label, strengths = STRENGTHS[name]
+        strength = place.select_slider(label, (OFF, *strengths), value, key=key, bind="query-params" if bound else None)
+        if strength != OFF:
+            chosen.append(f"{name}:{strength}")
     return tuple(chosen)
+
+
+def defended_by_address() -> bool:
+    """Whether the address, or what was chosen before, has a defence on."""
+    return any(st.session_state.get(name, st.query_params.get(name, OFF)) != OFF for name in STRENGTHS)
 
 
 def observed_final(network: Model, pool: Pool, places: Sequence[int]) -> Observation:

@@ -49,7 +49,7 @@ def page() -> None:
 
 def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
     network = shared.model(choice.network)
-    places = pool.draw(choice.size, choice.repeats, choice.seed)
+    pool, places = lessons.drawn(pool, choice)
     observation = lessons.observed_final(network, pool, places)
     gradient, bias = (observation.gradients[f"{network.final}.{part}"].cpu() for part in ("weight", "bias"))
     names = [network.class_name(label) for label in range(len(network.classes))]
@@ -117,11 +117,11 @@ def _methods(
     names: Sequence[str],
     true: Mapping[int, int] | None,
 ) -> None:
-    found = {method: _reading(choice.network, places, method, pool) for method in METHODS[1:]}
-    asked = (choice.network, places)
+    found = {method: _reading(choice.network, pool.name, places, method, pool) for method in METHODS[1:]}
+    asked = (choice.network, pool.name, places)
     if max(reading.confidence for reading in found.values()) >= SURE or st.session_state.get("auto") == asked:
         with st.spinner("Auto tests readings"):
-            found = {"auto": _reading(choice.network, places, "auto", pool), **found}
+            found = {"auto": _reading(choice.network, pool.name, places, "auto", pool), **found}
     elif st.button("Let auto correct the readings (up to a minute)", icon=":material/search:", key="auto-ask"):
         st.session_state.auto = asked
         st.rerun()
@@ -140,7 +140,7 @@ def _methods(
 
 
 @st.cache_data(max_entries=512, show_spinner=False)
-def _reading(name: str, places: tuple[int, ...], method: str, _pool: lessons.Pool) -> Reading:
+def _reading(name: str, among: str, places: tuple[int, ...], method: str, _pool: lessons.Pool) -> Reading:
     network = shared.model(name)
     try:
         restored = restore_labels(network, lessons.observed_final(network, _pool, places), method)

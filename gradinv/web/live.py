@@ -7,15 +7,16 @@ from functools import partial
 import streamlit as st
 import torch
 
-from gradinv import figures
+from gradinv import figures, pace
 from gradinv.attack.objective import bn_targets
 from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
-from gradinv.jobs import Inversion, Originals, estimate, manager
+from gradinv.defenses import parse
+from gradinv.jobs import Inversion, Originals, manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.types import GradinvError
-from gradinv.web import command, gradient, head, markup, pick, replay, run, settings, shared, tour
+from gradinv.web import command, gradient, head, lessons, markup, pick, replay, run, settings, shared, tour
 from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded
 from gradinv.web.pick import Batch
@@ -58,12 +59,14 @@ def _set_up() -> None:
     _lead()
     brought = gradient.held() if pick.shares() else None
     name = settings.choose_model(brought.model if brought is not None else None)
-    network = _network(name)
+    size = settings.choose_size(name, brought.side if brought is not None else None)
+    network = _network(name, size)
     if network is None:
         return
     st.header("1. The client’s gradient" if pick.shares() else "1. The client’s pictures", anchor=False)
     batch = pick.panel(network, run.visitor())
     st.header("2. What the server receives", anchor=False)
+    texts = _defences() if not pick.shares() else ()
     received = st.container(key="received")
     st.header("3. The attack", anchor=False)
     config, problem = None, None
@@ -74,20 +77,25 @@ def _set_up() -> None:
         problem = str(error)
     if config is not None and batch is not None and problem is None:
         with st.expander("The same on the command line"):
-            st.code(command.line(network, batch, st.session_state.preset, config), "sh", wrap_lines=True)
-    _start_bar(network, batch, config, problem)
+            st.code(command.line(network, batch, texts, st.session_state.preset, config), "sh", wrap_lines=True)
+    _start_bar(network, batch, config, texts, problem)
     # Last, since it computes: everything else is on the page by then.
     with received:
-        _received(network, batch, config)
+        _received(network, batch, texts, config)
     shared.warm(name)
+
+
+def _defences() -> tuple[str, ...]:
+    """What the client does to its gradient before it shares it, in the notation of `defenses.parse`; at first
+    nothing."""
+    with st.expander("A defence of the client", icon=":material/shield:", expanded=lessons.defended_by_address()):
+        st.caption("What the client does to its gradient before it shares it. The attack below gets what is left.")
+        return lessons.defences()
 
 
 def _lead() -> None:
     """What leaks, at a glance: a recorded run that moves before anyone has done anything."""
-    if moving := replay.moving():
-        with st.container(key="moving"):
-            for part in moving:
-                st.markdown(part)
+    if replay.moving():
         with st.container(horizontal=True, vertical_alignment="center", key="lead-ways"):
             tour.entrance()
             st.page_link(
@@ -99,8 +107,8 @@ def _lead() -> None:
             )
 
 
-def _network(name: str) -> Model | None:
-    """The page's own copy of the model, or None as long as its download has not been agreed to."""
+def _network(name: str, size: int) -> Model | None:
+    """The page's own copy of the model, at that size, or None as long as its download has not been agreed to."""
     if not shared.at_hand(name) and not st.button(
         f"Load {name}", type="primary", icon=":material/download:", help=MODELS[name].origin
     ):
@@ -109,7 +117,7 @@ def _network(name: str) -> Model | None:
         )
         return None
     with st.spinner(f"Loading {name}", show_time=True):
-        return shared.model(name)
+        return shared.model(name, size=size)
 
 
 def _check(network: Model, batch: Batch | Gradient | None, config: AttackConfig) -> None:
@@ -134,17 +142,21 @@ def _check(network: Model, batch: Batch | Gradient | None, config: AttackConfig)
     check_memory(network, len(batch.members), config)
 
 
-def _received(network: Model, batch: Batch | Gradient | None, config: AttackConfig | None) -> None:
+def _received(
+    network: Model, batch: Batch | Gradient | None, texts: tuple[str, ...], config: AttackConfig | None
+) -> None:
     if batch is None or (isinstance(batch, Batch) and not batch.members):
         st.info("Nothing yet: there is no gradient." if batch is None else "Nothing yet: the batch is empty.")
         return
     method = config.labels if config is not None else "auto"
     true = None if isinstance(batch, Gradient) else [member.name for member in batch.members]
-    preview = _preview(network, batch, method)
+    preview = _preview(network, batch, texts, method)
     left, right = st.columns([3, 2], gap="medium")
     with left:
         count = sum(parameter.numel() for parameter in network.network.parameters())
         st.markdown(f"**The gradient: {count / 1e6:.1f} million numbers**, here the size of each layer’s part")
+        for text in texts:
+            st.markdown(f":material/shield: {parse(text).note}")
         st.plotly_chart(
             figures.gradient_norms(preview.norms),
             key="norms",
@@ -168,15 +180,20 @@ def _received(network: Model, batch: Batch | Gradient | None, config: AttackConf
     st.html(markup.knowledge([*KNOWN, *filter(None, (bn, learned))], UNKNOWN))
 
 
-def _preview(network: Model, batch: Batch | Gradient, method: str) -> shared.Preview:
+def _preview(network: Model, batch: Batch | Gradient, texts: tuple[str, ...], method: str) -> shared.Preview:
     if isinstance(batch, Gradient):
         return gradient.preview(network.name, batch.key, method, batch.find(run.visitor()))
     key = tuple((member.chosen.id, member.label) for member in batch.members)
-    return shared.preview(network.name, key, method, torch.stack([member.pixels for member in batch.members]))
+    pixels = torch.stack([member.pixels for member in batch.members])
+    return shared.preview(network.name, network.preprocessing.size, key, texts, method, pixels)
 
 
 def _start_bar(
-    network: Model, batch: Batch | Gradient | None, config: AttackConfig | None, problem: str | None
+    network: Model,
+    batch: Batch | Gradient | None,
+    config: AttackConfig | None,
+    texts: tuple[str, ...],
+    problem: str | None,
 ) -> None:
     """Always in sight: what is about to run, or why it cannot, and the button."""
     bar = st.bottom.container(
@@ -188,13 +205,13 @@ def _start_bar(
         if problem is None and config is not None and batch is not None:
             size = batch.batch_size if isinstance(batch, Gradient) else len(batch.members)
             whose = "a gradient of " if isinstance(batch, Gradient) else ""
-            cost = size * network.preprocessing.size**2 * config.iterations * config.seeds
-            seconds = estimate(network.name, config, size, cost)
-            told = "time not measured yet" if seconds is None else markup.about(seconds)
+            with shared.using:
+                told = markup.about(pace.estimate(network, config, size))
             st.markdown(
-                f"**{whose}{markup.count(size, 'picture')}** · {network.name} · "
+                f"**{whose}{markup.count(size, 'picture')}** of {network.preprocessing.size} px · {network.name} · "
                 f"{markup.count(config.seeds, 'seed')} × {markup.count(config.iterations, 'iteration')} · {told}",
-                help="By the last run of this network on this machine; more visitors at once take longer.",
+                help="A rough estimate: from the size of the work and how fast this machine is, and from earlier runs. "
+                "More visitors at once take longer.",
             )
         else:
             st.markdown(f":material/error: {markup.plain(problem or '')}")
@@ -207,23 +224,25 @@ def _start_bar(
         )
         if pressed and config is not None and batch is not None:
             try:
-                st.query_params["job"] = manager().submit(_work(network, batch, config), run.visitor())
+                st.query_params["job"] = manager().submit(_work(network, batch, config, texts), run.owner())
             except GradinvError as error:
                 st.error(markup.plain(str(error)))
             else:
                 st.rerun()
 
 
-def _work(network: Model, batch: Batch | Gradient, config: AttackConfig) -> Inversion:
-    load = partial(shared.model, network.name, "worker")
+def _work(network: Model, batch: Batch | Gradient, config: AttackConfig, texts: tuple[str, ...]) -> Inversion:
+    size = network.preprocessing.size
+    load = partial(shared.model, network.name, "worker", size)
     classes = tuple(known.name for known in network.classes)
     preset: str = st.session_state.preset
     if isinstance(batch, Gradient):
-        facts = run.Facts(network.name, preset, (), classes, (), (), (), ())
+        facts = run.Facts(network.name, size, preset, (), classes, (), (), (), ())
         return Inversion(load, batch.shared(run.visitor()), config, facts)
     pixels = torch.stack([member.pixels for member in batch.members])
     facts = run.Facts(
         model=network.name,
+        size=size,
         preset=preset,
         chosen=tuple(member.chosen for member in batch.members if member.chosen.source != "upload"),
         classes=classes,
@@ -232,4 +251,5 @@ def _work(network: Model, batch: Batch | Gradient, config: AttackConfig) -> Inve
         credits=tuple(member.credit for member in batch.members),
         baseline=measure(constant_colour(pixels), pixels, ("psnr",))["psnr"],
     )
-    return Inversion(load, Originals(pixels, tuple(member.label for member in batch.members)), config, facts)
+    labels = tuple(member.label for member in batch.members)
+    return Inversion(load, Originals(pixels, labels, texts), config, facts)

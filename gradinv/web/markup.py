@@ -41,19 +41,46 @@ class Row:
 TO_TOP = "<script>document.querySelector('[data-testid=stMain]').scrollTo(0, 0) // {}</script>"
 
 
-def board(rows: Sequence[Row]) -> str:
-    """Rows of pictures, one below the other in the same order; on a phone, and beyond 8 pictures, each row wraps."""
+TERMS = {
+    "PSNR": "Peak signal-to-noise ratio, in decibels: how near the pixels are to the original’s. 10 dB more is a tenth "
+    "of the squared error. It rewards blur.",
+    "SSIM": "Structural similarity: how alike edges and textures are, from 0 to 1 for the same picture.",
+    "BN": "Batch normalisation: a network’s layers keep the mean and spread of what they saw in training.",
+    "consensus": "The mean of what the seeds have come to, aligned first where that is set.",
+    "seed": "One attempt, from its own random start. Several attempts agree on what is in the gradient.",
+    "constant colour": "One flat colour, the best for each picture: what shows nothing, as a measure for the PSNR.",
+}
+"""Words that are explained where a reader points at them."""
+
+_TERM = re.compile(rf"\b({'|'.join(map(re.escape, TERMS))})\b", re.IGNORECASE)
+
+
+def explained(text: str) -> str:
+    """A text as HTML, the first word of it that `TERMS` has with its explanation."""
+
+    def mark(found: re.Match[str]) -> str:
+        meaning = next(told for name, told in TERMS.items() if name.lower() == found[0].lower())
+        return f'<abbr class="gi-term" tabindex="0" title="{escape(meaning)}">{found[0]}</abbr>'
+
+    return _TERM.sub(mark, escape(text), count=1)
+
+
+def board(rows: Sequence[Row], judged: str = "restored") -> str:
+    """Rows of pictures, one below the other in the same order; on a phone, and beyond 8 pictures, each row wraps.
+    `judged` is what a mark says that a tile was, rightly or wrongly."""
     batch = len(rows[0].tiles)
     kind = f"gi-n{batch}" if batch <= COLUMNS else "gi-many"
-    return f'<div class="gi-board {kind}">' + "".join(_row(row) for row in rows) + "</div>"
+    return f'<div class="gi-board {kind}">' + "".join(_row(row, judged) for row in rows) + "</div>"
 
 
-def _row(row: Row) -> str:
+def _row(row: Row, judged: str) -> str:
     note = f"<span>{escape(row.note)}</span>" if row.note else ""
-    return f'<div class="gi-label"><b>{escape(row.name)}</b>{note}</div>' + "".join(_tile(tile) for tile in row.tiles)
+    return f'<div class="gi-label"><b>{explained(row.name)}</b>{note}</div>' + "".join(
+        _tile(tile, judged) for tile in row.tiles
+    )
 
 
-def _tile(tile: Tile) -> str:
+def _tile(tile: Tile, judged: str) -> str:
     if tile.uri is None:
         picture = f'<div class="gi-hidden" role="img" aria-label="{escape(tile.alt)}">?</div>'
     else:
@@ -61,14 +88,14 @@ def _tile(tile: Tile) -> str:
     caption = ""
     if tile.caption or tile.note:
         note = f"<small>{escape(tile.note)}</small>" if tile.note else ""
-        caption = f"<figcaption>{_mark(tile.mark)}{escape(tile.caption)}{note}</figcaption>"
+        caption = f"<figcaption>{_mark(tile.mark, judged)}{escape(tile.caption)}{note}</figcaption>"
     return f'<figure class="gi-tile">{picture}{caption}</figure>'
 
 
-def _mark(right: bool | None) -> str:
+def _mark(right: bool | None, judged: str = "restored") -> str:
     if right is None:
         return ""
-    sign, word, kind = ("✓", "restored correctly:", "right") if right else ("✗", "restored wrongly:", "wrong")
+    sign, word, kind = ("✓", f"{judged} correctly:", "right") if right else ("✗", f"{judged} wrongly:", "wrong")
     return f'<span class="gi-{kind}" role="img" aria-label="{word}">{sign}</span> '
 
 
@@ -170,10 +197,11 @@ def knowledge(known: Sequence[str], hidden: Sequence[str]) -> str:
 
 def results(rows: Sequence[Sequence[str]], mean: Sequence[str], kinds: Sequence[str]) -> str:
     """The final table: per picture class, restored label, PSNR and SSIM of each of the `kinds` and of the baseline."""
-    under = "".join(f"<th>{escape(kind)}</th>" for kind in (*kinds, "constant colour"))
+    under = "".join(f"<th>{explained(kind)}</th>" for kind in (*kinds, "constant colour"))
     head = (
         '<thead><tr><th rowspan="2">Class</th><th rowspan="2">Restored label</th>'
-        f'<th colspan="{len(kinds) + 1}">PSNR in dB</th><th colspan="{len(kinds) + 1}">SSIM</th></tr>'
+        f'<th colspan="{len(kinds) + 1}">{explained("PSNR in dB")}</th>'
+        f'<th colspan="{len(kinds) + 1}">{explained("SSIM")}</th></tr>'
         f"<tr>{under}{under}</tr></thead>"
     )
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -193,7 +221,7 @@ def facts(items: Sequence[tuple[str, str]]) -> str:
     """Small labelled numbers side by side."""
     return (
         '<dl class="gi-facts">'
-        + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items)
+        + "".join(f"<div><dt>{explained(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items)
         + "</dl>"
     )
 
@@ -206,6 +234,11 @@ def progress(share: float, left: str, right: str) -> str:
         f'<div class="gi-progress" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent}" '
         f'aria-label="{escape(left)}"><div style="width:{percent}%"></div></div>'
     )
+
+
+def acts(parts: Sequence[str]) -> str:
+    """Parts of a whole side by side, each as `progress` makes it."""
+    return f'<div class="gi-acts">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
 def count(number: int, noun: str) -> str:
@@ -234,6 +267,15 @@ def about(seconds: float) -> str:
     if seconds < 3570:
         return f"about {max(1, round(seconds / 60))} min"
     return f"about {seconds / 3600:.1f} h"
+
+
+BASELINE = "PSNR; in brackets the best constant colour"
+
+
+def beside(value: float | None, baseline: float | None) -> str:
+    """A picture's PSNR beside its baseline; a narrow tile breaks between the two."""
+    constant = decibel(baseline).removesuffix(" dB")
+    return f"{decibel(value)} (constant {constant})".replace(" ", "\u00a0").replace("\u00a0(", " (")
 
 
 def decibel(value: float | None) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import streamlit as st
 
 from gradinv.paths import ASSETS
-from gradinv.web import batch, defences, how, lessons_labels, live, replay, tour
-from gradinv.web.guard import keep_finite
+from gradinv.web import address, batch, defences, how, layers, lessons_labels, live, replay, tour
 
+# Before the navigation, whose icons the browser would otherwise fetch from the internet for its tab.
 st.set_page_config(
-    page_title="gradinv: what a shared gradient gives away",
     page_icon=str(ASSETS / "icon.svg"),
     layout="wide",
     menu_items={
@@ -23,10 +22,12 @@ pages = [
     st.Page(replay.page, title="Replay", icon=":material/movie:", url_path="replay"),
     st.Page(lessons_labels.page, title="Labels", icon=":material/label:", url_path="labels"),
     st.Page(batch.page, title="Who was in the batch?", icon=":material/person_search:", url_path="batch"),
+    st.Page(layers.page, title="Layer by layer", icon=":material/layers:", url_path="layers"),
     st.Page(defences.page, title="Defences", icon=":material/shield:", url_path="defences"),
     st.Page(how.page, title="How it works", icon=":material/menu_book:", url_path="how"),
 ]
 page = st.navigation(pages, position="top")
-keep_finite()
+st.set_page_config(page_title=f"{page.title} · gradinv")
+address.honour(page.url_path or "live")
 tour.banner(pages, page)
 page.run()

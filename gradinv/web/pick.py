@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import streamlit as st
-from PIL import Image
 from torch import Tensor
 
 from gradinv.images import to_pixels
 from gradinv.models import Model
-from gradinv.sources import Credit, Picture, draw, find, from_upload, gallery, known, search
+from gradinv.sources import Credit, Picture, draw, find, gallery, known, search
 from gradinv.types import GradinvError
 from gradinv.web import gradient, markup, shared, uploads
 from gradinv.web.gradient import Gradient
@@ -30,8 +30,6 @@ SOURCES: dict[Source, str] = {
 FIRST = ("goldfish", "tabby", "lion", "coffee")
 LARGEST = gradient.LARGEST  # pictures in a batch
 SHOWN = 24  # thumbnails of a folder at a time
-UPLOAD = 20  # MB of a picture
-KEPT_SIDE = 288  # pixels of an upload's shorter side
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _member(item: Chosen, network: Model) -> Member:
 
 def _class_of_upload(item: Chosen, network: Model, pixels: Tensor) -> int:
     own: int | None = st.session_state.get(_class_key(item, network))
-    return own if own is not None else shared.prediction(network.name, item.id, pixels)
+    return own if own is not None else shared.prediction(network.name, network.preprocessing.size, item.id, pixels)
 
 
 def _class_key(item: Chosen, network: Model) -> str:
@@ -150,7 +148,7 @@ def panel(network: Model, visitor: str) -> Batch | Gradient | None:
     with st.container(key="sources"):
         source = st.segmented_control(
             "Take the batch from",
-            list(SOURCES),
+            [source for source in SOURCES if source != "folder" or _has_folder()],
             format_func=SOURCES.__getitem__,
             default="gradient" if shares() else "gallery",
             required=True,
@@ -168,6 +166,11 @@ def panel(network: Model, visitor: str) -> Batch | Gradient | None:
     return found
 
 
+def _has_folder() -> bool:
+    """Whether a folder in ImageNet layout is named; what may be wrong with it is said where it is chosen."""
+    return bool(os.environ.get("GRADINV_IMAGENET"))
+
+
 def _strip(network: Model) -> Batch:
     found = batch(network)
     for problem in found.problems:
@@ -177,6 +180,17 @@ def _strip(network: Model) -> Batch:
     with st.container(horizontal=True, key="batch-strip", gap="small"):
         for member in found.members:
             _card(member, network)
+    with st.container(horizontal=True, key="strip-tools"):
+        if len(chosen()) > 1:
+            st.button(
+                "Remove all", key="remove-all", type="tertiary", icon=":material/delete:", on_click=choose, args=([],)
+            )
+        own = [item for item in chosen() if item.source == "upload"]
+        if own and len(own) < len(chosen()):
+            st.button(
+                "Only my uploads", key="only-uploads", type="tertiary", icon=":material/filter_alt:", on_click=choose,
+                args=(own,),
+            )  # fmt: skip
     if found.problems:
         st.button("Remove what cannot be used", on_click=_keep_only, args=([m.chosen.id for m in found.members],))
     return found
@@ -226,9 +240,9 @@ def _keep_only(identities: Sequence[str]) -> None:
 
 
 def _notice() -> None:
-    """What came of the last choice, where it was made: the batch above may be out of sight."""
-    if notice := st.session_state.pop("notice", None):
-        st.warning(markup.plain(notice))
+    """What came of the last choice, where it was made: the batch above may be out of sight. Several are a list."""
+    told = st.session_state.pop("notice", None) or []
+    uploads.tell([told] if isinstance(told, str) else told)
 
 
 def _draw_row(label: str, drawing: Callable[[int, int], tuple[list[Picture], str | None]], source: Source) -> None:
@@ -264,9 +278,12 @@ def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> 
         st.warning(markup.plain(problem))
     st.session_state[key] = [item.id for item in chosen() if item.source == source and item.id in by_key]
 
+    named = Counter(picture.name for picture in by_key.values())
+
     def describe(name: str) -> str:
         picture = by_key[name]
-        return f"![{markup.plain(picture.title)}]({thumbnails[name]}) {picture.name}"
+        told = picture.name if named[picture.name] == 1 else f"{picture.name} ({picture.title})"
+        return f"![{markup.plain(told)}]({thumbnails[name]}) {told}"
 
     def sync() -> None:
         picked = st.session_state[key]
@@ -366,47 +383,12 @@ def _add(picture: Picture) -> None:
 
 
 def _upload(network: Model) -> None:
-    st.caption(
-        "Your pictures stay in this server's memory for as long as the page and its runs are kept, and are never "
-        "written to its disk. Their metadata is dropped. Choose a class for each, or leave it to the model."
-    )
-    uploads.keep_in_memory()
-    turn = st.session_state.setdefault("upload_turn", 0)
-    files = st.file_uploader(
-        f"Pictures (JPEG, PNG, WebP, BMP, GIF or TIFF, at most {UPLOAD} MB each)",
-        accept_multiple_files=True,
-        key=f"upload_{turn}",
-        max_upload_size=UPLOAD,
-    )
+    st.caption(f"{uploads.PRIVACY} Choose a class for each, or leave it to the model.")
+    sent = uploads.pictures("upload")
     _notice()
-    if not files:
-        return
-    added, notices = [], []
-    for file in files:
-        uploads.let_go(file)
-        try:
-            if file.size > UPLOAD * 2**20:
-                raise GradinvError(f"{file.name} is larger than {UPLOAD} MB; scale the picture down first.")
-            picture = from_upload(file.getvalue(), file.name)
-            image, notes = picture.load()
-            notices += notes
-            added.append(Chosen("upload", secrets.token_hex(8), replace(picture, load=partial(_kept, _shrunk(image)))))
-        except GradinvError as error:
-            notices.append(str(error))
-    choose([*chosen(), *added])
-    if notices:
-        st.session_state.notice = " ".join(notices)
-    # A new uploader, which does not show the files any more.
-    st.session_state.upload_turn = turn + 1
-    st.rerun()
-
-
-def _shrunk(image: Image.Image) -> Image.Image:
-    """As large as the gallery's pictures, which is enough for every network here: sessions share one memory."""
-    factor = KEPT_SIDE / min(image.size)
-    size = (round(image.width * factor), round(image.height * factor))
-    return image if factor >= 1 else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _kept(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    return image, []
+    if sent is not None:
+        added, notices = sent
+        choose([*chosen(), *(Chosen("upload", upload.id, upload.picture) for upload in added)])
+        if notices:
+            st.session_state.notice = notices
+        st.rerun()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from html import escape
@@ -14,6 +14,7 @@ from typing import Any
 
 import streamlit as st
 from PIL import Image
+from torch import Tensor
 
 from gradinv import figures, metrics
 from gradinv.images import to_grid
@@ -21,7 +22,7 @@ from gradinv.paths import ASSETS
 from gradinv.recording import Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import head, markup, solved
+from gradinv.web import guess, head, markup, solved
 from gradinv.web.guard import guarded
 from gradinv.web.solved import MISFIT
 
@@ -40,11 +41,18 @@ _MOVING_SECONDS = 4.0
 _MOVING_SIDE = 128  # pixels of a tile
 
 
-def _part(kind: str) -> str:
-    return Path(__file__).with_name(f"player.{kind}").read_text(encoding="utf-8")
+def part(name: str, kind: str) -> str:
+    """A file of a component: its html, css or js."""
+    return Path(__file__).with_name(f"{name}.{kind}").read_text(encoding="utf-8")
 
 
-_player = st.components.v2.component("gradinv-player", html=_part("html"), css=_part("css"), js=_part("js"))
+def _component(name: str) -> Any:
+    return st.components.v2.component(
+        f"gradinv-{name}", html=part(name, "html"), css=part(name, "css"), js=part(name, "js")
+    )
+
+
+_player, _strip = _component("player"), _component("strip")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +165,18 @@ def _page() -> None:
     runs = library()
     head.lead(
         "Recorded runs",
-        "Each began with noise and had nothing but a shared gradient to go by. Guess what the pictures are before "
-        "you reveal the originals.",
+        "Each began with noise and had nothing but a shared gradient to go by. Watch them, or guess what the pictures "
+        "are before you see the originals.",
     )
     if not runs:
         raise GradinvError("No recorded run is installed; record some with: python assets/runs/record.py.")
+    mode = st.segmented_control(
+        "Recorded runs", ("watch", "guess"), default="watch", required=True, key="mode", bind="query-params",
+        label_visibility="collapsed",
+    )  # fmt: skip
+    if mode == "guess":
+        _guess()
+        return
     run, beside = _asked("run") or next(iter(runs)), _asked("beside")
     _check_step()
     beside = None if beside == run else beside
@@ -169,10 +184,33 @@ def _page() -> None:
     shown = [run] if beside is None else [run, beside]
     with st.container(key="player"):
         _player(data=packed(*shown), key="replay-player")
+    _about(shown)
+
+
+def _about(names: Sequence[str]) -> None:
+    """How runs were recorded, and whose pictures they show."""
+    runs = library()
     with st.expander("How this was recorded, and whose pictures these are"):
-        st.html("".join(_made(runs[name]) for name in shown))
-        pictures = dict(picture for name in shown for picture in runs[name].pictures)
+        st.html("".join(_made(runs[name]) for name in names))
+        pictures = dict(picture for name in names for picture in runs[name].pictures)
         st.html(f"<p>Pictures:</p>{markup.credits(pictures.items())}")
+
+
+def _guess() -> None:
+    """The game. Where no run is asked for, it is one with many pictures, most of which the first page does not show."""
+    runs = {name: run for name, run in library().items() if len(run.pictures) > 1}
+    asked = _asked("run")
+    first = asked if asked in runs else max(runs, key=lambda name: len(runs[name].pictures))
+    name = st.selectbox(
+        "Which run", list(runs), list(runs).index(first), format_func=lambda name: runs[name].title, key="guess-run"
+    )
+    recording = runs[name].recording
+    originals = recording.originals()
+    if originals is None:
+        raise GradinvError(f"The run {name} lacks its originals; record it again.")
+    rebuilt = recording.snapshot(recording.steps[-1]).consensus[list(runs[name].order)]
+    guess.play(name, rebuilt, originals, runs[name].classes[0])
+    _about([name])
 
 
 def defended() -> list[tuple[Bundled, Bundled]]:
@@ -269,53 +307,61 @@ def _made(run: Bundled) -> str:
     )
 
 
-def moving() -> tuple[str, str, str] | None:
-    """Markdown for the first page: a recorded run that moves by itself, what it was made from, and what that shows.
+def moving() -> bool:
+    """Draw the first page's strips: a recorded run that moves, what it was made from, and what that shows; → whether
+    there is such a run.
 
-    The run is followed by its last picture, for those who want nothing to move. None where there is no such run.
+    Its last picture is there at once; what lets it move comes later, and for those who want nothing to move it waits.
     """
     if FIRST not in library():
-        return None
+        return False
     run = library()[FIRST]
-    animation, still, originals = _animation()
+    frames, steps, originals = _frames()
     true, restored = run.classes
     names, right = markup.plain(", ".join(true)), sum(a == b for a, b in zip(true, restored, strict=True))
-    credits = "; ".join(f"{markup.plain(title)}: {markup.credit_words(credit)}" for title, credit in run.pictures)
-    return (
-        f"![Pictures emerge from noise: {names}]({animation})![The rebuilt pictures: {names}]({still})\n\n"
-        "What the server rebuilds from the gradient",
-        f"![The originals: {names}]({originals})\n\nWhat the client kept to itself",
-        f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the look "
-        f"of each picture.\n\n{credits}.",
-    )
+    pictures = zip(true, run.pictures, strict=True)
+    credits = "; ".join(f"{markup.plain(name)}: {markup.credit_words(credit)}" for name, (_, credit) in pictures)
+    with st.container(key="moving"):
+        with st.container(key="moving-strip"):
+            st.markdown(f"![The rebuilt pictures: {names}]({frames[-1]})\n\nWhat the server rebuilds from the gradient")
+            with st.container(key="moving-controls"):
+                _strip(
+                    data={
+                        "frames": list(frames),
+                        "steps": list(steps),
+                        "total": run.recording.run["iterations"]["total"],
+                        "seconds": _MOVING_SECONDS,
+                    },
+                    key="moving-player",
+                )
+        st.markdown(f"![The originals: {names}]({originals})\n\nWhat the client kept to itself")
+        st.markdown(
+            f"One shared gradient of {len(true)} pictures gave away {right} of their {len(true)} classes, and the look "
+            f"of each picture.\n\n{credits}."
+        )
+    return True
+
+
+def prepare() -> None:
+    """Make what the first page shows first, so that no visitor waits for it."""
+    if FIRST in library():
+        _frames()
 
 
 @cache
-def _animation() -> tuple[str, str, str]:
-    """The first page's run as data URIs: animated, its last frame, and the originals."""
+def _frames() -> tuple[tuple[str, ...], tuple[int, ...], str]:
+    """The first page's run as data URIs: its frames, from noise on, with their steps, and the originals."""
     run = library()[FIRST]
     steps, order = run.recording.steps, list(run.order)
     count = min(_MOVING, len(steps))
     chosen = [steps[round(index * (len(steps) - 1) / max(1, count - 1))] for index in range(count)]
     size = (_MOVING_SIDE * len(order), _MOVING_SIDE)
-    frames = [
-        to_grid(run.recording.snapshot(step).consensus[order][None]).resize(size, Image.Resampling.BICUBIC)
-        for step in chosen
-    ]
-    packed = io.BytesIO()
-    pause = round(1000 * _MOVING_SECONDS / count)
-    frames[0].save(
-        packed,
-        "WEBP",
-        save_all=True,
-        append_images=frames[1:],
-        duration=[pause] * (count - 1) + [2500],
-        loop=0,
-        quality=70,
-    )
+
+    def strip(images: Tensor) -> str:
+        return figures.tile(to_grid(images[None]).resize(size, Image.Resampling.BICUBIC), quality=75)
+
     originals = run.recording.originals()
     if originals is None:
         raise GradinvError(f"The run {run.name} lacks its originals; record it again.")
-    kept = to_grid(originals[None]).resize(size, Image.Resampling.BICUBIC)
-    moving = "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode("ascii")
-    return moving, figures.tile(frames[-1]), figures.tile(kept)
+    frames = tuple(strip(run.recording.snapshot(step).consensus[order]) for step in chosen)
+    return frames, tuple(chosen), strip(originals)

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import streamlit as st
 
 from gradinv import figures, metrics, recording
-from gradinv.jobs import Inversion, JobState, Pictures, Progress, Shared, Solving, manager
+from gradinv.defenses import parse
+from gradinv.jobs import Inversion, JobState, Layer, Pictures, Progress, Shared, Solving, manager
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import head, markup, pick, settings, solved, summary
+from gradinv.web import head, lessons, markup, pick, replay, server, settings, solved, summary
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
@@ -28,6 +29,7 @@ NAMED = 4  # pictures in a download's name
 BESIDE = 5  # pictures beside which the charts still fit
 
 # Keys that press what the page shows at that moment: its own, since Streamlit keeps R for itself.
+# And what copies the address, which only the browser knows as it is.
 KEYS = """<script>
 if (!window.gradinvKeys) {
   window.gradinvKeys = true;
@@ -38,26 +40,47 @@ if (!window.gradinvKeys) {
     const found = document.querySelector(what);
     if (found) { event.preventDefault(); event.stopImmediatePropagation(); found.click(); }
   }, true);
+  document.addEventListener('click', async event => {
+    if (!event.target.closest('.st-key-copy-link button')) return;
+    const address = location.href;
+    try {
+      await navigator.clipboard.writeText(address);
+    } catch {  // no secure connection, or not allowed in a frame
+      const field = document.createElement('textarea');
+      field.value = address;
+      document.body.append(field);
+      field.select();
+      document.execCommand('copy');
+      field.remove();
+    }
+    const told = document.createElement('div');
+    told.className = 'gi-told';
+    told.setAttribute('role', 'status');
+    told.textContent = 'The link is copied';
+    document.body.append(told);
+    setTimeout(() => told.remove(), 2500);
+  }, true);
 }
 </script>"""
 
 CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
 ALONE = "from the gradient"
-BASELINE = "PSNR beside a constant colour’s"
 PSNR_ALT = {
     True: "PSNR of each seed and of the consensus by step, beside that of the best constant colour",
     False: "PSNR by step, beside that of the best constant colour",
 }
+FOLLOWING = "following"  # in the session: by a run's id the work that begins as soon as it has ended
 ENDINGS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the page knows of a run. `originals` are tiles, `baseline` the constant colours' PSNR in dB, `chosen` what
-    the pictures were chosen as, but for uploads, which only their own session keeps. Of a gradient that a visitor
-    brought nobody has the pictures: then these are empty."""
+    """What the page knows of a run. `size` is the pictures' side in pixels, `originals` are tiles, `baseline` the
+    constant colours' PSNR in dB, `chosen` what the pictures were chosen as, but for uploads, which only their own
+    session keeps. Of a gradient that a visitor brought nobody has the pictures: then these are empty."""
 
     model: str
+    size: int
     preset: str
     chosen: tuple[Chosen, ...]
     classes: tuple[str, ...]
@@ -79,6 +102,8 @@ def view(job: str) -> None:
         st.info("This run is not kept here any more: the server keeps the latest ones only, and none over a restart.")
         st.button("Start a new run", type="primary", on_click=_leave, args=(None,))
         return
+    if state.finished and (following := st.session_state.get(FOLLOWING, {}).pop(job, None)) is not None:
+        _begin(following)
     _head(state)
     if state.finished:
         _finished(state)
@@ -92,9 +117,22 @@ def visitor() -> str:
     return name
 
 
+def _begin(work: Inversion) -> None:
+    """Start a run and go to it. Raises GradinvError where it is not accepted."""
+    st.session_state.pop("revealed", None)
+    st.query_params["job"] = manager().submit(work, owner())
+    st.rerun()
+
+
+def owner() -> str:
+    """Who starts runs here: the browser, by the cookie that the server gave it, so that its tabs are one; where there
+    is none, the session."""
+    return st.context.cookies.get(server.COOKIE) or visitor()
+
+
 def way_back() -> bool:
     """Where a run of this visitor has not ended, say so and offer the way to it; → whether that is so."""
-    job = manager().unfinished(visitor())
+    job = manager().unfinished(owner())
     if job is not None:
         st.markdown(":material/hourglass: Your last run has not ended yet; there is one for each visitor at a time.")
         st.button(
@@ -129,8 +167,16 @@ def _leave(state: JobState | None) -> None:
         work, facts = _work(state)
         if not pick.begun() and work.originals is not None:
             pick.choose(facts.chosen)
-        restored = settings.restore(facts.model, facts.preset, work.config)
-    kept = {name: value for name, value in st.query_params.to_dict().items() if name not in ("job", "present", "hide")}
+        restored = settings.restore(facts.model, facts.size, facts.preset, work.config)
+        if work.originals is not None:
+            chosen = dict(text.split(":", 1) for text in work.originals.defences)
+            restored |= chosen
+            st.session_state.update({name: chosen.get(name, lessons.OFF) for name in lessons.STRENGTHS})
+    kept = {
+        name: value
+        for name, value in st.query_params.to_dict().items()
+        if name not in ("job", "present", "hide", *lessons.STRENGTHS)
+    }
     # At once: each change of the address is a step for the browser's Back, which is to lead to the run.
     st.query_params.from_dict({**kept, **restored})
 
@@ -162,12 +208,21 @@ def _head(state: JobState) -> None:
         what = markup.count(config.seeds, "seed")
         if config.start == "decoder":
             what += ", started from the guess of a learned prior"
-        origin = "" if work.originals is not None else "The gradient was brought here; nobody here has its pictures. "
+        own = work.originals
+        origin = " The gradient was brought here; nobody here has its pictures." if own is None else ""
+        if own is not None and own.defences:
+            origin = f" The client’s defence: {' '.join(parse(text).note for text in own.defences)}"
         head.lead(
             "From the gradient back to the pictures",
-            f"{facts.model}, batch of {_size(work)}, {what}. {origin}This page’s address is the link to this run.",
+            f"{facts.model}, {markup.count(_size(work), 'picture')} of {facts.size} px, {what}.{origin}",
         )
         with st.container(horizontal=True, width="content"):
+            st.button(
+                "Copy link",
+                icon=":material/link:",
+                key="copy-link",
+                help="The page’s address is the link to this run, for as long as the server keeps it.",
+            )
             st.button("Present (P)", icon=":material/present_to_all:", key="present", on_click=_present, args=(True,))
             st.button("New run", icon=":material/arrow_back:", on_click=_leave, args=(state,))
 
@@ -197,10 +252,12 @@ def _tick(job: str) -> None:
         with st.container(key="timeline"):
             _timeline(state, progress)
         _ladder(work, _solving(state))
-        _board(state, progress.pictures if progress is not None else None, hidden)
+        _board(state, progress.pictures if progress is not None else None, hidden, _lowest(_solving(state)))
 
     def side() -> None:
         _status(state, progress)
+        if state.status == "queued":
+            replay.link("Watch a recorded run meanwhile", replay.FIRST)
         _live_charts(state, progress)
 
     _laid_out(_size(work), board, side)
@@ -214,6 +271,14 @@ def _progress(state: JobState) -> Progress | None:
 def _solving(state: JobState) -> Solving | None:
     """How far the layers are solved, None as long as that has not begun."""
     return state.update.solving if isinstance(state.update, Progress) else state.update
+
+
+def _lowest(solving: Solving | None) -> Layer | None:
+    """The layer to look at: what was solved last, and what the pixels are searched below."""
+    if solving is None:
+        return None
+    below = [layer for layer in solving.layers if layer.name == solving.boundary]
+    return next(iter(below or solving.layers[-1:]), None)
 
 
 def _ladder(work: Inversion, solving: Solving | None) -> None:
@@ -238,29 +303,48 @@ def _laid_out(batch: int, board: Callable[[], T], side: Callable[[], None]) -> T
 
 
 def _timeline(state: JobState, progress: Progress | None) -> None:
+    """How far it is: in the queue, or in the two acts, the layers and the pixels."""
+    work, _ = _work(state)
+    solving = _solving(state)
     if state.status == "queued":
-        when = "starts by itself" if state.wait is None else f"starts in about {markup.duration(state.wait)}"
+        when = "starts by itself" if state.wait is None else f"starts in {markup.about(state.wait)}"
         shown = markup.progress(0, f"Place {state.place} in the queue", when)
-    elif progress is None and (solving := _solving(state)) is not None and solving.nodes:
-        count, of = len(solving.layers), len(solving.nodes)
-        shown = markup.progress(count / of, "Solving the layers", f"{count} of {of}")
-    elif progress is None:
-        shown = markup.progress(0, "Preparing", "loading the network, sharing the gradient")
     else:
-        left = f"{markup.duration(progress.remaining)} left" if progress.remaining is not None else "starting"
-        shown = markup.progress(progress.step / progress.steps, f"Step {progress.step:,} of {progress.steps:,}", left)
+        if progress is None:
+            pixels = markup.progress(0, "Pixels" if solving is not None else "Preparing the run", "")
+        else:
+            left = "" if progress.remaining is None else f"{markup.about(progress.remaining)} left"
+            pixels = markup.progress(
+                progress.step / progress.steps, f"Pixels: step {progress.step:,} of {progress.steps:,}", left
+            )
+        shown = markup.acts([*_solved_so_far(work, solving), pixels])
     st.markdown(shown, unsafe_allow_html=True)
 
 
+def _solved_so_far(work: Inversion, solving: Solving | None) -> list[str]:
+    """The first act, where there is one."""
+    if not work.config.needs_layers:
+        return []
+    if solving is None or not solving.nodes:
+        return [markup.progress(0, "Layers", "")]
+    count, of = len(solving.layers), len(solving.nodes)
+    over = solving.boundary is not None
+    when = markup.duration(solving.seconds) if over else ""
+    return [markup.progress(1 if over else count / of, f"Layers: {count} of {of} solved", when)]
+
+
 def _status(state: JobState, progress: Progress | None) -> None:
+    label = "Leave the queue" if state.status == "queued" else "Stop and keep the result"
     st.button(
-        "Leave the queue" if state.status == "queued" else "Stop and keep the result",
+        "Stopping…" if state.stopping else label,
         icon=":material/stop:",
         key="stop",
         width="stretch",
+        disabled=state.stopping,
         on_click=manager().cancel,
         args=(state.id,),
     )
+    _again(state)
     speed = progress.speed if progress is not None else None
     _facts(
         [
@@ -269,6 +353,35 @@ def _status(state: JobState, progress: Progress | None) -> None:
             *_quality(state, progress),
         ]
     )
+
+
+def _again(state: JobState) -> None:
+    """The same batch, behind a defence or without one."""
+    work, _ = _work(state)
+    if work.originals is None:
+        return
+    with st.popover("The same batch, with a defence", icon=":material/shield:", width="stretch"):
+        st.caption(
+            "The client changes its gradient before it shares it, and the attack starts anew."
+            + ("" if state.finished else " The present run is stopped for it.")
+        )
+        texts = lessons.other_defences(work.originals.defences)
+        notes = [parse(text).note for text in texts] or ["No defence is on."]
+        st.markdown("\n".join(f"- {note}" for note in notes))
+        st.button(
+            "Start this run",
+            key="again",
+            type="primary",
+            icon=":material/play_arrow:",
+            on_click=_follow,
+            args=(state.id, replace(work, client=replace(work.originals, defences=texts), before=None)),
+        )
+
+
+def _follow(job: str, work: Inversion) -> None:
+    """Let the work begin once the job has ended, which it is told to."""
+    st.session_state.setdefault(FOLLOWING, {})[job] = work
+    manager().cancel(job)
 
 
 def _seconds(progress: Progress | None, solving: Solving | None) -> float | None:
@@ -351,9 +464,9 @@ def _reveal() -> None:
     st.session_state.revealed = not st.session_state.get("revealed", False)
 
 
-def _board(state: JobState, pictures: Pictures | None, hidden: bool) -> None:
+def _board(state: JobState, pictures: Pictures | None, hidden: bool, layer: Layer | None = None) -> None:
     work, facts = _work(state)
-    rows = _rows(work, facts, pictures, hidden)
+    rows = _rows(work, facts, pictures, hidden, layer)
     drawn = len(rows)
     if _size(work) == 1 and work.config.seeds > 1:
         # One picture: its seeds stand side by side instead of in a long column.
@@ -367,24 +480,29 @@ def _board(state: JobState, pictures: Pictures | None, hidden: bool) -> None:
         st.markdown(shown, unsafe_allow_html=True)
 
 
-def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool) -> list[Row]:
+def _rows(
+    work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool, layer: Layer | None = None
+) -> list[Row]:
     own = work.originals
     rows = []
     if own is not None:
         true = [facts.classes[label] for label in own.labels]
         originals = [
-            Tile(None if hidden else uri, "Hidden original" if hidden else f"Original: {title}", "" if hidden else name)
-            for uri, title, name in zip(facts.originals, facts.titles, true, strict=True)
+            Tile(None if hidden else uri, "Hidden original" if hidden else f"Original: {name}", "" if hidden else name)
+            for uri, name in zip(facts.originals, true, strict=True)
         ]
         rows.append(Row("Originals", originals, "what the client kept"))
+    if layer is not None:
+        held = [Tile(uri, f"What {layer.name} holds of picture {place}") for place, uri in enumerate(layer.tiles, 1)]
+        rows.append(Row(layer.name, held, f"{layer.numbers:,} numbers of each, {solved.known(layer)}; nine channels"))
     seeds = work.config.seeds
     # A single seed is its own consensus.
     whole, note = ("Consensus", CONSENSUS[work.config.registration == "lazy"]) if seeds > 1 else ("Rebuilt", ALONE)
     if own is not None:
-        note += f"; {BASELINE}"
+        note += f"; {markup.BASELINE}"
     if pictures is None:
         # What will stand below the pictures has its place.
-        notes = [""] * _size(work) if own is None else [_quality_of(None, value) for value in facts.baseline]
+        notes = [""] * _size(work) if own is None else [markup.beside(None, value) for value in facts.baseline]
         first = [Tile(None, "Not there yet", "\u00a0", text) for text in notes]
         waiting = [Tile(None, "Not there yet")] * _size(work)
         each = [Row(f"Seed {seed + 1}", waiting) for seed in range(seeds)] if seeds > 1 else []
@@ -397,7 +515,7 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
         names = [f"picture {place + 1}" for place in range(len(names))]
     notes = [""] * len(names)
     if own is not None:
-        notes = [_quality_of(value, constant) for value, constant in zip(pictures.psnr, facts.baseline, strict=True)]
+        notes = [markup.beside(value, constant) for value, constant in zip(pictures.psnr, facts.baseline, strict=True)]
     consensus = [
         Tile(uri, f"Reconstruction of {name}", name, text, None if hidden else mark)
         for uri, name, text, mark in zip(pictures.consensus, names, notes, right, strict=True)
@@ -407,12 +525,6 @@ def _rows(work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool
         tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
         rows.append(Row(f"Seed {seed + 1}", tiles))
     return rows
-
-
-def _quality_of(value: float | None, baseline: float | None) -> str:
-    """A picture's PSNR beside its baseline; a narrow tile breaks between the two."""
-    constant = markup.decibel(baseline).removesuffix(" dB")
-    return f"{markup.decibel(value)} (constant {constant})".replace(" ", "\u00a0").replace("\u00a0(", " (")
 
 
 def _finished(state: JobState) -> None:
@@ -426,6 +538,7 @@ def _finished(state: JobState) -> None:
             st.info(f"This run was {'stopped before its first picture' if began else 'cancelled before it began'}.")
         return
     recorded = _recording(state.id, progress)
+    _go_on(state, progress)
     if presenting():
         _replay(state, _hide(work))
         return
@@ -456,9 +569,29 @@ def _finished(state: JobState) -> None:
     with right:
         st.markdown("**Terms of the loss by step**")
         st.plotly_chart(figures.loss_curves(curves), key="loss", alt="Each weighted term of the loss by step")
-    credits = [(title, credit) for title, credit in zip(facts.titles, facts.credits, strict=True) if credit]
+    credits = _credits(work, facts)
     if credits and not hidden:
         st.html(f"<p>Pictures:</p>{markup.credits(credits)}")
+
+
+def _go_on(state: JobState, progress: Progress) -> None:
+    """Of a run that was stopped, the way on."""
+    if progress.kept is None or presenting():
+        return
+    work, _ = _work(state)
+    left = progress.steps - progress.step
+    if st.button(f"Go on: {left:,} more iterations", key="go-on", type="primary", icon=":material/play_arrow:"):
+        if (job := manager().unfinished(owner())) is not None:
+            _open(job)
+            st.rerun()
+        _begin(replace(work, before=progress.kept))
+
+
+def _credits(work: Inversion, facts: Facts) -> list[tuple[str, Credit]]:
+    """The originals' classes, as the page calls them, and whose pictures they are."""
+    labels = () if work.originals is None else work.originals.labels
+    pairs = zip(labels, facts.credits, strict=True)
+    return [(facts.classes[label], credit) for label, credit in pairs if credit is not None]
 
 
 def _recording(job: str, progress: Progress) -> Recording:
@@ -479,6 +612,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
         *_quality(state, progress),
     ]
     _facts(numbers)
+    _again(state)
     store, name = progress.store, _file_name(_work(state)[1], recorded, progress)
     with st.container(horizontal=len(progress.pictures.psnr) > BESIDE):
         st.download_button(
@@ -525,7 +659,7 @@ def _file_name(facts: Facts, recorded: Recording, progress: Progress) -> str:
     names = ["-".join(re.findall(r"\w+", title)) for title in facts.titles[:NAMED]]
     if (more := recorded.run["client"]["batch_size"] - len(names)) > 0:
         names.append(f"and-{more}-more" if names else markup.count(more, "picture").replace(" ", "-"))
-    return "-".join(["gradinv", facts.model, *names, f"step-{progress.step}"])
+    return "-".join(["gradinv", facts.model, f"{facts.size}px", *names, f"step-{progress.step}"])
 
 
 def _summary(state: JobState, progress: Progress, recorded: Recording, numbers: Sequence[tuple[str, str]]) -> bytes:
@@ -539,7 +673,7 @@ def _summary(state: JobState, progress: Progress, recorded: Recording, numbers: 
         _rows(work, facts, progress.pictures, False),
         _numbers(work, facts, measured, restored, False) if measured is not None else "",
         recorded.run,
-        [(name, credit) for name, credit in zip(facts.titles, facts.credits, strict=True) if credit],
+        _credits(work, facts),
     )
 
 
@@ -571,9 +705,21 @@ def _scrub(state: JobState, hidden: bool) -> None:
     with st.container(key="timeline"):
         if len(recorded.steps) > 1:
             step = st.select_slider("Replay: step", recorded.steps, recorded.steps[-1], key=f"replay-{state.id}")
+    layer = None
     if not presenting():
         _ladder(work, last.solving)
-    _board(state, last.pictures if step == last.step else work.pictures(recorded.snapshot(step)), hidden)
+        layer = _chosen_layer(state, last.solving)
+    _board(state, last.pictures if step == last.step else work.pictures(recorded.snapshot(step)), hidden, layer)
+
+
+def _chosen_layer(state: JobState, solving: Solving) -> Layer | None:
+    """A solved layer to look at, from the output down; at first the lowest."""
+    layers = {layer.name: layer for layer in solving.layers if layer.tiles}
+    lowest = _lowest(solving)
+    if lowest is None or len(layers) < 2:
+        return lowest
+    name = st.select_slider("Look at a layer", list(layers), lowest.name, key=f"layer-{state.id}")
+    return layers[name]
 
 
 def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequence[int], hidden: bool) -> None:

@@ -12,8 +12,13 @@ from gradinv.config import AttackConfig
 from gradinv.models import MODELS, fitted_file
 from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
+from gradinv.web.markup import TERMS
 
 MODEL, PRESET = "resnet18-tiny", "demo"
+SIZE = 64  # px of the bundled networks' pictures; others have one size only
+SIZES = (64, 128)
+MOST_SEEDS, MOST_ITERATIONS = 1024, 1_000_000
+MORE_SIZES = (64, 96, 128, 160, 224)
 PRESETS = {
     "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. "
     "Where none can be, Matching takes its place.",
@@ -37,6 +42,11 @@ _SHORT = ("bn", "tv")
 _PLAIN = {"seeds": "seeds", "iterations": "iterations", "bn": "bn", "start": "start_from"}
 
 
+def models() -> list[str]:
+    """The networks that can be chosen: those without a final layer once one was fitted."""
+    return [name for name, info in MODELS.items() if not info.headless or fitted_file(name).is_file()]
+
+
 def choose_model(given: str | None = None) -> str:
     """The model's name: the visitor's choice, unless a `given` gradient has one."""
     if given is not None and st.session_state.get("model", st.query_params.get("model", MODEL)) != given:
@@ -44,7 +54,7 @@ def choose_model(given: str | None = None) -> str:
         _restore_defaults()
     name = st.segmented_control(
         "Network whose gradient is shared",
-        [name for name, info in MODELS.items() if not info.headless or fitted_file(name).is_file()],
+        models(),
         default=MODEL,
         required=True,
         key="model",
@@ -54,6 +64,41 @@ def choose_model(given: str | None = None) -> str:
     )
     st.caption(f"{MODELS[name].description}. Top-1 accuracy {MODELS[name].accuracy:g} %. {_origin(name)}")
     return str(name)
+
+
+def size_of(name: str) -> int:
+    """The size, in pixels, of a network's pictures where nobody has chosen another."""
+    return SIZE if MODELS[name].bundled else MODELS[name].size
+
+
+def choose_size(name: str, given: int | None = None) -> int:
+    """The pictures' side in pixels: the visitor's choice where the network is bundled, unless a `given` gradient has
+    one."""
+    trained, usual = MODELS[name].size, size_of(name)
+    if given is not None:
+        return given
+    if not MODELS[name].bundled:
+        return usual
+    asked = str(st.session_state.get("size", st.query_params.get("size", usual)))
+    with st.container(horizontal=True, vertical_alignment="bottom", key="sizes"):
+        sizes = MORE_SIZES if st.session_state.get("all_sizes") or asked not in map(str, SIZES) else SIZES
+        chosen = st.segmented_control(
+            "Side of the pictures, in pixels",
+            [str(size) for size in sizes],
+            default=str(usual),
+            required=True,
+            key="size",
+            bind="query-params",
+        )
+        if sizes == SIZES:
+            st.button("More sizes", type="tertiary", key="more-sizes", on_click=_show_all_sizes)
+    told = f"The network was trained at {trained} px; it takes larger pictures, too."
+    st.caption(told if int(chosen) == trained else f"{told} They take longer, and fewer layers can be solved.")
+    return int(chosen)
+
+
+def _show_all_sizes() -> None:
+    st.session_state.all_sizes = True
 
 
 def _origin(name: str) -> str:
@@ -69,7 +114,7 @@ def panel(model: str) -> AttackConfig:
     seeds = left.number_input(
         "Seeds",
         1,
-        1024,
+        MOST_SEEDS,
         base.seeds,
         key="seeds",
         bind="query-params",
@@ -78,7 +123,7 @@ def panel(model: str) -> AttackConfig:
     iterations = middle.number_input(
         "Iterations",
         1,
-        1_000_000,
+        MOST_ITERATIONS,
         base.iterations,
         step=50,
         key="iterations",
@@ -86,7 +131,7 @@ def panel(model: str) -> AttackConfig:
         help="Optimisation steps of each seed.",
     )
     with right:
-        bn = _told("BN statistics that the attacker uses", BN, base.bn, "bn")
+        bn = _told("BN statistics that the attacker uses", BN, base.bn, "bn", help=TERMS["BN"])
         if base.bn_weight == 0:
             st.caption("Below a solved layer they count nothing, unless you raise their weight.")
     start = "random"
@@ -99,11 +144,23 @@ def panel(model: str) -> AttackConfig:
 
 
 def _told(
-    label: str, options: Mapping[str, str], default: str, key: str, on_change: Callable[[], None] | None = None
+    label: str,
+    options: Mapping[str, str],
+    default: str,
+    key: str,
+    on_change: Callable[[], None] | None = None,
+    help: str | None = None,
 ) -> str:
     """A choice between options, with what the chosen one means below it."""
     chosen = st.segmented_control(
-        label, list(options), default=default, required=True, key=key, bind="query-params", on_change=on_change
+        label,
+        list(options),
+        default=default,
+        required=True,
+        key=key,
+        bind="query-params",
+        on_change=on_change,
+        help=help,
     )
     st.caption(options[chosen])
     return str(chosen)
@@ -164,13 +221,14 @@ def _restore_defaults() -> None:
     _fill(AttackConfig.preset(st.session_state.get("preset", PRESET), st.session_state.model))
 
 
-def restore(model: str, preset: str, config: AttackConfig) -> dict[str, str]:
+def restore(model: str, size: int, preset: str, config: AttackConfig) -> dict[str, str]:
     """Set every widget as it was for a run; → what the address has to say of that. Before they are drawn."""
-    st.session_state.model, st.session_state.preset = model, preset
+    st.session_state.model, st.session_state.size, st.session_state.preset = model, str(size), preset
     _fill(config)
     # What a widget is set to, and not by hand, it does not write into the address.
-    given = {"model": model, "preset": preset, **_values(config)}
-    usual = {"model": MODEL, "preset": PRESET, **_values(AttackConfig.preset(preset, model))}
+    given = {"model": model, "size": str(size), "preset": preset, **_values(config)}
+    defaults = _values(AttackConfig.preset(preset, model))
+    usual = {"model": MODEL, "size": str(size_of(model)), "preset": PRESET, **defaults}
     changed = {key: value for key, value in given.items() if value != usual[key]}
     return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in changed.items()}
 

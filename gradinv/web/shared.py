@@ -15,9 +15,10 @@ from PIL import ImageOps
 from torch import Tensor
 
 from gradinv import figures
+from gradinv.defenses import parse_all
 from gradinv.images import to_pixels
 from gradinv.models import MODELS, Model, load_model
-from gradinv.recovery.labels import restore_labels
+from gradinv.recovery.labels import METHODS, restore_labels
 from gradinv.sources import ImageFolder, Picture, SampleSet
 from gradinv.types import GradinvError
 from gradinv.victim import observe
@@ -32,8 +33,9 @@ using = threading.Lock()
 """Held while a page runs a network: hooks on it hear every thread that does."""
 
 
-def model(name: str, user: User = "page") -> Model:
-    """A named model, loaded once a process and user. Raises GradinvError where it cannot be had.
+def model(name: str, user: User = "page", size: int | None = None) -> Model:
+    """A named model, loaded once a process and user; for pictures of `size` pixels, or its own size. Raises
+    GradinvError where it cannot be had.
 
     The worker has a model of its own: hooks on a network hear every thread that runs it.
     """
@@ -47,7 +49,8 @@ def model(name: str, user: User = "page") -> Model:
                 _models[key] = loaded
                 for oldest in [known for known in _models if known[0] == user][:-_KEPT]:
                     del _models[oldest]
-        return _models[key]
+        found = _models[key]
+    return found if size is None else found.at(size)
 
 
 def warm(name: str) -> None:
@@ -79,21 +82,33 @@ class Preview:
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def preview(name: str, batch: tuple[tuple[str, int], ...], method: str, _pixels: Tensor) -> Preview:
-    """Share the gradient of pixels (B, 3, S, S) in [0, 1] and look at it. `batch`: what tells it from others, and its
-    labels; `method`: how they are restored. Raises GradinvError where the labels cannot be restored."""
-    network = model(name)
+def preview(
+    name: str,
+    size: int,
+    batch: tuple[tuple[str, int], ...],
+    defences: tuple[str, ...],
+    method: str,
+    _pixels: Tensor,
+) -> Preview:
+    """Share the gradient of pixels (B, 3, size, size) in [0, 1], behind some defences, and look at it. `batch`: what
+    tells it from others, and its labels; `method`: how they are restored. Raises GradinvError where the labels cannot
+    be restored."""
+    network = model(name, size=size)
     with using:
         observation = observe(network, _pixels, torch.tensor([label for _, label in batch]))
-    found = restore_labels(network, observation, method)
+    for defence in parse_all(defences):
+        observation = defence(observation)
+    # Behind a defence, testing corrections of the labels takes long and finds nothing: the surest plain method it is.
+    methods = METHODS[1:] if defences and method == "auto" else (method,)
+    found = max((restore_labels(network, observation, one) for one in methods), key=lambda one: one.confidence)
     return Preview(figures.layer_norms(observation), tuple(found.labels.tolist()), found.method, found.confidence)
 
 
 @st.cache_data(max_entries=256, show_spinner=False)
-def prediction(name: str, upload: str, _pixels: Tensor) -> int:
-    """The label that a model gives a picture of pixels (3, S, S) in [0, 1]."""
+def prediction(name: str, size: int, upload: str, _pixels: Tensor) -> int:
+    """The label that a model gives a picture of pixels (3, size, size) in [0, 1]."""
     with using:
-        return int(model(name).predict(_pixels[None])[0])
+        return int(model(name, size=size).predict(_pixels[None])[0])
 
 
 @st.cache_data(max_entries=4096, show_spinner=False)

@@ -70,10 +70,10 @@ def _mark(name: str, layer: Layer | None) -> str:
     if layer is None:
         return f'<i title="{escape(name)}"></i>'
     kind = "exact" if exact(layer) else "near"
-    return f'<i class="gi-{kind}" title="{escape(name)}: {escape(_known(layer))}"></i>'
+    return f'<i class="gi-{kind}" title="{escape(name)}: {escape(known(layer))}"></i>'
 
 
-def _known(layer: Layer) -> str:
+def known(layer: Layer) -> str:
     """How well a layer is known."""
     return "exactly" if exact(layer) else f"to within {percent(layer.error)}"
 
@@ -102,4 +102,4 @@ def words(solving: Solving) -> str:
 
 def _told(layer: Layer) -> str:
     sides = " × ".join(str(side) for side in layer.shape)
-    return f"{layer.name}, {layer.numbers:,} numbers of each picture ({sides}) known {_known(layer)}"
+    return f"{layer.name}, {layer.numbers:,} numbers of each picture ({sides}) known {known(layer)}"

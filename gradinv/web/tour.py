@@ -1,4 +1,4 @@
-"""The guided tour: six steps, one a page, in a banner above the page that the visitor is on.
+"""The guided tour: seven steps, one a page, in a banner above the page that the visitor is on.
 
 The page says which step it is. So the tour goes along wherever the navigation or a link leads, no step ever speaks of
 what is not on the screen, and it lasts until End. That it is on stands in the address, which a reload or another person
@@ -58,11 +58,17 @@ STEPS = (
         "The large pictures are what the server takes for the batch. Switch on Reveal to see whether it is right.",
     ),
     Step(
+        "Layer by layer",
+        "What needs no guessing",
+        "Below the last layer it goes on in the same way. The gradient of each layer is a set of equations for what "
+        "the layer saw in each picture. While there are enough of them, the attacker knows it exactly.",
+        "Draw the batch size to 8 and see where the two lines cross. Then look at the layers, from the output down.",
+    ),
+    Step(
         "Replay",
         "Pixels, from noise",
-        "Without such a pile, the attack first solves the network’s layers, from the last one down, as far as the "
-        "gradient determines them. Then it changes pixels, from noise, until they explain the lowest solved layer. "
-        "Several seeds start from different noise; their mean, the consensus, keeps what they agree on.",
+        "Below the last layer that can be solved, the attack starts from noise and changes pixels until they explain "
+        "that layer. Several seeds start from different noise; their mean, the consensus, keeps what they agree on.",
         "Guess the four pictures before you reveal them, and show the seeds. Then choose “One picture or eight”: one "
         "gradient now has to serve eight.",
         {"run": "four"},
@@ -101,7 +107,7 @@ OWN = Step(
 def entrance() -> None:
     """The way in, small; nothing while the tour is on."""
     if not on():
-        st.button("A tour in six steps", icon=":material/tour:", type="tertiary", key="tour-begin", on_click=_begin)
+        st.button("A tour in seven steps", icon=":material/tour:", type="tertiary", key="tour-begin", on_click=_begin)
 
 
 def on() -> bool:

@@ -3,12 +3,87 @@
 from __future__ import annotations
 
 import importlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import streamlit as st
+from PIL import Image
 from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.typing import UploadedFile
+
+from gradinv.sources import Picture, from_upload
+from gradinv.types import GradinvError
+from gradinv.web import markup
+
+LARGEST = 20  # MB of a picture
+KINDS = "JPEG, PNG, WebP, BMP, GIF or TIFF"
+KEPT_SIDE = 288  # pixels of an upload's shorter side
+PRIVACY = (
+    "Your pictures stay in this server’s memory for as long as the page and its runs are kept, and are never written "
+    "to its disk. Their metadata is dropped."
+)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A picture that a visitor has sent, and a name for it that no other has."""
+
+    id: str
+    picture: Picture
+
+
+def pictures(key: str) -> tuple[list[Upload], list[str]] | None:
+    """An uploader of pictures; → what has just been sent, and a sentence for each that cannot be used or was changed;
+    None where nothing was. The next run of the page has a new uploader, which does not show the files any more."""
+    keep_in_memory()
+    turn = st.session_state.setdefault(f"{key}_turn", 0)
+    files = st.file_uploader(
+        f"Pictures ({KINDS}, at most {LARGEST} MB each)",
+        accept_multiple_files=True,
+        key=f"{key}_{turn}",
+        max_upload_size=LARGEST,
+    )
+    if not files:
+        return None
+    found: list[Upload] = []
+    notices: list[str] = []
+    for file in files:
+        let_go(file)
+        try:
+            if file.size > LARGEST * 2**20:
+                raise GradinvError(f"{file.name} is larger than {LARGEST} MB; scale the picture down first.")
+            picture = from_upload(file.getvalue(), file.name)
+            image, notes = picture.load()
+            notices += notes
+            kept = replace(picture, load=partial(_kept, _shrunk(image)))
+            found.append(Upload(secrets.token_hex(8), kept))
+        except GradinvError as error:
+            notices.append(str(error))
+    st.session_state[f"{key}_turn"] = turn + 1
+    return found, notices
+
+
+def tell(notices: Sequence[str]) -> None:
+    """Say what came of a choice; several sentences are a list."""
+    if len(notices) == 1:
+        st.warning(markup.plain(notices[0]))
+    elif notices:
+        st.warning("\n".join(f"- {markup.plain(notice)}" for notice in notices))
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    """As large as the gallery's pictures, which is enough for every network here: sessions share one memory."""
+    factor = KEPT_SIDE / min(image.size)
+    size = (round(image.width * factor), round(image.height * factor))
+    return image if factor >= 1 else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _kept(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    return image, []
 
 
 def keep_in_memory() -> None:

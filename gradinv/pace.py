@@ -1,0 +1,118 @@
+"""How long a run takes: a rough prior from the shape of the work, what was measured since, and a run's own steps."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+import time
+from collections import deque
+
+import torch
+
+from gradinv.config import AttackConfig
+from gradinv.models import Model
+
+_REPEATS = 3  # of the short measurement, of which the fastest counts
+_MEASURED = 2  # images in it
+MEASURABLE = 10  # steps from which a run tells how fast the next one will be
+_KEPT = 5  # runs of a kind that are remembered
+# A run shows nothing of its pace before so many seconds of steps, and at least two stretches of them.
+_ENOUGH = 2.0
+_STRETCHES = 16  # the latest ones, of which the median counts
+
+# What an iteration takes for each image and seed, and the layers for each image, as multiples of what the network takes
+# forwards and backwards for one: measured on the bundled networks with 1 to 16 images, right to a factor of about 2.
+_BELOW_A_LAYER, _MATCHED, _MATCHED_WHOLE = 0.2, 0.7, 1.2
+_SOLVED = 25.0
+_SMALL = 64  # px of a picture up to which that holds
+_SOLVED_MORE = 16  # images from which solving takes longer for each of them, since they are solved for together
+
+_Kind = tuple[str, int, bool, bool, str]
+_ratios: dict[_Kind, deque[float]] = {}
+_probes: dict[tuple[str, int], float] = {}
+_guard = threading.Lock()
+
+
+class Pace:
+    """How fast the steps of one run are. Its first step also prepares all others, so it is left out; then the median
+    of the latest stretches counts, which one that had to wait for other work does not move."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, int] | None = None
+        self._stretches: deque[tuple[float, int]] = deque(maxlen=_STRETCHES)
+
+    def add(self, seconds: float, step: int, first: int = 0) -> None:
+        """A step was done after so many seconds of the search, which began at the step `first`."""
+        if step <= first:
+            return
+        if self._last is not None and step > self._last[1]:
+            self._stretches.append((seconds - self._last[0], step - self._last[1]))
+        self._last = seconds, step
+
+    @property
+    def speed(self) -> float | None:
+        """Seconds an iteration; None as long as nothing worth telling is known."""
+        if len(self._stretches) < 2 or sum(seconds for seconds, _ in self._stretches) < _ENOUGH:
+            return None
+        return statistics.median(seconds / steps for seconds, steps in self._stretches)
+
+
+def probe(model: Model) -> float:
+    """Seconds that the network takes forwards and backwards for one image: measured at the first call, in less than
+    half a second with the bundled ones. Whoever else uses the network has to wait meanwhile."""
+    key = model.name, model.preprocessing.size
+    if key not in _probes:
+        side = model.preprocessing.size
+        images = torch.zeros(_MEASURED, 3, side, side, device=model.device)
+        parameters = list(model.network.parameters())
+        times = []
+        for _ in range(_REPEATS):
+            began = time.perf_counter()
+            found = torch.autograd.grad(model.network(images).sum(), parameters)
+            float(found[0].flatten()[0])  # a GPU has computed it by then
+            times.append(time.perf_counter() - began)
+        _probes[key] = min(times) / _MEASURED
+    return _probes[key]
+
+
+def estimate(model: Model, config: AttackConfig, batch_size: int) -> float:
+    """About how many seconds a run takes, the solving included: the prior, corrected by the latest runs of its kind."""
+    with _guard:
+        known = list(_ratios.get(_kind(model, config), ()))
+    # The prior counts as one of them: a single run on a busy machine does not decide.
+    factor = math.exp(statistics.median([0.0, *map(math.log, known)]))
+    return factor * _prior(model, config, batch_size)
+
+
+def solving(model: Model, batch_size: int) -> float:
+    """About how many seconds it takes to solve the layers, by the prior alone."""
+    # Nearly all of it is for the largest layers, whose equations grow with the picture while the network's cost does
+    # not, as long as its weights are most of it.
+    larger = max(1.0, model.preprocessing.size / _SMALL)
+    return probe(model) * larger * _SOLVED * batch_size * (1 + batch_size / _SOLVED_MORE)
+
+
+def measured(model: Model, config: AttackConfig, batch_size: int, seconds: float) -> None:
+    """Remember how long a whole run took, its solving included."""
+    ratio = seconds / _prior(model, config, batch_size)
+    with _guard:
+        _ratios.setdefault(_kind(model, config), deque(maxlen=_KEPT)).append(ratio)
+
+
+def forget() -> None:
+    """Nothing was measured yet. For tests."""
+    with _guard:
+        _ratios.clear()
+
+
+def _kind(model: Model, config: AttackConfig) -> _Kind:
+    """What the prior may misjudge alike."""
+    return model.name, model.preprocessing.size, config.needs_layers, config.gradient > 0, config.optimiser
+
+
+def _prior(model: Model, config: AttackConfig, batch_size: int) -> float:
+    whole = config.layers == "all" or config.boundary == "loss"
+    each = _BELOW_A_LAYER if config.needs_layers else _MATCHED_WHOLE if whole else _MATCHED
+    search = probe(model) * each * batch_size * config.seeds * config.iterations
+    return search + solving(model, batch_size) if config.needs_layers else search

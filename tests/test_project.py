@@ -297,3 +297,16 @@ def test_chosen_python_comes_first(makefile: Makefile) -> None:
     chosen = makefile.folder / "python-of-mine"
     shutil.move(makefile.bin / "python3", chosen)
     assert makefile.make("app", f"PYTHON={chosen}")[0] == "venv"
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_do_not_spin_unless_they_are_told_to(before: str | None, after: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if before is not None:
+        environment["OMP_WAIT_POLICY"] = before
+    # Whatever is started: torch must not be loaded before the policy is set, since it is read then.
+    script = "import gradinv.cli, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == [after, "False"]

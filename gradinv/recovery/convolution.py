@@ -20,7 +20,7 @@ _ROUNDING = 1e-6
 _SPARE, _LEAST_SPARE = 1.1, 1.02
 # A channel of x tells the noise of its equations if it has so many for each unknown; and so many channels are solved at
 # a time, whose matrices have that many entries at most.
-_TELLING, _TOGETHER, _ENTRIES = 1.5, 64, 20_000_000
+_TELLING, _TOGETHER, _ENTRIES = 1.5, 64, 4_000_000
 _TOLD = 1.1  # a position's input is known if so many of the shortcut's outputs are on for each channel of it
 _ONE_BY_ONE = 8  # channels at most that are set aside one by one
 # A ridge, relative to the columns' norms: a column of which nothing is known gets a large σ and no infinity.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -95,6 +95,8 @@ class Observation:
     the weights ("approx") need no field, they are in the model. `mode` is the client's forward mode, "eval" or "train".
     A client in train mode shares `running`, its running statistics after the step, as torch keeps them (averaged with
     the layer's momentum, unbiased variance): with those in the weights they tell the batch's own ("inferred").
+    `label_smoothing` is ε where the client's labels are (1 − ε) y + ε/N; where it is not known, 0 will do, and it is
+    solved for.
     """
 
     gradients: Gradients
@@ -105,6 +107,11 @@ class Observation:
     bn: BatchNormStatistics | None = None
     mode: str = "eval"
     running: BatchNormStatistics | None = None
+    label_smoothing: float = 0.0
+
+    def negated(self) -> Observation:
+        """The gradient that an update −η ∇L came of, up to the factor η, which the attack solves for."""
+        return replace(self, gradients={name: -value for name, value in self.gradients.items()})
 
     def pack(self) -> bytes:
         """The content of a safetensors file for `load`: tensors as they are, the rest as JSON in its metadata.
@@ -129,6 +136,7 @@ class Observation:
             "model_name": self.model_name,
             "model_sha256": self.model_sha256,
             "mode": self.mode,
+            "label_smoothing": self.label_smoothing,
         }
         packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         return safetensors.torch.save(packed, metadata={"observation": json.dumps(facts)})
@@ -196,6 +204,7 @@ class Observation:
                 bn=statistics("bn"),
                 mode=facts["mode"],
                 running=statistics("running"),
+                label_smoothing=facts.get("label_smoothing", 0.0),
             )
         except GradinvError:
             raise

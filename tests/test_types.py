@@ -93,7 +93,8 @@ def test_the_file_is_read_by_what_it_says(tmp_path: Path) -> None:
 
 def test_observation_holds_neither_images_nor_labels() -> None:
     names = {field.name for field in dataclasses.fields(Observation)}
-    assert names == {"gradients", "batch_size", "preprocessing", "model_name", "model_sha256", "bn", "mode", "running"}
+    known = {"gradients", "batch_size", "preprocessing", "model_name", "model_sha256", "bn", "mode", "running"}
+    assert names == known | {"label_smoothing"}
 
 
 def test_a_view_is_saved_as_it_reads(tmp_path: Path) -> None:

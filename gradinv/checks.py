@@ -30,6 +30,9 @@ def check_observation(model: Model, observation: Observation) -> None:
     count = observation.batch_size
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise GradinvError(f"The observation's batch size must be a whole number of at least 1, not {count!r}.")
+    smoothing = observation.label_smoothing
+    if not isinstance(smoothing, int | float) or isinstance(smoothing, bool) or not 0 <= smoothing < 1:
+        raise GradinvError(f"The label smoothing must be at least 0 and less than 1, not {smoothing!r}.")
     if observation.mode not in MODES:
         raise GradinvError(
             f"The observation's forward mode must be {' or '.join(MODES)}, not {observation.mode!r}; say in which one "

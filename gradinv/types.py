@@ -248,7 +248,7 @@ class Recovered:
     A = p − y (B, N) solve the final layer, up to a share `residual` of its gradient; the client multiplied its gradient
     by `scale`. They are None where the config asks for none or the final layer does not determine them. All images go
     in the labels' order. `nodes` are the solved ones, the highest first, `stopped` says in a sentence why there are no
-    more.
+    more. `notes` are sentences on what the gradient was found to be where it is not what the observation says.
     """
 
     labels: Tensor
@@ -260,6 +260,7 @@ class Recovered:
     scale: float = 1.0
     nodes: tuple[SolvedNode, ...] = ()
     stopped: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

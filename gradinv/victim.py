@@ -27,14 +27,22 @@ def _whole_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = False, mode: str = "eval") -> Observation:
+def observe(
+    model: Model,
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    share_bn: bool = False,
+    mode: str = "eval",
+    label_smoothing: float = 0.0,
+) -> Observation:
     """What the server receives: ∇_W of the mean cross-entropy of the batch, ΔW = (1/K) Σ_k ∇_W L(x*_k, y*_k).
 
     pixels: (B, 3, S, S) in [0, 1]; labels: (B,) int64. In eval mode BN normalises by the running statistics; in train
     mode by the batch's own, and the client then shares its running statistics after the step. The model's own are
-    never touched. With `share_bn` the batch's own BN statistics leak as well, as they are in that mode. Raises
-    GradinvError for an empty batch, a wrong size, labels that the model lacks, another mode, or a batch that is too
-    small for train mode.
+    never touched. With `share_bn` the batch's own BN statistics leak as well, as they are in that mode. Labels are
+    (1 − ε) y + ε/N with ε = `label_smoothing`. Raises GradinvError for an empty batch, a wrong size, labels that the
+    model lacks, another mode, or a batch that is too small for train mode.
     """
     if mode not in MODES:
         raise GradinvError(f"The client's forward mode is one of {' or '.join(MODES)}, not {mode!r}.")
@@ -53,7 +61,7 @@ def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = Fa
     normalised = model.preprocessing.normalise(pixels.to(model.device, torch.float32))
     parameters = dict(network.named_parameters())
     with _whole_products(), batch_statistics(network) as (means, variances):
-        loss = F.cross_entropy(network(normalised), labels.to(model.device))
+        loss = F.cross_entropy(network(normalised), labels.to(model.device), label_smoothing=label_smoothing)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
     bn = None
     if share_bn:
@@ -69,6 +77,7 @@ def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = Fa
         model_sha256=model.sha256,
         bn=bn,
         mode=mode,
+        label_smoothing=label_smoothing,
         running=running_statistics(network) if mode == "train" else None,
     )
 

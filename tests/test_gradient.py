@@ -148,6 +148,7 @@ def test_a_gradient_is_accepted_with_what_it_says_of_itself(file: bytes, model: 
         "side": 64,
         "mode": "eval",
         "leaks": (False, False),
+        "notes": (),
     }
     assert list(found.shared("ada").find().gradients) == [name for name, _ in model.network.named_parameters()]
 

@@ -19,6 +19,7 @@ from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
 from gradinv.prior import preview
+from gradinv.recovery.examination import examine
 from gradinv.recovery.recover import recover
 from gradinv.stepping import Gradient, Stepper
 from gradinv.types import Observation, Recovered, Snapshot, SolvedNode, Term
@@ -39,7 +40,8 @@ def invert(
 ) -> Snapshots:
     """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
 
-    What the gradient says without a search is solved first, unless it is `recovered` already; with `boundary=auto`
+    The gradient is taken for what it is found to be (`examine`), which `Snapshots.recovered.notes` say. What it says
+    without a search is solved first, unless it is `recovered` already; with `boundary=auto`
     that decides what runs (see `settled`), and each snapshot says so. `progress` hears of each node as it is solved.
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
@@ -56,6 +58,7 @@ def invert(
     finite or a rank is lost. Also where `resume` is the state of another run.
     """
     check_observation(model, observation)
+    observation = examine(model, observation).observation
     ranks.check(model.device)
     share = len(ranks.share(config.seeds))
     check_memory(model, observation.batch_size, replace(config, seeds=share))

@@ -8,7 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gradinv.cli.say import complain, listed, speaker, table
+from gradinv.cli.say import complain, listed, percent, speaker, table
+from gradinv.cli.task import add_corrections, corrected
 
 if TYPE_CHECKING:
     from gradinv.gallery import Gallery, Identified
@@ -36,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     parser.add_argument(
         "--observation", metavar="FILE", required=True, help="what the client shared, as Observation.save writes it"
     )
+    add_corrections(parser)
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="how many pictures it is of, where it has that wrong"
+    )
     parser.add_argument(
         "--imagenet",
         metavar="DIR",
@@ -54,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     from gradinv.checks import check_observation
     from gradinv.gallery import sought
-    from gradinv.recovery.final_layer import EXPLAINED
-    from gradinv.types import GradinvError, Observation
+    from gradinv.recovery.examination import examine
+    from gradinv.types import GradinvError
 
     say = speaker(args)
     if args.top < 1:
@@ -63,16 +68,19 @@ def run(args: argparse.Namespace) -> int:
     folder = args.imagenet or os.environ.get("GRADINV_IMAGENET")
     if not folder:
         raise GradinvError("Which pictures are to be searched? Name their folder with --imagenet DIR.")
-    observation = Observation.load(args.observation)
+    observation = corrected(args)
     model = _load_model(args, observation)
     check_observation(model, observation)
+    examined = examine(model, observation)
+    observation = examined.observation
     wanted = sought(model, observation)  # what cannot be solved is said before 50,000 pictures are looked at
     try:
         gallery = _open_gallery(model, folder)
     except KeyboardInterrupt as stopped:
         # Without a sentence it came before the first picture was looked at.
         return complain(str(stopped) or "Interrupted; nothing was kept.", 130)
-    for note in gallery.notes:
+    notes = (*examined.notes, *wanted.notes)
+    for note in (*notes, *gallery.notes):
         say(note)
     if observation.mode == "train":
         say(
@@ -81,21 +89,21 @@ def run(args: argparse.Namespace) -> int:
         )
     found = wanted.among(gallery, args.top)
     if args.json:
-        print(json.dumps(_facts(model, gallery, found), indent=2))
+        print(json.dumps({**_facts(model, gallery, found), "notes": list(notes)}, indent=2))
         return 0
     print(_table(model, gallery, found))
     print(
         f"{len(gallery.paths):,} pictures in {gallery.folder}, by the cosine similarity of their features on "
         f"{model.name}. Labels by {found.labels.method}, confidence {found.labels.confidence:.2f}."
     )
-    if found.residual < EXPLAINED:
+    if found.explained:
         trust = "they are the client's own"
         if observation.mode == "eval":
             trust += ", so a picture that was in the batch has a similarity of almost 1"
     else:
         trust = "they are not the client's own, so what is most similar may be another picture"
-    print(f"The features explain the final layer's gradient up to {found.residual:.1e}: {trust}.")
-    if found.residual < EXPLAINED and observation.mode == "eval" and (told := _lacking(found)):
+    print(f"The features leave {percent(found.residual)} of the final layer's gradient unexplained: {trust}.")
+    if found.explained and observation.mode == "eval" and (told := _lacking(found)):
         print(told)
     return 0
 

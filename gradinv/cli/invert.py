@@ -8,7 +8,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -173,7 +173,7 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
     first = next(stream)  # what cannot be run is said here, before anything is written
     if ranks.count > 1:
         say(f"{ranks.count} ranks share the {config.seeds} seeds.")
-    _describe_labels(say, task, first)
+    _describe_labels(say, task, first, recovered.notes)
     if resumed is None:
         _describe_layers(say, recovered, first, solved)
     out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
@@ -227,7 +227,8 @@ def _recover(task: _Run, ranks: Ranks) -> Recovered:
             bar.set_postfix_str(node.name, refresh=False)
             bar.update()
 
-        return recover(task.model, task.observation, task.config, progress=progress)
+        recovered = recover(task.model, task.observation, task.config, progress=progress)
+    return replace(recovered, notes=(*task.notes, *recovered.notes))
 
 
 def _ended(
@@ -397,10 +398,11 @@ def _describe(say: Callable[[str], None], task: _Run) -> None:
         say("A control: the gradient is not matched (--gradient 0), only the labels are read from it.")
 
 
-def _describe_labels(say: Callable[[str], None], task: _Run, first: Snapshot) -> None:
-    describe_labels(say, task, first.labels, first.label_method, first.label_confidence)
+def _describe_labels(say: Callable[[str], None], task: _Run, first: Snapshot, notes: Sequence[str]) -> None:
+    describe_labels(say, task, first.labels, first.label_method, first.label_confidence, notes)
     if first.features_residual is not None:
-        say(f"Recovered features explain the final layer's gradient up to {percent(first.features_residual)}.")
+        left = percent(first.features_residual)
+        say(f"Recovered features leave {left} of the final layer's gradient unexplained.")
 
 
 def _describe_layers(say: Callable[[str], None], recovered: Recovered, first: Snapshot, seconds: float) -> None:

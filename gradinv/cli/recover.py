@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     with signals_set(stop) as received:
         began = time.perf_counter()
         recovered = _recover(say, task, rows, stop)
+        recovered = replace(recovered, notes=(*task.notes, *recovered.notes))
         seconds = time.perf_counter() - began
         _conclude(say, recovered, seconds)
         if out is not None:
@@ -133,10 +134,10 @@ def _recover(say: Callable[[str], None], task: Task, rows: _Rows, stop: threadin
     except GradinvError:
         first = recover(model, observation, limited("loss"))  # why there is no more is said below
     restored = first.labels.tolist()
-    describe_labels(say, task, restored, first.method, first.confidence)
+    describe_labels(say, task, restored, first.method, first.confidence, (*task.notes, *first.notes))
     if first.residual is not None:
         left, factor = _share(first.residual), f"{first.scale:.4g}"
-        say(f"The final layer is solved up to {left} of its gradient; the client's own factor in that is {factor}.")
+        say(f"The final layer is solved but for {left} of its gradient; the client's own factor in that is {factor}.")
     rows.restored = restored
     if config.boundary in ("loss", "logits") and (first.residual is not None or config.boundary == "loss"):
         return first

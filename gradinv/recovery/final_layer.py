@@ -394,9 +394,9 @@ def rounding(gradient: Tensor) -> float:
         return 0.0
     fractions, exponents = torch.frexp(values)
     digits = next((digits for digits in (8, 11, 24) if _whole(torch.ldexp(fractions, torch.tensor(digits)))), 53)
-    if digits == 11 and _whole(values * 2.0**24):
-        exponents = exponents.clamp(min=-13)  # below its normal numbers float16 has fewer digits
     spacing = torch.ldexp(torch.ones_like(values), exponents - digits)
+    if digits <= 11 and _whole(values * 2.0**24):  # below its normal numbers float16 has no finer steps
+        spacing = spacing.clamp(min=2.0**-24)
     return float(spacing.norm() / values.norm()) / 12**0.5
 
 

@@ -31,6 +31,11 @@ UPDATE = (
     "This is an update, not a gradient: turned round (times −1) it explains the final layer. Invert its negative "
     "(--update, or Observation.negated)."
 )
+UNEXPLAINED = (
+    "The final layer's gradient is not explained: it was changed (by noise, pruning, rounding or several steps), is "
+    "not of the cross-entropy, or is of another batch size or other weights. Labels and all that follows from them are "
+    "a guess."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +50,14 @@ class RestoredLabels:
     right and says nothing of the batch as a whole: 0.9 times the share on which the other methods agree, on average.
 
     `fit` is the solution of the final layer with these labels, where the test found one that explains its gradient.
+    `notes` are sentences on what the gradient was found to be.
     """
 
     labels: Tensor
     method: str
     confidence: float
     fit: Fit | None = None
+    notes: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -106,7 +113,7 @@ def _restored(
         # anything is.
         if fit.explained or fit.residual < (_ROUGH if likeliest == "column-minimum" else _CHANGED):
             labels = labels.to(next(iter(tried.values())).device)
-            return RestoredLabels(labels, name, _trust(fit, layer), fit if fit.explained else None)
+            return _tested(labels, name, fit, layer)
     others = {key: tried[key] for key in tried if key != likeliest}
     return _judged(model, observation, tried[likeliest], likeliest, layer, others.values())
 
@@ -415,12 +422,18 @@ def _judged(
     if not fit.explained and layer.sound and layer.smoothing == 0:
         smoothed = layer.with_unknown_smoothing(_unsmoothed(model, observation)[1])
         fit = min(fit, smoothed.fit(labels.cpu(), starts=1), key=lambda fit: fit.residual)
-    return RestoredLabels(labels, method, _trust(fit, layer), fit if fit.explained else None)
+    return _tested(labels, method, fit, layer)
 
 
-def _trust(fit: Fit, layer: FinalLayer) -> float:
+def _tested(labels: Tensor, method: str, fit: Fit, layer: FinalLayer) -> RestoredLabels:
     beyond = max(0.0, fit.residual**2 - layer.rounding**2)
-    return 1 / (1 + beyond / _DOUBT**2)
+    trust = 1 / (1 + beyond / _DOUBT**2)
+    notes = []
+    if fit.explained and layer.smoothing == 0 < fit.smoothing:
+        notes.append(f"The client's labels are smoothed, by ε = {fit.smoothing:.3g}; that was solved for.")
+    if not fit.explained and trust < 0.5:
+        notes.append(UNEXPLAINED)
+    return RestoredLabels(labels, method, trust, fit if fit.explained else None, tuple(notes))
 
 
 def _agreement(labels: Tensor, others: Iterable[Tensor]) -> float:

@@ -11,6 +11,7 @@ import torch
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.network import parts
+from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import FinalLayer, Fit
 from gradinv.recovery.labels import restore_labels
 from gradinv.recovery.layers import solve_layers
@@ -30,13 +31,17 @@ def recover(
 
     How far is `config.boundary`: "loss" solves nothing but the labels (and the features where a term needs them),
     "logits" the final layer, "auto" as many layers as the gradient determines, a node's name down to that node.
-    `progress` is called with each node as it is solved; `stop` ends the way down there. Raises GradinvError where the
-    labels cannot be read, or the final layer cannot be solved though the config needs it.
+    The gradient is taken for what it is found to be (`examine`). `progress` is called with each node as it is solved;
+    `stop` ends the way down there. Raises GradinvError where the labels cannot be read, or the final layer cannot be
+    solved though the config needs it.
     """
+    examined = examine(model, observation)
+    observation = examined.observation
     restored = restore_labels(model, observation, config.labels)
     # The client's rescaling is known wherever the labels were tested by it.
     scale = 1.0 if restored.fit is None else restored.fit.scale
-    found = Recovered(restored.labels, restored.method, restored.confidence, scale=scale)
+    notes = (*examined.notes, *restored.notes)
+    found = Recovered(restored.labels, restored.method, restored.confidence, scale=scale, notes=notes)
     if not config.needs_features:
         return found
     try:
@@ -79,6 +84,9 @@ def _layers(
         return nodes, stopped
     try:
         parts(model.network)
+        return solve_layers(model, observation, fit, stop=stop, progress=progress)
     except GradinvError as error:
         return (), str(error)
-    return solve_layers(model, observation, fit, stop=stop, progress=progress)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # Two images have the same output errors: their labels are not the true ones.
+        return (), "The final layer's solution does not tell the images apart, so no layer below it is solved."

@@ -18,6 +18,7 @@ from gradinv.attack.optimiser import HISTORY
 from gradinv.batchnorm import check_train_mode, running_statistics
 from gradinv.config import AttackConfig
 from gradinv.models import Model
+from gradinv.recovery.examination import named_for
 from gradinv.stepping import PARALLEL, resolve_mode
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 
@@ -27,9 +28,6 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def check_observation(model: Model, observation: Observation) -> None:
     """Raises GradinvError, in one sentence, for an observation that is not one of this model or is not finite."""
     _check_origin(model, observation)
-    count = observation.batch_size
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise GradinvError(f"The observation's batch size must be a whole number of at least 1, not {count!r}.")
     smoothing = observation.label_smoothing
     if not isinstance(smoothing, int | float) or isinstance(smoothing, bool) or not 0 <= smoothing < 1:
         raise GradinvError(f"The label smoothing must be at least 0 and less than 1, not {smoothing!r}.")
@@ -44,7 +42,8 @@ def check_observation(model: Model, observation: Observation) -> None:
             "kept; set its mode to train, or leave them out."
         )
     if observation.mode == "train":
-        check_train_mode(model, count)
+        check_train_mode(model, observation.batch_size)
+    observation = named_for(model, observation)
     _check_gradients(model, observation.gradients)
     for statistics, whose in ((observation.bn, "batch"), (observation.running, "running")):
         if statistics is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -21,6 +23,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from gradinv.names import prefixes
 from gradinv.paths import ASSETS
 from gradinv.types import GradinvError, Preprocessing
 
@@ -129,6 +132,10 @@ _ARCHITECTURES: tuple[str, ...] = (
 )
 
 
+# Under which of its keys a checkpoint may hold them, in the order in which they are looked for.
+_HELD_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema", "weights")
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A network in eval mode with what the attacker and the visitor need to know of it.
@@ -156,6 +163,15 @@ class Model:
         if not isinstance(layer, nn.Linear):
             raise GradinvError(f"The layer {self.final} of {self.name} is not a linear layer.")
         return layer
+
+    def differentiable(self) -> Model:
+        """This model, or one with a copy of its network where that one's parameters cannot have gradients: they do not
+        require any, or were made in inference mode."""
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        frozen = not all(parameter.requires_grad for parameter in self.network.parameters())
+        if not frozen and not any(tensor.is_inference() for tensor in tensors):
+            return self
+        return replace(self, network=copy.deepcopy(self.network).requires_grad_())
 
     def class_index(self, wnid: str) -> int | None:
         """The label of a WordNet id, or None where the network does not know that class."""
@@ -487,10 +503,7 @@ def _from_file(path: Path, image_size: int | None) -> Model:
     state, metadata = _read_state(path)
     final = state.get("fc.weight")
     if final is None or final.ndim != 2:
-        raise GradinvError(
-            f"{path} has no final linear layer fc.weight; torchvision-style networks are loaded, and gradinv head fits "
-            "a final layer to one that lacks it."
-        )
+        raise GradinvError(f"{path} {_unfit(state)}.")
     count = final.shape[0]
     arch = metadata.get("arch") or _guess_architecture(state)
     network = _build(arch, count)
@@ -505,6 +518,20 @@ def _from_file(path: Path, image_size: int | None) -> Model:
         _name_classes(count, metadata),
         float(accuracy) if accuracy is not None else None,
     )
+
+
+def _unfit(state: Mapping[str, Tensor]) -> str:
+    """Why the tensors are not those of a ResNet with one final linear layer."""
+    if head := sorted({name.rpartition(".")[0] for name in state if name.startswith("fc.")}):
+        return f"has no final linear layer fc.weight, but a head of {', '.join(head)}; one linear layer is inverted"
+    if "layer1.0.conv1.weight" in state:
+        return (
+            "has no final linear layer fc.weight; torchvision-style networks are loaded, and gradinv head fits a final "
+            "layer to one that lacks it"
+        )
+    names = list(state)
+    shown = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names)
+    return f"is not a ResNet as torchvision builds them, which alone are loaded; its layers are {shown:.120}"
 
 
 def _size(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
@@ -522,19 +549,40 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 metadata = file.metadata() or {}
             state = safetensors.torch.load_file(path)
             _check_metadata(path, metadata)
-            return state, metadata
+            return _unwrapped(state), metadata
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except GradinvError:
         raise
     except Exception as error:  # the readers raise a dozen types for files that are not weights
+        # Both are pickles that are more than tensors, which is what a whole network is saved as.
+        whole = "Unsupported global" in str(error) or "TorchScript" in str(error)
+        hint = "; of a whole network, save network.state_dict()" if whole else ""
         raise GradinvError(
-            f"{path} cannot be read as weights (a .safetensors file or a weights-only .pth is expected)."
+            f"{path} cannot be read as weights (a .safetensors file or a weights-only .pth is expected){hint}."
         ) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not loaded:
         raise GradinvError(f"{path} is not a state dict of tensors.")
-    return {str(name).removeprefix("module."): value for name, value in loaded.items()}, metadata
+    found: Any = next((part for part in (loaded.get(key) for key in _HELD_UNDER) if _is_state(part)), loaded)
+    if not _is_state(found):
+        keys = ", ".join(str(key) for key in loaded)
+        raise GradinvError(f"{path} is not a state dict of tensors, nor holds one; it has the keys {keys:.120}.")
+    return _unwrapped({str(name): value for name, value in found.items()}), metadata
+
+
+def _is_state(part: object) -> bool:
+    return isinstance(part, Mapping) and bool(part) and all(isinstance(value, Tensor) for value in part.values())
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that all names share, and with a head's only linear layer under the head's own name: what a
+    Sequential has beside it, as dropout, does nothing in eval mode."""
+    # That of MoCo's encoder is its own.
+    *_, prefix = (prefix for prefix in prefixes(state, left=1) if "encoder_q" not in prefix)
+    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    heads = {match[1] for name in state if (match := re.fullmatch(r"(fc\.\d+)\.\w+", name))}
+    if len(heads) == 1 and "fc.weight" not in state:
+        state = {re.sub(r"^fc\.\d+\.", "fc.", name): value for name, value in state.items()}
+    return state
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -9,17 +9,20 @@ Images are float32 of shape (B, 3, H, W). *Pixels* are in [0, 1]; *normalised* i
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from gradinv.names import wrapper
 from gradinv.paths import write_whole
 
 
@@ -86,6 +89,11 @@ class BatchNormStatistics:
     mean: Mapping[str, Tensor]
     var: Mapping[str, Tensor]
 
+    def without(self, prefix: str) -> BatchNormStatistics:
+        """The same with a prefix taken off all names."""
+        mean, var = ({name.removeprefix(prefix): v for name, v in part.items()} for part in (self.mean, self.var))
+        return BatchNormStatistics(mean, var)
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -109,21 +117,39 @@ class Observation:
     running: BatchNormStatistics | None = None
     label_smoothing: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Take gradients as a mapping by name, or in the order of the network's parameters; as tensors or as NumPy
+        arrays. What has none, None, is left out, and the prefix of what wraps the network is taken off the names.
+
+        Raises GradinvError for what is none of these, and for a batch size that is no whole number of at least 1.
+        """
+        object.__setattr__(self, "batch_size", _whole(self.batch_size))
+        for field, kind in (("model_name", str), ("model_sha256", str), ("preprocessing", Preprocessing)):
+            if not isinstance(value := getattr(self, field), kind):
+                raise GradinvError(f"The observation's {field} is a {type(value).__name__}; give the model's own.")
+        given = self.gradients
+        if isinstance(given, list | tuple):
+            given = {str(place): value for place, value in enumerate(given)}
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise GradinvError(
+                "Gradients are given by their parameter's name, or as a list in the parameters' order, not as "
+                f"{type(self.gradients).__name__}."
+            )
+        gradients = {name: _tensor(f"gradient of {name}", v) for name, v in given.items() if v is not None}
+        if given and not gradients:
+            raise GradinvError("Every gradient is None; observe after backward(), with parameters that require theirs.")
+        prefix = wrapper(gradients)
+        object.__setattr__(self, "gradients", {name.removeprefix(prefix): v for name, v in gradients.items()})
+        for field in ("bn", "running"):
+            if (statistics := getattr(self, field)) is not None:
+                object.__setattr__(self, field, statistics.without(prefix))
+
     def negated(self) -> Observation:
         """The gradient that an update −η ∇L came of, up to the factor η, which the attack solves for."""
         return replace(self, gradients={name: -value for name, value in self.gradients.items()})
 
     def pack(self) -> bytes:
-        """The content of a safetensors file for `load`: tensors as they are, the rest as JSON in its metadata.
-
-        Raises GradinvError where a gradient is none.
-        """
-        for name, value in self.gradients.items():
-            if not isinstance(value, Tensor):
-                raise GradinvError(
-                    f"The gradient of {name} is {value!r}; let every parameter require its gradient, and observe after "
-                    "backward()."
-                )
+        """The content of a safetensors file for `load`: tensors as they are, the rest as JSON in its metadata."""
         tensors = {f"gradient/{name}": value for name, value in self.gradients.items()}
         for kind, statistics in (("bn", self.bn), ("running", self.running)):
             if statistics is not None:
@@ -138,13 +164,15 @@ class Observation:
             "mode": self.mode,
             "label_smoothing": self.label_smoothing,
         }
-        packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        # A copy, since the format refuses one tensor under two names.
+        plain = torch.contiguous_format
+        packed = {name: value.detach().cpu().clone(memory_format=plain) for name, value in tensors.items()}
         return safetensors.torch.save(packed, metadata={"observation": json.dumps(facts)})
 
     def save(self, path: str | Path) -> None:
         """Write to a file. Raises GradinvError where that is not possible."""
         try:
-            write_whole(Path(path), self.pack())
+            write_whole(Path(path).expanduser(), self.pack())
         except OSError as error:
             raise GradinvError(f"Cannot write the observation to {path}: {error.strerror or error}.") from error
 
@@ -152,7 +180,7 @@ class Observation:
     def load(cls, path: str | Path) -> Observation:
         """Read what `save` wrote. Raises GradinvError where the file is not an observation."""
         try:
-            data = Path(path).read_bytes()
+            data = Path(path).expanduser().read_bytes()
         except OSError as error:
             raise GradinvError(f"Cannot read an observation from {path}: {error.strerror or error}.") from error
         return cls.unpack(data, str(path))
@@ -195,7 +223,7 @@ class Observation:
                 mean, var = parts[f"{kind}.mean"], parts[f"{kind}.var"]
                 return BatchNormStatistics(mean, var) if mean or var else None
 
-            return cls(
+            fields: dict[str, Any] = dict(
                 gradients=parts["gradient"],
                 batch_size=facts["batch_size"],
                 preprocessing=preprocessing,
@@ -212,6 +240,32 @@ class Observation:
             raise GradinvError(
                 f"{path} is a safetensors file, but not an observation as Observation.save writes it ({error!s:.80})."
             ) from error
+        try:
+            return cls(**fields)
+        except GradinvError as error:
+            raise GradinvError(f"The observation {path} cannot be used: {error}") from error
+
+
+def _whole(count: object) -> int:
+    """A batch size as people have it: a number of Python or NumPy, or a tensor of one. Raises GradinvError."""
+    if isinstance(count, Tensor | np.ndarray) and count.ndim == 0:
+        count = count.item()
+    try:
+        number = None if isinstance(count, bool) else operator.index(count)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < 1:
+        raise GradinvError(f"The batch size must be a whole number of at least 1, not {count!r:.40}.")
+    return number
+
+
+def _tensor(what: str, value: object) -> Tensor:
+    """A tensor of a gradient, which no graph holds on to. Raises GradinvError for what is no array of numbers."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        return torch.tensor(value)
+    if not isinstance(value, Tensor):
+        raise GradinvError(f"The {what} is {value!r:.40}; a tensor is expected.")
+    return value.clone() if value.is_inference() else value.detach()
 
 
 @dataclass(frozen=True, eq=False)

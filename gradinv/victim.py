@@ -44,6 +44,13 @@ def observe(
     (1 − ε) y + ε/N with ε = `label_smoothing`. Raises GradinvError for an empty batch, a wrong size, labels that the
     model lacks, another mode, or a batch that is too small for train mode.
     """
+    with torch.inference_mode(False), torch.enable_grad():
+        return _observed(model.differentiable(), pixels, labels.clone(), share_bn, mode, label_smoothing)
+
+
+def _observed(
+    model: Model, pixels: Tensor, labels: Tensor, share_bn: bool, mode: str, label_smoothing: float
+) -> Observation:
     if mode not in MODES:
         raise GradinvError(f"The client's forward mode is one of {' or '.join(MODES)}, not {mode!r}.")
     size = model.preprocessing.size

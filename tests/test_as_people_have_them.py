@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv import cli
+from gradinv.attack.inversion import invert
 from gradinv.batchnorm import running_statistics
+from gradinv.checks import check_observation
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse
 from gradinv.images import to_pixels
@@ -25,7 +31,7 @@ from gradinv.recovery.final_layer import rounding
 from gradinv.recovery.labels import restore_labels
 from gradinv.recovery.recover import recover
 from gradinv.sources import gallery
-from gradinv.types import GradinvError, Observation
+from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
 from gradinv.victim import observe
 
 LABELS = (3, 17, 17, 60, 111, 150, 198, 42)
@@ -308,3 +314,210 @@ def test_a_run_of_such_a_gradient_matches_in_train_mode(
     told = capsys.readouterr().out
     assert "The gradient was taken in train mode, though" in told and "In train mode batch normalisation mixes" in told
     assert json.loads((tmp_path / "run" / "run.json").read_text())["client"]["mode"] == "train"
+
+
+# --- 4. names with a prefix, and weights as they lie in checkpoints
+
+PREFIXES = ("module.", "_orig_mod.", "_module.", "model.", "network.", "module._orig_mod.", "learner.backbone.")
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """Random weights of a 5-class ResNet-18, under torchvision's names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return dict(torchvision.models.resnet18(num_classes=5).state_dict())
+
+
+def prefixed(mapping: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in mapping.items()}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_with_a_prefix(state: dict[str, Tensor], tmp_path: Path, prefix: str, suffix: str) -> None:
+    path = tmp_path / f"own.{suffix}"
+    if suffix == "pth":
+        torch.save({"epoch": 3, "model_state_dict": prefixed(state, prefix)}, path)
+    else:
+        safetensors.torch.save_file(prefixed(state, prefix), path)
+    loaded = load_model(str(path), device="cpu", image_size=32).network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items() if "num_batches" not in name)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_an_observation_with_a_prefix(
+    model: Model, shared: Callable[..., Observation], tmp_path: Path, prefix: str
+) -> None:
+    plain = shared(2, share_bn=True, mode="train")
+    assert plain.bn is not None and plain.running is not None
+    statistics = [
+        BatchNormStatistics(prefixed(own.mean, prefix), prefixed(own.var, prefix)) for own in (plain.bn, plain.running)
+    ]
+    named = replace(plain, gradients=prefixed(plain.gradients, prefix), bn=statistics[0], running=statistics[1])
+    named.save(tmp_path / "o.safetensors")
+    for observation in (named, Observation.load(tmp_path / "o.safetensors")):
+        check_observation(model, observation)
+        found = examine(model, observation).observation
+        assert_the_same(found, plain, 0)
+        assert found.bn is not None and set(found.bn.mean) == set(plain.bn.mean)
+        assert_right(recover(model, observation, AttackConfig()).labels, 2)
+
+
+def test_a_network_whose_own_names_have_a_prefix(small_model: Model, observation: Observation) -> None:
+    wrapped = torch.nn.ModuleDict({"body": small_model.network})
+    wrapped.forward = small_model.network.forward  # type: ignore[method-assign]
+    own = replace(small_model, network=wrapped, final="body.fc")
+    check_observation(own, observation)
+    assert sorted(recover(own, observation, AttackConfig(labels="auto")).labels.tolist()) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "state_dict_ema"])
+def test_weights_under_a_key_of_a_checkpoint(state: dict[str, Tensor], tmp_path: Path, key: str) -> None:
+    torch.save({"optimizer": {"lr": 0.1}, key: state}, tmp_path / "own.pth")
+    assert len(load_model(str(tmp_path / "own.pth"), device="cpu", image_size=32).classes) == 5
+
+
+def test_a_checkpoint_without_weights_names_its_keys(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "own.pth")
+    with pytest.raises(GradinvError, match="it has the keys epoch, optimizer"):
+        load_model(str(tmp_path / "own.pth"), device="cpu")
+
+
+def test_a_head_in_a_sequential_is_the_trained_head(
+    state: dict[str, Tensor], tmp_path: Path, model: Model, shared: Callable[..., Observation]
+) -> None:
+    headed = {name.replace("fc.", "fc.1."): value for name, value in state.items()}
+    torch.save(headed, tmp_path / "own.pth")
+    loaded = load_model(str(tmp_path / "own.pth"), device="cpu", image_size=32)
+    assert torch.equal(loaded.final_layer.weight, state["fc.weight"])
+    plain = shared(2)
+    gradients = {name.replace("fc.", "fc.1."): value for name, value in plain.gradients.items()}
+    assert_the_same(examine(model, replace(plain, gradients=gradients)).observation, plain, 0)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(GradinvError) as refused:
+        load_model(str(path), device="cpu")
+    assert len(str(refused.value)) <= 300 + len(str(path))
+    return str(refused.value)
+
+
+def test_what_cannot_be_loaded_has_a_true_reason(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "own.pth"
+    with torch.device("meta"):
+        others = [torchvision.models.vgg11(num_classes=3), torchvision.models.densenet121(num_classes=3)]
+    for network in others:
+        torch.save({name: torch.zeros(1) for name in network.state_dict()}, path)
+        assert "is not a ResNet as torchvision builds them" in (said := refusal(path)) and "gradinv head" not in said
+    layers = {**state, "fc.0.weight": state["fc.weight"], "fc.2.weight": torch.zeros(5, 5)}
+    torch.save({name: value for name, value in layers.items() if name not in ("fc.weight", "fc.bias")}, path)
+    assert "a head of fc.0, fc.2" in (said := refusal(path)) and "gradinv head" not in said
+    torch.save({name: value for name, value in state.items() if not name.startswith("fc.")}, path)
+    assert "gradinv head fits a final layer" in refusal(path)
+    torch.save(torchvision.models.resnet18(num_classes=2), path)
+    assert "save network.state_dict()" in refusal(path)
+
+
+# --- 6. the library's edge
+
+
+def made(observation: Observation, gradients: object, batch_size: object = None) -> Observation:
+    count = observation.batch_size if batch_size is None else batch_size
+    return Observation(gradients, count, observation.preprocessing, observation.model_name, observation.model_sha256)  # type: ignore[arg-type]
+
+
+def test_gradients_in_the_order_of_the_parameters(
+    model: Model, shared: Callable[..., Observation], tmp_path: Path
+) -> None:
+    plain = shared(2)
+    values = [plain.gradients[name] for name, _ in model.network.named_parameters()]
+    for given in (values, tuple(values), [value.numpy() for value in values]):
+        observation = made(plain, given)
+        observation.save(tmp_path / "o.safetensors")
+        for own in (observation, Observation.load(tmp_path / "o.safetensors")):
+            check_observation(model, own)
+            assert_the_same(examine(model, own).observation, plain, 0)
+    with pytest.raises(GradinvError, match="has the shape"):
+        check_observation(model, made(plain, values[::-1]))
+
+
+@pytest.mark.parametrize("count", [np.int64(2), np.array(2), torch.tensor(2), np.uint8(2)], ids=repr)
+def test_batch_sizes_of_other_kinds(shared: Callable[..., Observation], count: object) -> None:
+    plain = shared(2)
+    observation = made(plain, {name: value.numpy() for name, value in plain.gradients.items()}, count)
+    assert type(observation.batch_size) is int and observation.batch_size == 2
+    assert_the_same(observation, plain, 0)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, True, "two", torch.tensor([2, 2]), None], ids=repr)
+def test_batch_sizes_that_are_none_are_refused_when_it_is_made(count: object) -> None:
+    with pytest.raises(GradinvError, match="The batch size must be a whole number of at least 1") as refused:
+        Observation({"fc.weight": torch.ones(2, 2)}, count, Preprocessing(8, 8), "own", "0")  # type: ignore[arg-type]
+    assert len(str(refused.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    "gradients",
+    [
+        {"fc.weight": "a"},
+        {"fc.weight": np.array(["a"])},
+        {3: torch.ones(2)},
+        torch.ones(3),
+        {"fc.weight": None},
+        [None],
+        [torch.ones(2), "b"],
+        None,
+        (torch.ones(2) for _ in range(2)),
+    ],
+    ids=repr,
+)
+def test_gradients_that_are_none_are_refused_when_it_is_made(gradients: object) -> None:
+    with pytest.raises(GradinvError) as refused:
+        Observation(gradients, 2, Preprocessing(8, 8), "own", "0")  # type: ignore[arg-type]
+    assert len(str(refused.value)) <= 300 and "\n" not in str(refused.value)
+
+
+def test_other_fields_of_a_wrong_kind_are_refused_when_it_is_made(model: Model) -> None:
+    good = {"preprocessing": model.preprocessing, "model_name": model.name, "model_sha256": model.sha256}
+    for name in good:
+        with pytest.raises(GradinvError, match=f"The observation's {name} is a "):
+            Observation({"fc.weight": torch.ones(2, 2)}, 2, **{**good, name: model})  # type: ignore[arg-type]
+
+
+def test_one_tensor_under_two_names_and_a_home_folder(
+    shared: Callable[..., Observation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    value = torch.randn(3, 3)
+    made(shared(1), {"fc.weight": value, "head.weight": value}).save("~/tied.safetensors")
+    loaded = Observation.load("~/tied.safetensors")
+    assert torch.equal(loaded.gradients["fc.weight"], value) and torch.equal(loaded.gradients["head.weight"], value)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("preset", ["demo", "matching", "paper"])
+def test_observing_and_inverting_where_gradients_are_off(
+    pictures: Tensor, shared: Callable[..., Observation], context: Callable[[], Any], preset: str
+) -> None:
+    config = AttackConfig.preset(preset, "resnet18-tiny", iterations=1, seeds=1)
+    with context():
+        own = load_model("resnet18-tiny", device="cpu", image_size=32)
+        labels = torch.tensor(LABELS[:2])
+        trained = observe(own, pictures[:2].clone(), labels, mode="train")
+        observation = observe(own, pictures[:2].clone(), labels)
+        copied = mapped(observation, lambda gradient: gradient + 0)
+        *_, last = invert(own, copied, config)
+    assert_the_same(observation, shared(2), 0)
+    assert_the_same(trained, shared(2, mode="train"), 0)
+    *_, expected = invert(load_model("resnet18-tiny", device="cpu", image_size=32), shared(2), config)
+    assert torch.equal(last.seeds, expected.seeds)
+
+
+def test_a_network_that_requires_no_gradients(pictures: Tensor, shared: Callable[..., Observation]) -> None:
+    own = load_model("resnet18-tiny", device="cpu", image_size=32)
+    own.network.requires_grad_(False)
+    observation = observe(own, pictures[:2], torch.tensor(LABELS[:2]))
+    assert_the_same(observation, shared(2), 0)
+    *_, last = invert(own, observation, AttackConfig.preset("matching", "resnet18-tiny", iterations=1, seeds=1))
+    assert last.distance and not any(parameter.requires_grad for parameter in own.network.parameters())

@@ -57,6 +57,24 @@ def invert(
     that it cannot serve, and where memory would not suffice; and during the run where the objective stops being
     finite or a rank is lost. Also where `resume` is the state of another run.
     """
+    with torch.inference_mode(False), torch.enable_grad():
+        return _inverted(
+            model.differentiable(), observation, config, every, interval, stop, resume, ranks, recovered, progress
+        )
+
+
+def _inverted(
+    model: Model,
+    observation: Observation,
+    config: AttackConfig,
+    every: int | None,
+    interval: float | None,
+    stop: threading.Event | None,
+    resume: RunState | None,
+    ranks: Ranks,
+    recovered: Recovered | None,
+    progress: Callable[[SolvedNode], None] | None,
+) -> Snapshots:
     check_observation(model, observation)
     observation = examine(model, observation).observation
     ranks.check(model.device)
@@ -84,7 +102,8 @@ class Snapshots(Iterator[Snapshot]):
         self._last: Snapshot | None = None
 
     def __next__(self) -> Snapshot:
-        self._last = next(self._stream)
+        with torch.inference_mode(False), torch.enable_grad():
+            self._last = next(self._stream)
         return self._last
 
     def close(self) -> None:

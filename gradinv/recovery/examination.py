@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradinv.batchnorm import check_train_mode
 from gradinv.models import Model
+from gradinv.names import matched
 from gradinv.recovery.final_layer import rounding
 from gradinv.types import GradinvError, Observation
 
@@ -39,6 +40,7 @@ def examine(model: Model, observation: Observation) -> Examined:
     (`restore_labels`). Raises GradinvError where the gradient is of more images than the observation says.
     """
     notes = []
+    observation = named_for(model, observation)
     observation, decay = _without_decay(model, observation)
     if decay:
         notes.append(f"The gradient holds weight decay, {decay:.3g} times the weights, which was taken off.")
@@ -50,6 +52,18 @@ def examine(model: Model, observation: Observation) -> Examined:
         )
     observation, mode = _in_its_mode(model, observation, images is not None)
     return Examined(observation, (*notes, *mode))
+
+
+def named_for(model: Model, observation: Observation) -> Observation:
+    """The observation with the names of the model's own parameters; where some have no counterpart, as it is."""
+    names = list(observation.gradients)
+    found = matched(names, [name for name, _ in model.network.named_parameters()])
+    if found is None or all(old == new for old, new in found.items()):
+        return observation
+    prefix = next((old.removesuffix(new) for old, new in found.items() if old.endswith(new)), "")
+    bn, running = (own and own.without(prefix) for own in (observation.bn, observation.running))
+    gradients = {new: observation.gradients[old] for old, new in found.items()}
+    return replace(observation, gradients=gradients, bn=bn, running=running)
 
 
 def _without_decay(model: Model, observation: Observation) -> tuple[Observation, float]:

@@ -28,12 +28,12 @@ _ROUGH = 0.01  # below this a residual is that of a coarse number format, and th
 _DOUBT = 1e-3  # the residual beyond rounding at which labels are taken to be as likely wrong as right
 
 UPDATE = (
-    "This is an update, not a gradient: turned round (times −1) it explains the final layer. Invert its negative "
-    "(--update, or Observation.negated)."
+    "This is an update, not a gradient: its negative is what explains the final layer; invert that (--update, or "
+    "Observation.negated)."
 )
 UNEXPLAINED = (
     "The final layer's gradient is not explained: it was changed (by noise, pruning, rounding or several steps), is "
-    "not of the cross-entropy, or is of another batch size or other weights. Labels and all that follows from them are "
+    "not of the cross-entropy, or is of another batch size or other weights; labels and all that follows from them are "
     "a guess."
 )
 

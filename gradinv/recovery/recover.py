@@ -18,6 +18,7 @@ from gradinv.recovery.layers import solve_layers
 from gradinv.types import GradinvError, Observation, Recovered, SolvedNode
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def recover(
     model: Model,

@@ -68,27 +68,35 @@ def _check_origin(model: Model, observation: Observation) -> None:
             f"The observation is of {theirs_at.size}-px images, the model is set to {ours_at.size} px; set the same "
             "image size."
         )
-    if theirs_at != ours_at:
+    if not theirs_at.normalises_as(ours_at):
+        raise GradinvError(
+            f"The observation was made with mean {_short(theirs_at.mean)} and std {_short(theirs_at.std)}, and "
+            f"{model.name} takes mean {_short(ours_at.mean)} and std {_short(ours_at.std)}; load it with those of the "
+            "observation (--mean and --std)."
+        )
+    if theirs_at.resize != ours_at.resize:
         raise GradinvError(
             f"The observation's preprocessing ({theirs_at}) is not the model's ({ours_at}); take that of the loaded "
             "model."
         )
 
 
+def _short(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
 def _check_gradients(model: Model, gradients: Mapping[str, Tensor]) -> None:
+    """Of layers that the client does not train there is none."""
     expected = dict(model.network.named_parameters())
-    if missing := [name for name in expected if name not in gradients]:
-        raise GradinvError(
-            f"The observation lacks the gradient of {missing[0]}{_others(missing)}; {model.name} has {len(expected)} "
-            "parameters, and the gradient of each one is needed."
-        )
     if unknown := [name for name in gradients if name not in expected]:
         raise GradinvError(
             f"The observation holds a gradient of {unknown[0]}{_others(unknown)}, which {model.name} does not have; "
             "name them as the model's own named_parameters() does."
         )
-    for name, parameter in expected.items():
-        _check_tensor(gradients[name], parameter.shape, f"gradient of {name}")
+    for name, gradient in gradients.items():
+        _check_tensor(gradient, expected[name].shape, f"gradient of {name}")
+    if not gradients:
+        raise GradinvError("The observation holds no gradient, so there is nothing to invert.")
     if not any(gradient.any() for gradient in gradients.values()):
         raise GradinvError("Every gradient of the observation is zero, so there is nothing to match.")
 

@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
@@ -141,6 +141,7 @@ class Model:
     """A network in eval mode with what the attacker and the visitor need to know of it.
 
     `final` names its last linear layer, `accuracy` is top-1 in percent or None where nobody measured it.
+    `normalisation_stated` says that mean and std are those that its weights file states.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Model:
     classes: tuple[ImageClass, ...]
     accuracy: float | None
     final: str = "fc"
+    normalisation_stated: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -218,11 +220,25 @@ def _unusable(name: str | torch.device) -> Exception | None:
     return None
 
 
-def load_model(name: str = "auto", *, device: str | torch.device = "auto", image_size: int | None = None) -> Model:
+Moments: TypeAlias = float | Sequence[float] | None
+"""A mean or std of pixels in [0, 1]: of each channel, or one for all; None for the network's own."""
+
+
+def load_model(
+    name: str = "auto",
+    *,
+    device: str | torch.device = "auto",
+    image_size: int | None = None,
+    mean: Moments = None,
+    std: Moments = None,
+    like: Preprocessing | None = None,
+) -> Model:
     """A named model, `auto`, or a path to the user's own weights.
 
     `auto` takes `resnet50` where a GPU and its weights are at hand, else `resnet50-tiny`. `image_size` overrides the
-    side in pixels at which the network is used. Raises GradinvError for an unknown name, a weights file that is not
+    side in pixels at which the network is used, `mean` and `std` what pixels are normalised by (0 and 1: not at all).
+    A weights file may state the latter in its metadata; where it does not, they are those of `like`, or ImageNet's.
+    Raises GradinvError for an unknown name, a weights file that is not
     one or does not fit (naming the layer), a failed download, or a device that is not there.
     """
     target = choose_device(device)
@@ -233,7 +249,7 @@ def load_model(name: str = "auto", *, device: str | torch.device = "auto", image
         log.info("auto chose %s", name)
     info = MODELS.get(name)
     if info is None:
-        model = _from_file(_existing(name), image_size)
+        model = _from_file(_existing(name), image_size, like)
     elif info.bundled:
         model = _bundled(info, image_size)
     elif info.headless:
@@ -241,7 +257,7 @@ def load_model(name: str = "auto", *, device: str | torch.device = "auto", image
     else:
         model = _from_torchvision(info, image_size)
     model.network.eval().to(target)
-    return model
+    return _normalising(model, mean, std)
 
 
 def load_backbone(
@@ -249,6 +265,8 @@ def load_backbone(
     *,
     device: str | torch.device = "auto",
     image_size: int | None = None,
+    mean: Moments = None,
+    std: Moments = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Backbone:
     """What `gradinv head` fits a final layer to: a named model, or a path to weights with or without one.
@@ -259,7 +277,7 @@ def load_backbone(
     """
     info = MODELS.get(name)
     if info is not None and not info.headless:
-        model = load_model(name, device=device, image_size=image_size)
+        model = load_model(name, device=device, image_size=image_size, mean=mean, std=std)
         return Backbone(model, info.arch, info.origin)
     target = choose_device(device)
     _check_size(image_size)
@@ -280,11 +298,12 @@ def load_backbone(
         name if info is not None else path.stem,
         network,
         _sha256(path),
-        _preprocessing(size),
+        _preprocessing(size, **_stated(metadata)),
         _name_classes(1, {}),
         None,
+        normalisation_stated=bool(_stated(metadata)),
     )
-    return Backbone(model, arch, info.origin if info is not None else path.name)
+    return Backbone(_normalising(model, mean, std), arch, info.origin if info is not None else path.name)
 
 
 def save_fitted(
@@ -301,6 +320,8 @@ def save_fitted(
     metadata = {
         "arch": backbone.arch,
         "image_size": str(model.preprocessing.size),
+        "mean": json.dumps(model.preprocessing.mean),
+        "std": json.dumps(model.preprocessing.std),
         "classes": json.dumps(wnids),
         "accuracy": f"{accuracy:.2f}",
         "backbone": f"{model.name}, {backbone.origin}",
@@ -384,9 +405,28 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _preprocessing(size: int) -> Preprocessing:
+def _preprocessing(size: int, **moments: Any) -> Preprocessing:
     # 224-px networks are evaluated on the centre of a 256-px picture; small ones on the whole shorter side.
-    return Preprocessing(size=size, resize=round(size * 256 / 224) if size >= 160 else size)
+    return Preprocessing(size=size, resize=round(size * 256 / 224) if size >= 160 else size, **moments)
+
+
+def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The mean and the std of a weights file's metadata. Raises GradinvError or ValueError for what is none."""
+    return {name: json.loads(metadata[name]) for name in ("mean", "std") if name in metadata}
+
+
+def _normalising(model: Model, mean: Moments, std: Moments) -> Model:
+    """The model with another normalisation. Raises GradinvError where its own weights file states one that differs."""
+    told = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
+    if not told:
+        return model
+    own, other = model.preprocessing, replace(model.preprocessing, **told)  # type: ignore[arg-type]
+    if model.normalisation_stated and not other.normalises_as(own):
+        raise GradinvError(
+            f"The weights file of {model.name} states mean {own.mean} and std {own.std}, not mean {other.mean} and std "
+            f"{other.std}; leave them out, or set those of the file right."
+        )
+    return replace(model, preprocessing=other)
 
 
 def _bundled(info: ModelInfo, image_size: int | None) -> Model:
@@ -499,7 +539,7 @@ def _download_moco(url: str, output: str, _: Any, *, progress: Callable[[int, in
         raise ValueError(f"{url} has the md5 {digest.hexdigest()}")
 
 
-def _from_file(path: Path, image_size: int | None) -> Model:
+def _from_file(path: Path, image_size: int | None, like: Preprocessing | None = None) -> Model:
     state, metadata = _read_state(path)
     final = state.get("fc.weight")
     if final is None or final.ndim != 2:
@@ -510,13 +550,15 @@ def _from_file(path: Path, image_size: int | None) -> Model:
     _fill(network, state, path.name)
     size = image_size or _size(state, metadata)
     accuracy = metadata.get("accuracy")
+    stated = _stated(metadata)
     return Model(
         path.stem,
         network,
         _sha256(path),
-        _preprocessing(size),
+        _preprocessing(size, **({} if like is None else {"mean": like.mean, "std": like.std}) | stated),
         _name_classes(count, metadata),
         float(accuracy) if accuracy is not None else None,
+        normalisation_stated=bool(stated),
     )
 
 
@@ -592,12 +634,13 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         wnids = json.loads(metadata.get("classes", "[]"))
         right = 8 <= size <= 1024 and 0 <= accuracy <= 100
         right = right and isinstance(wnids, list) and all(isinstance(wnid, str) for wnid in wnids)
+        Preprocessing(8, 8, **_stated(metadata))
     except ValueError:
         right = False
     if not right:
         raise GradinvError(
-            f"{path} cannot be used: of its metadata, image_size has to be 8 to 1024, accuracy a percentage and "
-            "classes a list of WordNet ids."
+            f"{path} cannot be used: of its metadata, image_size has to be 8 to 1024, accuracy a percentage, classes a "
+            "list of WordNet ids, and mean and std three numbers each."
         )
 
 

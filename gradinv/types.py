@@ -9,6 +9,7 @@ Images are float32 of shape (B, 3, H, W). *Pixels* are in [0, 1]; *normalised* i
 from __future__ import annotations
 
 import json
+import math
 import operator
 import re
 from collections.abc import Mapping
@@ -58,6 +59,17 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        """Take any three numbers, or one for all channels. Raises GradinvError for others, and a std that is not above
+        0."""
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _triple(name, getattr(self, name)))
+
+    def normalises_as(self, other: Preprocessing) -> bool:
+        """Whether mean and std are the same, also where they have been through float32."""
+        pairs = zip((*self.mean, *self.std), (*other.mean, *other.std), strict=True)
+        return all(math.isclose(one, two, rel_tol=1e-5, abs_tol=1e-7) for one, two in pairs)
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 1], (…, 3, H, W) → normalised, the same shape."""
         mean, std = self._moments(pixels)
@@ -99,6 +111,7 @@ class BatchNormStatistics:
 class Observation:
     """All that the attacker has. It never holds an image or a true label.
 
+    Of layers that the client does not train, `gradients` has none.
     `bn` is the client's own batch statistics if they leaked ("exact"), else None; the running statistics stored in
     the weights ("approx") need no field, they are in the model. `mode` is the client's forward mode, "eval" or "train".
     A client in train mode shares `running`, its running statistics after the step, as torch keeps them (averaged with
@@ -244,6 +257,19 @@ class Observation:
             return cls(**fields)
         except GradinvError as error:
             raise GradinvError(f"The observation {path} cannot be used: {error}") from error
+
+
+def _triple(name: str, value: Any) -> tuple[float, float, float]:
+    """Of each channel the mean or the std. Raises GradinvError."""
+    try:
+        values = [float(value)] * 3 if np.ndim(value) == 0 else [float(one) for one in value]
+    except (TypeError, ValueError):
+        values = []
+    least = -math.inf if name == "mean" else 0.0
+    if len(values) != 3 or not all(math.isfinite(one) and one > least for one in values):
+        wanted = "three numbers, or one," if name == "mean" else "three numbers above 0, or one,"
+        raise GradinvError(f"The {name} to normalise by is {wanted} not {value!r:.60}.")
+    return values[0], values[1], values[2]
 
 
 def _whole(count: object) -> int:

@@ -27,6 +27,8 @@ def _whole_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def observe(
     model: Model,
     pixels: Tensor,
@@ -44,13 +46,6 @@ def observe(
     (1 − ε) y + ε/N with ε = `label_smoothing`. Raises GradinvError for an empty batch, a wrong size, labels that the
     model lacks, another mode, or a batch that is too small for train mode.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        return _observed(model.differentiable(), pixels, labels.clone(), share_bn, mode, label_smoothing)
-
-
-def _observed(
-    model: Model, pixels: Tensor, labels: Tensor, share_bn: bool, mode: str, label_smoothing: float
-) -> Observation:
     if mode not in MODES:
         raise GradinvError(f"The client's forward mode is one of {' or '.join(MODES)}, not {mode!r}.")
     size = model.preprocessing.size
@@ -63,6 +58,7 @@ def _observed(
         raise GradinvError(f"Each image needs one label between 0 and {len(model.classes) - 1}.")
     if mode == "train":
         check_train_mode(model, len(pixels))
+    model, labels = model.differentiable(), labels.clone()  # what was made in inference mode takes part in no gradient
     # A client's training step updates its copy of the running statistics, as torch does it.
     network = copy.deepcopy(model.network).train() if mode == "train" else model.network.eval()
     normalised = model.preprocessing.normalise(pixels.to(model.device, torch.float32))

@@ -25,7 +25,7 @@ from gradinv.checks import check_observation
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse
 from gradinv.images import to_pixels
-from gradinv.models import Model, load_model
+from gradinv.models import Model, load_backbone, load_model, save_fitted
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import rounding
 from gradinv.recovery.labels import restore_labels
@@ -313,7 +313,8 @@ def test_a_run_of_such_a_gradient_matches_in_train_mode(
     assert cli.main(["invert", "--observation", str(tmp_path / "o.safetensors"), *args]) == 0
     told = capsys.readouterr().out
     assert "The gradient was taken in train mode, though" in told and "In train mode batch normalisation mixes" in told
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["client"]["mode"] == "train"
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["boundary"] == "logits" and run["recovered"]["notes"][0] in told
 
 
 # --- 4. names with a prefix, and weights as they lie in checkpoints
@@ -521,3 +522,157 @@ def test_a_network_that_requires_no_gradients(pictures: Tensor, shared: Callable
     assert_the_same(observation, shared(2), 0)
     *_, last = invert(own, observation, AttackConfig.preset("matching", "resnet18-tiny", iterations=1, seeds=1))
     assert last.distance and not any(parameter.requires_grad for parameter in own.network.parameters())
+
+
+# --- 5. another normalisation
+
+HALVES = {"mean": "[0.5, 0.5, 0.5]", "std": "[0.5, 0.5, 0.5]"}
+
+
+def own_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> str:
+    safetensors.torch.save_file(state, path, metadata={"image_size": "32", **metadata})
+    return str(path)
+
+
+def test_own_weights_with_another_normalisation(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    silent = own_weights(state, tmp_path / "silent.safetensors", {})
+    stating = own_weights(state, tmp_path / "stating.safetensors", HALVES)
+    pixels, labels = torch.rand(2, 3, 32, 32), torch.tensor([3, 1])
+    by_metadata = load_model(stating, device="cpu")
+    by_argument = load_model(silent, device="cpu", mean=0.5, std=(0.5, 0.5, 0.5))
+    none = load_model(silent, device="cpu", mean=0, std=1)
+    torch.testing.assert_close(by_metadata.preprocessing.normalise(pixels), 2 * pixels - 1)
+    torch.testing.assert_close(by_argument.preprocessing.normalise(pixels), 2 * pixels - 1)
+    assert torch.equal(none.preprocessing.normalise(pixels), pixels)
+    assert load_model(silent, device="cpu").preprocessing.mean == (0.485, 0.456, 0.406)
+    observe(by_metadata, pixels, labels).save("stating.o")
+    observe(by_argument, pixels, labels).save("silent.o")
+    recovered = ["recover", "--boundary", "logits", "--json"]
+    for case in ("stating", "silent"):  # the observation says what the weights do not
+        assert cli.main([*recovered, "--observation", f"{case}.o", "--model", f"{case}.safetensors"]) == 0
+        assert sorted(json.loads(capsys.readouterr().out)["labels"]["restored"]) == [1, 3]
+    told = ["--model", "silent.safetensors", "--mean", "0.5", "--std", "0.5,0.5,0.5"]
+    assert cli.main([*recovered, "--observation", "silent.o", *told]) == 0
+    capsys.readouterr()
+    assert cli.main([*recovered, "--observation", "silent.o", "--model", "silent.safetensors", "--mean", "0.4"]) == 2
+    assert "was made with mean 0.5, 0.5, 0.5 and std 0.5, 0.5, 0.5, and silent takes" in capsys.readouterr().err
+    assert cli.main([*recovered, "--observation", "stating.o", "--model", stating, "--mean", "0"]) == 2
+    assert "The weights file of stating states mean (0.5, 0.5, 0.5)" in capsys.readouterr().err
+    assert cli.main([*recovered, "--observation", "stating.o", "--model", stating, "--mean", "0.5,0.5"]) == 2
+    assert "The mean to normalise by is three numbers" in capsys.readouterr().err
+
+
+def test_the_normalisation_of_a_fitted_network_is_kept(state: dict[str, Tensor], tmp_path: Path) -> None:
+    silent = own_weights(state, tmp_path / "silent.safetensors", {})
+    backbone = load_backbone(silent, device="cpu", mean=0.5, std=0.5)
+    save_fitted(tmp_path / "fitted.safetensors", backbone, torch.ones(2, 512), torch.ones(2), ["a", "b"], 50.0)
+    assert load_model(str(tmp_path / "fitted.safetensors"), device="cpu").preprocessing.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("text", ["half", "[0.5]", '{"r": 1}', "[0.5, 0.5, NaN]"])
+def test_a_normalisation_in_the_metadata_that_is_none(state: dict[str, Tensor], tmp_path: Path, text: str) -> None:
+    path = own_weights(state, tmp_path / "own.safetensors", {"mean": text})
+    with pytest.raises(GradinvError, match=r"of its metadata, .* mean and std three numbers each"):
+        load_model(path, device="cpu")
+
+
+def test_the_models_own_normalisation_through_float32(model: Model, shared: Callable[..., Observation]) -> None:
+    own = model.preprocessing
+    mean, std = (torch.tensor(values, dtype=torch.float32).tolist() for values in (own.mean, own.std))
+    assert mean != list(own.mean)
+    check_observation(model, replace(shared(1), preprocessing=Preprocessing(own.size, own.resize, mean, std)))
+    with pytest.raises(GradinvError, match=r"was made with mean 0\.4851"):
+        wrong = Preprocessing(own.size, own.resize, (0.4851, *own.mean[1:]), own.std)
+        check_observation(model, replace(shared(1), preprocessing=wrong))
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.5), "a", None, (1, 2, float("nan")), (1, 2, "x")], ids=repr)
+def test_a_normalisation_that_is_none_is_refused_when_it_is_made(values: object) -> None:
+    with pytest.raises(GradinvError, match="The mean to normalise by is three numbers"):
+        Preprocessing(8, 8, mean=values)  # type: ignore[arg-type]
+    with pytest.raises(GradinvError, match="The std to normalise by is three numbers above 0"):
+        Preprocessing(8, 8, std=0)  # type: ignore[arg-type]
+
+
+# --- 7. clients that train some layers only
+
+
+def without(observation: Observation, *modules: str) -> Observation:
+    kept = {name: value for name, value in observation.gradients.items() if not name.startswith(modules)}
+    return replace(observation, gradients=kept)
+
+
+def zeroed(observation: Observation, *modules: str) -> Observation:
+    gradients = observation.gradients.items()
+    return replace(observation, gradients={name: value * (not name.startswith(modules)) for name, value in gradients})
+
+
+FROZEN = ("conv1", "bn1", "layer1", "layer2")
+ONCE = AttackConfig.preset("demo", "resnet18-tiny", iterations=1, seeds=1)
+
+
+@pytest.mark.parametrize("lacking", [without, zeroed])
+def test_frozen_layers_are_absent_and_the_others_are_solved(
+    model: Model, shared: Callable[..., Observation], tmp_path: Path, lacking: Callable[..., Observation]
+) -> None:
+    lacking(shared(2), *FROZEN).save(tmp_path / "o.safetensors")
+    stream = invert(model, Observation.load(tmp_path / "o.safetensors"), ONCE)
+    whole = invert(model, shared(2), ONCE).recovered
+    found = stream.recovered
+    assert_right(found.labels, 2)
+    (note,) = found.notes
+    assert "30 of 62 parameters are absent" in note and ("30 zero throughout" in note) == (lacking is zeroed)
+    assert "of layer2.1.bn2.bias is absent, so no layer below layer3.0.conv1 is solved" in found.stopped
+    count = len(found.nodes)
+    assert [node.name for node in found.nodes] == [node.name for node in whole.nodes][:count] and count == 7
+    for own, expected in zip(found.nodes, whole.nodes, strict=False):
+        assert torch.equal(own.activation, expected.activation)
+    *_, last = stream
+    assert last.boundary == "layer3.0.conv1"
+
+
+def test_none_in_the_place_of_a_gradient_is_absent(model: Model, shared: Callable[..., Observation]) -> None:
+    plain = shared(2)
+    values = [
+        None if name.startswith(FROZEN) else plain.gradients[name] for name, _ in model.network.named_parameters()
+    ]
+    for gradients in (values, dict(zip(dict(model.network.named_parameters()), values, strict=True))):
+        observation = made(plain, gradients)
+        check_observation(model, observation)
+        assert_the_same(examine(model, observation).observation, without(plain, *FROZEN), 0)
+
+
+def test_a_matched_layer_without_a_gradient_is_matched_nowhere(
+    model: Model, shared: Callable[..., Observation]
+) -> None:
+    config = AttackConfig.preset("matching", "resnet18-tiny", iterations=1, seeds=1)
+    *_, some = invert(model, without(shared(2), "layer2"), config)
+    *_, every = invert(model, shared(2), config)
+    assert some.distance and some.distance != every.distance
+    with pytest.raises(GradinvError, match=r"no gradient of the layers that are matched \(layer3\); set layers to all"):
+        invert(model, without(shared(2), *FROZEN, "layer3"), config)
+    *_, last = invert(model, without(shared(2), *FROZEN, "layer3"), replace(config, layers="all"))
+    assert last.distance
+
+
+def test_without_the_final_layers_gradient_labels_are_given(
+    model: Model, shared: Callable[..., Observation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    observation = without(shared(2), "fc")
+    with pytest.raises(GradinvError, match=r"no gradient of fc\.weight, from which labels are read; give them"):
+        invert(model, observation, ONCE)
+    stream = invert(model, observation, ONCE, labels=torch.tensor(LABELS[:2]))
+    *_, last = stream
+    assert last.labels == LABELS[:2] and last.label_method == "given" and last.boundary == "loss"
+    with pytest.raises(GradinvError, match="Of 2 images as many labels between 0 and 199"):
+        invert(model, observation, ONCE, labels=torch.tensor([3]))
+    observation.save(tmp_path / "o.safetensors")
+    args = ["invert", "--observation", str(tmp_path / "o.safetensors"), "--iterations", "1", "--seeds", "1"]
+    classes = [model.class_name(label) for label in LABELS[:2]]
+    told = [word for name in classes for word in ("--class", name)]
+    assert cli.main([*args, *told, "--out", str(tmp_path / "run")]) == 0
+    assert f"Labels as they were given: {', '.join(classes)}" in capsys.readouterr().out
+    assert cli.main(args) == 2 and "--class" in capsys.readouterr().err

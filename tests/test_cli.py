@@ -583,7 +583,7 @@ def test_progress_without_originals_has_no_psnr(saved: str, monkeypatch: pytest.
     [
         (["lion"], "inverted without any pictures; leave the picture lion or --observation out"),
         (["--samples", "2"], "leave --samples or --observation out"),
-        (["--class", "lion"], "leave --class or --observation out"),
+        (["--class", "lion", "--class", "lion", "--class", "lion"], "3 times for an observation of 2 pictures"),
         (["--mode", "train"], "leave --mode or --observation out"),
         (["--model", "resnet50-tiny"], "is of the network resnet18-tiny (sha256 1e839035…), not of resnet50-tiny"),
         (["--image-size", "64"], "The observation is of 32-px images, the model is set to 64 px"),

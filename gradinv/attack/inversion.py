@@ -25,6 +25,8 @@ from gradinv.stepping import Gradient, Stepper
 from gradinv.types import Observation, Recovered, Snapshot, SolvedNode, Term
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def invert(
     model: Model,
     observation: Observation,
@@ -36,13 +38,15 @@ def invert(
     resume: RunState | None = None,
     ranks: Ranks = ALONE,
     recovered: Recovered | None = None,
+    labels: Tensor | None = None,
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> Snapshots:
     """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
 
     The gradient is taken for what it is found to be (`examine`), which `Snapshots.recovered.notes` say. What it says
-    without a search is solved first, unless it is `recovered` already; with `boundary=auto`
-    that decides what runs (see `settled`), and each snapshot says so. `progress` hears of each node as it is solved.
+    without a search is solved first, with the `labels` (B,) where they are known, unless it is `recovered` already;
+    with `boundary=auto` that decides what runs (see `settled`), and each snapshot says so. `progress` hears of each
+    node as it is solved.
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
@@ -57,30 +61,13 @@ def invert(
     that it cannot serve, and where memory would not suffice; and during the run where the objective stops being
     finite or a rank is lost. Also where `resume` is the state of another run.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        return _inverted(
-            model.differentiable(), observation, config, every, interval, stop, resume, ranks, recovered, progress
-        )
-
-
-def _inverted(
-    model: Model,
-    observation: Observation,
-    config: AttackConfig,
-    every: int | None,
-    interval: float | None,
-    stop: threading.Event | None,
-    resume: RunState | None,
-    ranks: Ranks,
-    recovered: Recovered | None,
-    progress: Callable[[SolvedNode], None] | None,
-) -> Snapshots:
+    model = model.differentiable()
     check_observation(model, observation)
-    observation = examine(model, observation).observation
     ranks.check(model.device)
     share = len(ranks.share(config.seeds))
     check_memory(model, observation.batch_size, replace(config, seeds=share))
-    recovered = recovered or recover(model, observation, config, stop=stop, progress=progress)
+    recovered = recovered or recover(model, observation, config, labels=labels, stop=stop, progress=progress)
+    observation = examine(model, observation).observation
     config = settled(model, recovered, config)
     objective = Objective(model, observation, recovered, config)
     run = Run(model, observation.batch_size, config, _start(model, recovered, config), ranks, objective.separable)

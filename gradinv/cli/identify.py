@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gradinv.cli.say import complain, listed, percent, speaker, table
-from gradinv.cli.task import add_corrections, corrected
+from gradinv.cli.task import add_corrections, add_normalisation, corrected
 
 if TYPE_CHECKING:
     from gradinv.gallery import Gallery, Identified
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         "--model", help="a name that `gradinv models` lists, or a weights file (default: the one of the observation)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    add_normalisation(parser)
     parser.add_argument(
         "--top", type=int, default=5, metavar="N", help="how many pictures to name for each (default: %(default)s)"
     )
@@ -71,25 +72,23 @@ def run(args: argparse.Namespace) -> int:
     observation = corrected(args)
     model = _load_model(args, observation)
     check_observation(model, observation)
-    examined = examine(model, observation)
-    observation = examined.observation
+    mode = examine(model, observation).observation.mode
     wanted = sought(model, observation)  # what cannot be solved is said before 50,000 pictures are looked at
     try:
         gallery = _open_gallery(model, folder)
     except KeyboardInterrupt as stopped:
         # Without a sentence it came before the first picture was looked at.
         return complain(str(stopped) or "Interrupted; nothing was kept.", 130)
-    notes = (*examined.notes, *wanted.notes)
-    for note in (*notes, *gallery.notes):
+    for note in (*wanted.notes, *gallery.notes):
         say(note)
-    if observation.mode == "train":
+    if mode == "train":
         say(
             "The client's network was in train mode, where what it sees in a picture depends on the whole batch: "
             "similarities are lower, and some pictures are missed."
         )
     found = wanted.among(gallery, args.top)
     if args.json:
-        print(json.dumps({**_facts(model, gallery, found), "notes": list(notes)}, indent=2))
+        print(json.dumps({**_facts(model, gallery, found), "notes": list(wanted.notes)}, indent=2))
         return 0
     print(_table(model, gallery, found))
     print(
@@ -98,12 +97,12 @@ def run(args: argparse.Namespace) -> int:
     )
     if found.explained:
         trust = "they are the client's own"
-        if observation.mode == "eval":
+        if mode == "eval":
             trust += ", so a picture that was in the batch has a similarity of almost 1"
     else:
         trust = "they are not the client's own, so what is most similar may be another picture"
     print(f"The features leave {percent(found.residual)} of the final layer's gradient unexplained: {trust}.")
-    if found.explained and observation.mode == "eval" and (told := _lacking(found)):
+    if found.explained and mode == "eval" and (told := _lacking(found)):
         print(told)
     return 0
 
@@ -118,7 +117,8 @@ def _load_model(args: argparse.Namespace, observation: Observation) -> Model:
             f"The observation is of the weights {observation.model_name}; say where that file is with --model FILE."
         )
     name = args.model or observation.model_name
-    return load_model(name, device=args.device, image_size=observation.preprocessing.size)
+    theirs = observation.preprocessing
+    return load_model(name, device=args.device, image_size=theirs.size, mean=args.mean, std=args.std, like=theirs)
 
 
 def _open_gallery(model: Model, folder: str) -> Gallery:

@@ -86,12 +86,12 @@ class _Told:
     """What the other ranks hear of a run from the first, which alone reads files; the model each one loads itself."""
 
     weights: str
-    image_size: int
     device: str
     config: AttackConfig
     observation: Observation
     every: int
     state: RunState | None
+    given: list[int] | None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
     """The part of every rank but the first: its share of the seeds, without a word or a file of its own."""
+    import torch
+
     from gradinv.attack.inversion import invert
     from gradinv.models import load_model
     from gradinv.types import GradinvError
@@ -123,7 +125,10 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
             if told is None:
                 return 0
             with ranks.together():
-                model = load_model(told.weights, device=told.device, image_size=told.image_size)
+                theirs = told.observation.preprocessing
+                model = load_model(
+                    told.weights, device=told.device, image_size=theirs.size, mean=theirs.mean, std=theirs.std
+                )
                 stream = invert(
                     model,
                     told.observation,
@@ -132,6 +137,7 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
                     stop=stop,
                     resume=told.state,
                     ranks=ranks,
+                    labels=None if told.given is None else torch.tensor(told.given),
                 )
             for _ in stream:
                 pass
@@ -151,8 +157,7 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
     model, config, resumed = task.model, task.config, task.resumed
     state = None if resumed is None else resumed.state
     weights = model.name if args.model == "auto" else args.model
-    size, device = model.preprocessing.size, model.device.type
-    ranks.tell(_Told(weights, size, device, config, task.observation, task.every, state))
+    ranks.tell(_Told(weights, model.device.type, config, task.observation, task.every, state, task.given))
     stop = threading.Event()
     with ranks.together():
         began = time.perf_counter()
@@ -213,6 +218,7 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
 
 def _recover(task: _Run, ranks: Ranks) -> Recovered:
     """What is solved before the search. Where that takes long, a terminal shows which layer it has come to."""
+    import torch
     from tqdm import tqdm
 
     from gradinv.checks import check_memory
@@ -227,8 +233,8 @@ def _recover(task: _Run, ranks: Ranks) -> Recovered:
             bar.set_postfix_str(node.name, refresh=False)
             bar.update()
 
-        recovered = recover(task.model, task.observation, task.config, progress=progress)
-    return replace(recovered, notes=(*task.notes, *recovered.notes))
+        given = None if task.given is None else torch.tensor(task.given)
+        return recover(task.model, task.observation, task.config, labels=given, progress=progress)
 
 
 def _ended(
@@ -292,7 +298,8 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
             f"The run in {args.resume} is one of a CUDA device, whose random numbers a CPU does not repeat; resume it "
             "on a machine with one, or start it again."
         )
-    model = load_model(recorded["weights"], device=device, image_size=recorded["image_size"])
+    theirs = resumed.observation.preprocessing
+    model = load_model(recorded["weights"], device=device, image_size=theirs.size, mean=theirs.mean, std=theirs.std)
     if model.sha256 != recorded["sha256"]:
         raise GradinvError(
             f"The weights {recorded['weights']} have changed since the run in {args.resume} (sha256 "
@@ -304,12 +311,14 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
     for name, value in now.items():
         if environment.get(name) != value:
             say(f"It ran with {name} {environment.get(name)} and goes on with {value}: the last digits may differ.")
+    recorded_labels = resumed.run["labels"]
     return _Run(
         model=model,
         config=resumed.config,
         observation=resumed.observation,
         pixels=resumed.originals,
-        labels=resumed.run["labels"]["true"],
+        labels=recorded_labels["true"],
+        given=recorded_labels["restored"] if recorded_labels["method"] == "given" else None,
         defences=resumed.run["client"]["defences"],
         every=resumed.run["every"],
         out=resumed.store.path,

@@ -29,8 +29,8 @@ NAMED = 12  # classes of a batch that are named before the work
 @dataclass(frozen=True, eq=False)
 class Task:
     """Whose gradient it is and what is asked of it. `pixels` (B, 3, S, S) and `labels` are None where nobody knows
-    them; they serve the evaluation and never reach the attack. `notes` say what the gradient was found to be where that
-    is not what its file says; the observation is put right."""
+    them; they serve the evaluation and never reach the attack. `given` are labels that are told beside an
+    observation."""
 
     model: Model
     config: AttackConfig
@@ -38,7 +38,7 @@ class Task:
     pixels: Tensor | None
     labels: list[int] | None
     defences: list[str]
-    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    given: list[int] | None = field(default=None, kw_only=True)
 
 
 def add_client(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -62,7 +62,8 @@ def add_client(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         dest="classes",
         metavar="CLASS",
         help="class name or WordNet id of the picture files: once for all, or once for each; by default that of the "
-        "file's folder (n01443537), else what the network takes the picture for",
+        "file's folder (n01443537), else what the network takes the picture for; beside --observation the labels, "
+        "where they are known",
     )
     shared = parser.add_argument_group("what the client shares")
     shared.add_argument(
@@ -110,6 +111,28 @@ def add_network(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--image-size", type=int, metavar="PX", help="side of the images (default: the model's own)")
     group.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    add_normalisation(group)
+
+
+def add_normalisation(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """What the network's pixels are normalised by, where that is not as usual."""
+    for name, none in (("mean", "0"), ("std", "1")):
+        group.add_argument(
+            f"--{name}",
+            type=_moments,
+            metavar="X[,X,X]",
+            help=f"{name} that pixels are normalised by, of each channel or one for all; {none} for no normalisation "
+            "(default: what the weights file or the observation states, else ImageNet's)",
+        )
+
+
+def _moments(text: str) -> list[float] | float:
+    """For argparse, which says what a ValueError is about."""
+    values = [float(part) for part in text.split(",")]
+    return values[0] if len(values) == 1 else values
+
+
+_moments.__name__ = "float"  # as argparse calls what is expected
 
 
 def begin(args: argparse.Namespace, configure: Callable[[str], AttackConfig], say: Callable[[str], None]) -> Task:
@@ -119,27 +142,29 @@ def begin(args: argparse.Namespace, configure: Callable[[str], AttackConfig], sa
     """
     import torch
 
-    from gradinv.checks import check_observation
     from gradinv.defenses import parse_all
     from gradinv.models import load_model
-    from gradinv.recovery.examination import examine
     from gradinv.types import GradinvError
     from gradinv.victim import observe
 
-    pixels, labels = None, None
-    notes: tuple[str, ...] = ()
+    pixels, labels, given = None, None, None
     if args.observation is not None:
         observation = _read_observation(args)
-        size = observation.preprocessing.size if args.image_size is None else args.image_size
-        model = load_model(_model_of(args, observation), device=args.device, image_size=size)
+        theirs = observation.preprocessing
+        model = load_model(
+            _model_of(args, observation),
+            device=args.device,
+            image_size=theirs.size if args.image_size is None else args.image_size,
+            mean=args.mean,
+            std=args.std,
+            like=theirs,
+        )
         config = configure(model.name)
-        check_observation(model, observation)
-        examined = examine(model, observation)
-        observation, notes = examined.observation, examined.notes
+        given = _given(args, model, observation.batch_size)
     else:
         if args.update:
             raise GradinvError("--update is said of an observation; leave it out, or name the file with --observation.")
-        model = load_model(args.model, device=args.device, image_size=args.image_size)
+        model = load_model(args.model, device=args.device, image_size=args.image_size, mean=args.mean, std=args.std)
         config = configure(model.name)
         mode = _choose_mode(args, config)
         pictures = _choose_pictures(args, model, config.seed, say)
@@ -156,7 +181,22 @@ def begin(args: argparse.Namespace, configure: Callable[[str], AttackConfig], sa
     defences = parse_all(args.defences, config.seed)
     for defence in defences:
         observation = defence(observation)
-    return Task(model, config, observation, pixels, labels, [defence.text for defence in defences], notes=notes)
+    return Task(model, config, observation, pixels, labels, [defence.text for defence in defences], given=given)
+
+
+def _given(args: argparse.Namespace, model: Model, count: int) -> list[int] | None:
+    """The labels of an observation's images, where --class tells them."""
+    from gradinv.types import GradinvError
+
+    if not args.classes:
+        return None
+    if len(args.classes) not in (1, count):
+        raise GradinvError(
+            f"--class was given {len(args.classes)} times for an observation of {count} pictures; give it once, or "
+            "once for each."
+        )
+    named = [_find_class(name, model) for name in args.classes]
+    return named * count if len(named) == 1 else named
 
 
 def _read_observation(args: argparse.Namespace) -> Observation:
@@ -165,7 +205,6 @@ def _read_observation(args: argparse.Namespace) -> Observation:
 
     names = ("samples", "imagenet", "random", "mode")
     given = [f"--{name}" for name in names if getattr(args, name) is not None]
-    given += ["--class"] if args.classes else []
     given = [f"the picture {args.images[0]}"] if args.images else given
     if given:
         raise GradinvError(f"An observation is inverted without any pictures; leave {given[0]} or --observation out.")
@@ -378,6 +417,9 @@ def describe_labels(
         say(note)
     labels, asked = task.labels, task.config.labels
     names = ", ".join(task.model.class_name(label) for label in restored)
+    if method == "given":
+        say(f"Labels as they were given: {names}")
+        return
     right = ""
     if labels is not None:
         right = f" ({sum((Counter(labels) & Counter(restored)).values())} of {len(labels)} right)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,8 +40,8 @@ def examine(model: Model, observation: Observation) -> Examined:
     gradient was taken with. Whether it is an update, or of smoothed labels, is seen where labels are read
     (`restore_labels`). Raises GradinvError where the gradient is of more images than the observation says.
     """
-    notes = []
-    observation = named_for(model, observation)
+    observation, absent = _without_zeros(model, named_for(model, observation))
+    notes = list(absent)
     observation, decay = _without_decay(model, observation)
     if decay:
         notes.append(f"The gradient holds weight decay, {decay:.3g} times the weights, which was taken off.")
@@ -64,6 +65,31 @@ def named_for(model: Model, observation: Observation) -> Observation:
     bn, running = (own and own.without(prefix) for own in (observation.bn, observation.running))
     gradients = {new: observation.gradients[old] for old, new in found.items()}
     return replace(observation, gradients=gradients, bn=bn, running=running)
+
+
+def _without_zeros(model: Model, observation: Observation) -> tuple[Observation, tuple[str, ...]]:
+    """The observation without gradients that are zero throughout, as of layers that do not train, and what is said of
+    those and of what lacks. Behind pruning, zeros say that the numbers were small."""
+    gradients = {name: value for name, value in observation.gradients.items() if value.any()}
+    if len(gradients) < len(observation.gradients) and _pruned(gradients.values()):
+        gradients = dict(observation.gradients)
+    zeros = len(observation.gradients) - len(gradients)
+    absent = [name for name, _ in model.network.named_parameters() if name not in gradients]
+    if not absent:
+        return observation, ()
+    also = f" ({zeros} zero throughout)" if zeros else ""
+    note = (
+        f"The gradients of {len(absent)} of {len(absent) + len(gradients)} parameters are absent{also}, as of layers "
+        f"that do not train, from {absent[0]} to {absent[-1]}; they are matched nowhere."
+    )
+    return replace(observation, gradients=gradients), (note,)
+
+
+def _pruned(gradients: Iterable[Tensor]) -> bool:
+    """Whether no number is small beside the others: these were set to 0."""
+    sizes = torch.cat([gradient.detach().cpu().float().abs().flatten() for gradient in gradients])
+    sizes = sizes[sizes > 0]
+    return float(sizes.min()) > 0.05 * float(sizes.median())
 
 
 def _without_decay(model: Model, observation: Observation) -> tuple[Observation, float]:

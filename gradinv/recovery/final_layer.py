@@ -90,6 +90,11 @@ class FinalLayer:
 
     def __init__(self, model: Model, observation: Observation) -> None:
         layer = model.final_layer
+        if f"{model.final}.weight" not in observation.gradients:
+            raise GradinvError(
+                "Features are recovered from the final layer's gradient, which is absent; set features to 0 and "
+                "boundary to loss."
+            )
         if f"{model.final}.bias" not in observation.gradients or layer.bias is None:
             raise GradinvError(
                 "Features can only be recovered where the final layer has a bias; set features to 0 and boundary "

@@ -192,7 +192,10 @@ def _readings(model: Model, observation: Observation) -> dict[str, Callable[[], 
     """Every method but auto, ready to be called. Raises GradinvError where there is nothing to read from."""
     name = f"{model.final}.weight"
     if name not in observation.gradients:
-        raise GradinvError(f"The observation has no gradient of {name}; labels are read from it.")
+        raise GradinvError(
+            f"The observation has no gradient of {name}, from which labels are read; give them (--class, once for each "
+            "image, or invert's labels)."
+        )
     gradient, count = observation.gradients[name], observation.batch_size
     _check(gradient, count)
     if (bias_gradient := observation.gradients.get(f"{model.final}.bias")) is not None:

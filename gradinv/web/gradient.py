@@ -208,7 +208,8 @@ def _checked(data: bytes, name: str) -> Examined:
         examined = examine(network, observation)
     observation = examined.observation
     # A file has them in any order.
-    gradients = {parameter: observation.gradients[parameter] for parameter, _ in network.network.named_parameters()}
+    names = [name for name, _ in network.network.named_parameters() if name in observation.gradients]
+    gradients = {name: observation.gradients[name] for name in names}
     return replace(examined, observation=replace(observation, gradients=gradients))
 
 

@@ -24,16 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.images import to_pixels
+from gradinv.images import SUFFIXES, to_pixels
 from gradinv.models import Model, cache_folder
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import RecoveredFeatures, recover_features
 from gradinv.recovery.labels import RestoredLabels, restore_labels
 from gradinv.sources import from_path
 from gradinv.types import GradinvError, Observation
-
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""What counts as a picture in a folder: the names of what `images.decode` reads."""
 
 LIKE_ITSELF = 0.9
 """Where the features are the client's own and its network was in eval mode, a member's similarity is almost 1 and this

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,13 +26,14 @@ from gradinv.batchnorm import running_statistics
 from gradinv.checks import check_observation
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse
-from gradinv.images import to_pixels
+from gradinv.gallery import Gallery
+from gradinv.images import SUFFIXES, decode, to_pixels
 from gradinv.models import Model, load_backbone, load_model, save_fitted
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import rounding
 from gradinv.recovery.labels import restore_labels
 from gradinv.recovery.recover import recover
-from gradinv.sources import gallery
+from gradinv.sources import ImageFolder, gallery
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
 from gradinv.victim import observe
 
@@ -676,3 +679,88 @@ def test_without_the_final_layers_gradient_labels_are_given(
     assert cli.main([*args, *told, "--out", str(tmp_path / "run")]) == 0
     assert f"Labels as they were given: {', '.join(classes)}" in capsys.readouterr().out
     assert cli.main(args) == 2 and "--class" in capsys.readouterr().err
+
+
+# --- 8. one list of picture formats
+
+
+def photograph(seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((48, 40), Image.Resampling.BICUBIC)
+
+
+def test_every_format_counts_in_every_folder(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
+    kinds = {".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF", ".jpg": "JPEG"}
+    folder = tmp_path / "pictures" / "n01443537"
+    folder.mkdir(parents=True)
+    for number, suffix in enumerate(SUFFIXES):
+        photograph(number).save(folder / f"{number}{suffix.upper()}", kinds.get(suffix, suffix[1:].upper()))
+    (folder / "notes.txt").write_text("no picture")
+    assert len(ImageFolder(folder.parent).pictures("n01443537")) == len(SUFFIXES) == 10
+    assert len(Gallery.of(model, folder.parent).paths) == len(SUFFIXES)
+    args = ["invert", "--imagenet", str(folder.parent), "--random", "10", "--model", "resnet18-tiny"]
+    assert cli.main([*args, "--save-observation", str(tmp_path / "o.safetensors")]) == 0
+
+
+def test_no_pictures_to_draw_says_why(tmp_path: Path, model: Model) -> None:
+    known = {item.wnid for item in model.classes}
+    (tmp_path / "n99999999").mkdir()
+    with pytest.raises(GradinvError, match=r"has no folder of a class that the network knows .its first is n99999999"):
+        ImageFolder(tmp_path).draw(2, 0, known)
+    (tmp_path / "n01443537").mkdir()
+    (tmp_path / "n01443537" / "fish.heic").write_bytes(b"none of these")
+    with pytest.raises(GradinvError, match=r"hold no picture \(\.jpeg, \.jpg, .* to draw from"):
+        ImageFolder(tmp_path).draw(2, 0, known)
+    photograph().save(tmp_path / "n01443537" / "fish.webp")
+    with pytest.raises(GradinvError, match="There are only 1 pictures to draw 2 from"):
+        ImageFolder(tmp_path).draw(2, 0, known)
+
+
+# --- 9. healthy pictures
+
+
+def png(image: Image.Image, **options: Any) -> bytes:
+    packed = io.BytesIO()
+    image.save(packed, "PNG", **options)
+    return packed.getvalue()
+
+
+def texts(add: Callable[[PngImagePlugin.PngInfo], None]) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    add(info)
+    return info
+
+
+LONG = "x" * 3_000_000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pnginfo": texts(lambda info: info.add_text("notes", LONG))},
+        {"pnginfo": texts(lambda info: info.add_text("notes", LONG, zip=True))},
+        {"pnginfo": texts(lambda info: info.add_itxt("XML:com.adobe.xmp", LONG))},
+        {"pnginfo": texts(lambda info: info.add_itxt("XML:com.adobe.xmp", LONG, zip=True))},
+        {"icc_profile": LONG.encode()},
+    ],
+    ids=["tEXt", "zTXt", "XMP", "packed XMP", "ICC"],
+)
+def test_a_png_with_much_beside_its_pixels_is_a_picture(options: dict[str, Any]) -> None:
+    data = png(photograph(), **options)
+    image, notes = decode(data, "long.png")
+    assert np.array_equal(np.asarray(image), np.asarray(photograph())) and notes == []
+    with pytest.raises(GradinvError, match=r"long\.png is damaged or incomplete"):
+        decode(data[:-40], "long.png")
+
+
+def test_a_wholly_transparent_picture_keeps_its_colours() -> None:
+    clear = photograph().copy()
+    clear.putalpha(0)
+    image, notes = decode(png(clear), "clear.png")
+    assert np.array_equal(np.asarray(image), np.asarray(photograph()))
+    assert notes == ["clear.png is wholly transparent; its colours were taken as if it were not."]
+    with pytest.raises(GradinvError, match=r"empty\.png is wholly transparent and has one colour"):
+        decode(png(Image.new("RGBA", (20, 20), (0, 0, 0, 0))), "empty.png")

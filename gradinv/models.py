@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import hashlib
@@ -9,6 +10,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -450,7 +452,9 @@ def _from_torchvision(info: ModelInfo, image_size: int | None) -> Model:
     weights = torchvision.models.get_model_weights(info.arch)["IMAGENET1K_V1"]
     path = _torchvision_file(info.arch)
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        # torch announces the download on the output, which may be for a machine.
+        with contextlib.redirect_stdout(sys.stderr):
+            state = weights.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise GradinvError(
             f"The weights of {info.name} could not be downloaded ({error}); put the file at {path} "

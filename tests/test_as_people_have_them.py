@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv import cli
+from gradinv import cli, models
 from gradinv.attack.inversion import invert
 from gradinv.batchnorm import running_statistics
 from gradinv.checks import check_observation
@@ -764,3 +766,82 @@ def test_a_wholly_transparent_picture_keeps_its_colours() -> None:
     assert notes == ["clear.png is wholly transparent; its colours were taken as if it were not."]
     with pytest.raises(GradinvError, match=r"empty\.png is wholly transparent and has one colour"):
         decode(png(Image.new("RGBA", (20, 20), (0, 0, 0, 0))), "empty.png")
+
+
+# --- 10. wording and promises
+
+
+def test_what_is_left_unexplained_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["invert", "lion", "--model", "resnet18-tiny", "--image-size", "32", "--iterations", "1", "--seeds", "1"]
+    assert cli.main([*args, "--defence", "noise:1e-2", "--out", "run"]) == 0
+    left = json.loads((tmp_path / "run" / "run.json").read_text())["recovered"]["features_residual"]
+    assert left > 0.1
+    assert f"features leave {100 * left:.0f} % of the final layer's gradient unexplained" in capsys.readouterr().out
+
+
+def test_identify_names_only_options_that_it_has(
+    state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = own_weights(state, tmp_path / "five.safetensors", {})
+    own = load_model(weights, device="cpu")
+    whole = observe(own, torch.rand(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 4, 4]))
+    options = set(re.findall(r"--[a-z-]+", help_of("identify", capsys)))
+    for observation in (whole, replace(without(whole, "fc.bias"), batch_size=2), without(whole, "fc")):
+        observation.save(tmp_path / "o.safetensors")
+        args = ["identify", "--observation", str(tmp_path / "o.safetensors"), "--model", weights]
+        assert cli.main([*args, "--imagenet", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert set(re.findall(r"--[a-z-]+", said)) - {"--class"} <= options
+        assert "--class" not in said or "--class of gradinv invert" in said
+        assert "features to 0" not in said and "boundary" not in said
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_as_many_images_as_classes_are_not_trusted_much(small_model: Model) -> None:
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        pixels = F.interpolate(torch.rand(8, 3, 2, 2, generator=generator), (8, 8), mode="bilinear")
+        labels = torch.randint(0, 6, (8,), generator=generator)
+        for method in ("auto", "ilrg", "llg"):
+            assert restore_labels(small_model, observe(small_model, pixels, labels), method).confidence <= 0.5
+
+
+def test_json_alone_is_on_the_output_while_weights_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = models.ModelInfo("resnet18", "", arch="resnet18", size=32, classes=1000, accuracy=69.8, origin="")
+    served = tmp_path / "weights.pth"
+    torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), served)
+    named = tmp_path / f"resnet18-{hashlib.sha256(served.read_bytes()).hexdigest()[:8]}.pth"
+    served.rename(named)
+    monkeypatch.setitem(models.MODELS, "resnet18", info)
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value, "url", named.as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    args = ["recover", "lion", "--model", "resnet18", "--boundary", "logits", "--json"]
+    assert cli.main(args) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["model"]["name"] == "resnet18" and "Downloading" in told.err
+
+
+def test_an_animation_is_named_gif_and_an_observation_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["invert", "lion", "--model", "resnet18-tiny", "--image-size", "32"]
+    assert cli.main([*args, "--iterations", "1", "--seeds", "1", "--out", "run"]) == 0
+    assert cli.main(["replay", "run", "--gif", "run.png"]) == 2
+    assert "name a file that ends in .gif, not run.png" in capsys.readouterr().err and not Path("run.png").exists()
+    assert cli.main(["replay", "run", "--gif", "run.GIF"]) == 0 and Path("run.GIF").is_file()
+    assert cli.main([*args, "--save-observation", "o.safetensors"]) == 0
+    before = Path("o.safetensors").read_bytes()
+    assert cli.main([*args, "--label-smoothing", "0.1", "--save-observation", "o.safetensors"]) == 2
+    assert "o.safetensors is there already" in capsys.readouterr().err
+    assert Path("o.safetensors").read_bytes() == before

@@ -275,6 +275,8 @@ def _begun(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
     out = _choose_folder(args.out)
     if args.every is not None and args.every < 1:
         raise GradinvError(f"--every takes a number of steps of at least 1, not {args.every}.")
+    if args.save_observation is not None and Path(args.save_observation).expanduser().exists():
+        raise GradinvError(f"{args.save_observation} is there already; name another file, or remove it first.")
     settings = settings_given(args)
     task = begin(args, lambda model: config_from(args.preset, model, settings), say)
     return _Run(**vars(task), every=every(args, task.config), out=out)

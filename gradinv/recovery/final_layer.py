@@ -91,15 +91,9 @@ class FinalLayer:
     def __init__(self, model: Model, observation: Observation) -> None:
         layer = model.final_layer
         if f"{model.final}.weight" not in observation.gradients:
-            raise GradinvError(
-                "Features are recovered from the final layer's gradient, which is absent; set features to 0 and "
-                "boundary to loss."
-            )
+            raise GradinvError("Features are recovered from the final layer's gradient, which is absent.")
         if f"{model.final}.bias" not in observation.gradients or layer.bias is None:
-            raise GradinvError(
-                "Features can only be recovered where the final layer has a bias; set features to 0 and boundary "
-                "to loss."
-            )
+            raise GradinvError("Features can only be recovered where the final layer has a bias and its gradient.")
         self._gradient = observation.gradients[f"{model.final}.weight"].cpu().double()
         self._bias_gradient = observation.gradients[f"{model.final}.bias"].cpu().double()
         self._weight, self._bias = layer.weight.detach().cpu().double(), layer.bias.detach().cpu().double()
@@ -107,8 +101,7 @@ class FinalLayer:
         classes = len(self._gradient)
         if count >= classes:
             raise GradinvError(
-                f"Features can be recovered for fewer images than the {classes} classes, not for {count}; "
-                "set features to 0 and boundary to loss."
+                f"Features can be recovered for fewer images than the {classes} classes, not for {count}."
             )
         if not (torch.isfinite(self._gradient).all() and torch.isfinite(self._bias_gradient).all()):
             raise GradinvError("The final layer's gradient is not finite, so no features can be recovered.")

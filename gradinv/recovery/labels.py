@@ -47,7 +47,8 @@ class RestoredLabels:
     rounding of its number format: with the right labels about 0, with a wrong one 0.002 to 0.4; noise raises it.
     Elsewhere (`auto` of more than
     48 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the share of labels that are
-    right and says nothing of the batch as a whole: 0.9 times the share on which the other methods agree, on average.
+    right and says nothing of the batch as a whole: 0.9 times the share on which the other methods agree, on average,
+    and no more than a half where K ≥ N, since there they agree on wrong labels, too.
 
     `fit` is the solution of the final layer with these labels, where the test found one that explains its gradient.
     `notes` are sentences on what the gradient was found to be.
@@ -193,8 +194,8 @@ def _readings(model: Model, observation: Observation) -> dict[str, Callable[[], 
     name = f"{model.final}.weight"
     if name not in observation.gradients:
         raise GradinvError(
-            f"The observation has no gradient of {name}, from which labels are read; give them (--class, once for each "
-            "image, or invert's labels)."
+            f"The observation has no gradient of {name}, from which labels are read; without it they have to be given "
+            "(--class of gradinv invert, or labels)."
         )
     gradient, count = observation.gradients[name], observation.batch_size
     _check(gradient, count)
@@ -420,7 +421,8 @@ def _judged(
 ) -> RestoredLabels:
     """A reading, trusted as far as features explain the gradient with it, or untested as far as others agree."""
     if layer is None:
-        return RestoredLabels(labels, method, _agreement(labels, others))
+        most = 0.5 if len(labels) >= model.final_layer.out_features else 1.0
+        return RestoredLabels(labels, method, min(most, _agreement(labels, others)))
     fit = layer.fit(labels.cpu(), starts=1)
     if not fit.explained and layer.sound and layer.smoothing == 0:
         smoothed = layer.with_unknown_smoothing(_unsmoothed(model, observation)[1])

@@ -54,7 +54,8 @@ def recover(
         layer = FinalLayer(model, observation)
     except GradinvError as error:
         if config.boundary != "auto":
-            raise
+            also = "features to 0 and " if config.features > 0 else ""
+            raise GradinvError(f"{str(error).rstrip('.')}; set {also}boundary to loss.") from error
         return replace(found, stopped=str(error))
     fit = restored.fit or layer.fit(restored.labels.cpu())
     nodes: tuple[SolvedNode, ...] = ()

@@ -339,8 +339,9 @@ def prefixed(mapping: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in mapping.items()}
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("prefix", "suffix"), [*((prefix, "safetensors") for prefix in PREFIXES), ("module.", "pth"), (PREFIXES[-1], "pth")]
+)
 def test_weights_with_a_prefix(state: dict[str, Tensor], tmp_path: Path, prefix: str, suffix: str) -> None:
     path = tmp_path / f"own.{suffix}"
     if suffix == "pth":
@@ -502,7 +503,7 @@ def test_one_tensor_under_two_names_and_a_home_folder(
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("preset", ["demo", "matching", "paper"])
+@pytest.mark.parametrize("preset", ["demo", "matching"])
 def test_observing_and_inverting_where_gradients_are_off(
     pictures: Tensor, shared: Callable[..., Observation], context: Callable[[], Any], preset: str
 ) -> None:
@@ -667,7 +668,7 @@ def test_without_the_final_layers_gradient_labels_are_given(
     model: Model, shared: Callable[..., Observation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     observation = without(shared(2), "fc")
-    with pytest.raises(GradinvError, match=r"no gradient of fc\.weight, from which labels are read; give them"):
+    with pytest.raises(GradinvError, match=r"no gradient of fc\.weight, from which labels are read; without it they"):
         invert(model, observation, ONCE)
     stream = invert(model, observation, ONCE, labels=torch.tensor(LABELS[:2]))
     *_, last = stream
@@ -789,7 +790,7 @@ def test_identify_names_only_options_that_it_has(
     own = load_model(weights, device="cpu")
     whole = observe(own, torch.rand(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 4, 4]))
     options = set(re.findall(r"--[a-z-]+", help_of("identify", capsys)))
-    for observation in (whole, replace(without(whole, "fc.bias"), batch_size=2), without(whole, "fc")):
+    for observation in (whole, without(whole, "fc.bias"), without(whole, "fc")):
         observation.save(tmp_path / "o.safetensors")
         args = ["identify", "--observation", str(tmp_path / "o.safetensors"), "--model", weights]
         assert cli.main([*args, "--imagenet", str(tmp_path)]) == 2

@@ -155,6 +155,10 @@ class Observation:
         object.__setattr__(self, "gradients", {name.removeprefix(prefix): v for name, v in gradients.items()})
         for field in ("bn", "running"):
             if (statistics := getattr(self, field)) is not None:
+                if not isinstance(statistics, BatchNormStatistics):
+                    raise GradinvError(
+                        f"The observation's {field} is a {type(statistics).__name__}; give BatchNormStatistics."
+                    )
                 object.__setattr__(self, field, statistics.without(prefix))
 
     def negated(self) -> Observation:

@@ -48,6 +48,8 @@ def observe(
     """
     if mode not in MODES:
         raise GradinvError(f"The client's forward mode is one of {' or '.join(MODES)}, not {mode!r}.")
+    if not 0 <= label_smoothing < 1:
+        raise GradinvError(f"The label smoothing must be at least 0 and less than 1, not {label_smoothing!r}.")
     size = model.preprocessing.size
     if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (3, size, size):
         raise GradinvError(

@@ -33,7 +33,7 @@ from gradinv.images import SUFFIXES, decode, to_pixels
 from gradinv.models import Model, load_backbone, load_model, save_fitted
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import rounding
-from gradinv.recovery.labels import restore_labels
+from gradinv.recovery.labels import MISREAD, restore_labels
 from gradinv.recovery.recover import recover
 from gradinv.sources import ImageFolder, gallery
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
@@ -153,8 +153,7 @@ def test_a_defended_gradient_is_no_update_nor_anything_else_but_unexplained(
     for count in (2, 4):
         observation = CHANGED[text](shared(count, mode=mode))
         assert examine(model, observation).notes == ()
-        for note in restore_labels(model, observation, "ilrg").notes:
-            assert note.startswith("The final layer's gradient is not explained")
+        assert set(restore_labels(model, observation, "ilrg").notes) <= {MISREAD}
 
 
 def test_an_update_is_named_and_inverted_negated(model: Model, shared: Callable[..., Observation]) -> None:

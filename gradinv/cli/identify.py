@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     )
     add_corrections(parser)
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="how many pictures it is of, where it has that wrong"
+        "--batch-size", type=int, metavar="N", help="how many pictures the observation is of, where it has that wrong"
     )
     parser.add_argument(
         "--imagenet",

@@ -332,9 +332,10 @@ def _beside_resume(args: argparse.Namespace) -> str:
     """The first option that was given although a resumed run has its own; empty where there is none."""
     if args.images:
         return f"the picture {args.images[0]}"
-    defaults = {"model": "auto", "device": "auto", "preset": "demo", "classes": [], "defences": []}
-    names = ("samples", "imagenet", "random", "batch_size", "classes", "mode", "defences", "save_observation")
-    for name in (*names, "observation", "model", "image_size", "device", "preset", "config", "out", "every"):
+    defaults = {"model": "auto", "device": "auto", "preset": "demo", "classes": [], "defences": [], "update": False}
+    client = ("samples", "imagenet", "random", "batch_size", "classes", "mode", "defences", "save_observation")
+    told = ("observation", "update", "label_smoothing", "model", "image_size", "mean", "std", "device")
+    for name in (*client, *told, "preset", "config", "out", "every"):
         if getattr(args, name) != defaults.get(name):
             return "--" + {"classes": "class", "defences": "defence"}.get(name, name.replace("_", "-"))
     settings = [name.partition(" ")[2] for name in vars(args) if name.startswith("setting ")]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradinv.batchnorm import check_train_mode
 from gradinv.models import Model
 from gradinv.names import matched
-from gradinv.recovery.final_layer import rounding
+from gradinv.recovery.final_layer import COMPUTED, rounding
 from gradinv.types import GradinvError, Observation
 
 # Without weight decay, what K images leave of a gradient had a correlation with the weights of at most 0.05, also
@@ -21,7 +21,6 @@ _CHANCE = 5.0  # of a correlation of n numbers, times 1/√n
 # Of √d ⟨w, ∇w⟩ / (‖w‖ ‖∇w‖) over the filters w of d numbers, the root mean square was 1e-4 in train mode, up to 0.09
 # with noise of 1e-4, and 1 by chance; in eval mode 1 to 6.
 _ORTHOGONAL = 0.2
-_PRECISE = 1e-5  # the relative error of float32 sums, at the most
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +33,12 @@ class Examined:
 
 @torch.no_grad()
 def examine(model: Model, observation: Observation) -> Examined:
-    """Recognise weight decay, a batch size that is too small, and the other forward mode, in well under a second.
+    """Recognise layers without a gradient, weight decay, a wrong batch size and the other forward mode, in well under a
+    second.
 
-    Weight decay λ W is taken off, and the forward mode is set right. The network's weights have to be those that the
-    gradient was taken with. Whether it is an update, or of smoothed labels, is seen where labels are read
-    (`restore_labels`). Raises GradinvError where the gradient is of more images than the observation says.
+    Names become the model's own, weight decay λ W is taken off, and the forward mode is set right. Whether it is an
+    update, or of smoothed labels, is seen where labels are read (`restore_labels`). Raises GradinvError where the
+    gradient is of more images than the observation says.
     """
     observation, absent = _without_zeros(model, named_for(model, observation))
     notes = list(absent)
@@ -71,7 +71,7 @@ def _without_zeros(model: Model, observation: Observation) -> tuple[Observation,
     """The observation without gradients that are zero throughout, as of layers that do not train, and what is said of
     those and of what lacks. Behind pruning, zeros say that the numbers were small."""
     gradients = {name: value for name, value in observation.gradients.items() if value.any()}
-    if len(gradients) < len(observation.gradients) and _pruned(gradients.values()):
+    if not gradients or (len(gradients) < len(observation.gradients) and _pruned(gradients.values())):
         gradients = dict(observation.gradients)
     zeros = len(observation.gradients) - len(gradients)
     absent = [name for name, _ in model.network.named_parameters() if name not in gradients]
@@ -129,8 +129,7 @@ def _decays_vectors(model: Model, observation: Observation, left: Tensor, decay:
     gradient, bias = observation.gradients.get(f"{model.final}.bias"), model.final_layer.bias
     if gradient is None or bias is None:
         return True
-    rests = (given - left @ (left.T @ given) for given in (gradient.cpu().double(), bias.cpu().double()))
-    rest, own = rests
+    rest, own = (given - left @ (left.T @ given) for given in (gradient.cpu().double(), bias.cpu().double()))
     return float((rest - decay * own).norm()) < float(rest.norm())
 
 
@@ -142,8 +141,8 @@ def _images(model: Model, observation: Observation) -> int | None:
     if gradient is None:
         return None
     given = gradient.cpu().double()
-    precise = 3 * max(rounding(gradient), _PRECISE) * float(given.norm())
-    values = torch.linalg.svdvals(given)
+    precise = 3 * max(rounding(gradient), COMPUTED) * float(given.norm())
+    values = torch.linalg.eigvalsh(given @ given.T).clamp(min=0).sqrt()
     count, rank = observation.batch_size, int((values > precise).sum())
     if float(given.sum(0).norm()) > precise or not rank:
         return None

@@ -15,7 +15,7 @@ from gradinv.types import GradinvError, Observation
 
 EXPLAINED = 1e-4  # a smaller residual was only ever met by the true features; wrong minima were seen from 8e-4 up
 _ROUNDED = 1.5  # of a rounded gradient, times its rounding: with the true features 0.5 to 0.9 were seen
-_COMPUTED = 1e-5  # a larger relative error is not that of sums in float32
+COMPUTED = 1e-5  # a larger relative error is not that of sums in float32
 _UNKNOWNS = 4096  # of a Gauss-Newton step; more (above 64 images) are left to the alternation
 
 
@@ -128,9 +128,9 @@ class FinalLayer:
         self._explained = max(EXPLAINED, _ROUNDED * self.rounding)
         # K images span the rows, and each image's errors p − y sum to 0, whatever the labels are.
         strange = [joint.sum(0).norm(), (joint - self._target @ basis).norm()]
-        self.sound = float(max(strange)) <= 3 * max(self.rounding, _COMPUTED) * self._scale
+        self.sound = float(max(strange)) <= 3 * max(self.rounding, COMPUTED) * self._scale
         """Whether the gradient has the form AᵀX of K images, with errors that sum to 0, up to rounding."""
-        few = max(10 * self.rounding, _COMPUTED) * float(self._bias_gradient.abs().max())
+        few = max(10 * self.rounding, COMPUTED) * float(self._bias_gradient.abs().max())
         self.negative, self.positive = (int((sign * self._bias_gradient > few).sum()) for sign in (-1, 1))
         """How many classes have a negative and a positive bias gradient: negative, without label smoothing, no more
         than there are images."""

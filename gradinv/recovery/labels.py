@@ -25,6 +25,7 @@ _MOVES = 30  # single labels that are moved from one reading, the likeliest firs
 _TOO_MANY = -0.3  # the drift of a class that has too many images: seen from -0.4 down, of others above -0.2
 _CHANGED = 0.05  # a best residual above this means a gradient that was changed: moves then fit its noise
 _ROUGH = 0.01  # below this a residual is that of a coarse number format, and the reading that has it is compared only
+_SMOOTHED = 1e-4  # a smaller label smoothing, solved for, is rounding
 _DOUBT = 1e-3  # the residual beyond rounding at which labels are taken to be as likely wrong as right
 
 UPDATE = (
@@ -36,6 +37,10 @@ UNEXPLAINED = (
     "not of the cross-entropy, or is of another batch size or other weights; labels and all that follows from them are "
     "a guess."
 )
+MISREAD = (
+    "These labels do not explain the final layer's gradient: some are wrong, or it was changed; auto (--labels auto) "
+    "tests more of them."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +50,9 @@ class RestoredLabels:
     `confidence` in [0, 1] tells, where it can be tested, whether all labels are right: 1 / (1 + (r / 0.001)²), r being
     the share of the final layer's gradient that the features recovered with these labels leave unexplained, beyond the
     rounding of its number format: with the right labels about 0, with a wrong one 0.002 to 0.4; noise raises it.
-    Elsewhere (`auto` of more than
-    48 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the share of labels that are
-    right and says nothing of the batch as a whole: 0.9 times the share on which the other methods agree, on average,
-    and no more than a half where K ≥ N, since there they agree on wrong labels, too.
+    Elsewhere (`auto` of more than 48 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the
+    share of labels that are right and says nothing of the batch as a whole: 0.9 times the share on which the other
+    methods agree, on average, and no more than a half where K ≥ N, since there they agree on wrong labels, too.
 
     `fit` is the solution of the final layer with these labels, where the test found one that explains its gradient.
     `notes` are sentences on what the gradient was found to be.
@@ -88,7 +92,8 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
     if signs and _is_update(model, observation, layer):
         raise GradinvError(UPDATE)
     restored = _restored(model, observation, method, readings, layer)
-    if restored.fit is None and not signs and _is_update(model, observation, layer):
+    tested = observation.batch_size <= (_TESTABLE if method == "auto" else _QUICK)
+    if restored.fit is None and tested and not signs and _is_update(model, observation, layer):
         raise GradinvError(UPDATE)
     return restored
 
@@ -104,7 +109,9 @@ def _restored(
     if method != "auto":
         labels = readings[method]()
         others = _attempted({name: reading for name, reading in readings.items() if name != method})
-        return _judged(model, observation, labels, method, layer if count <= _QUICK else None, others.values())
+        found = _judged(model, observation, labels, method, layer if count <= _QUICK else None, others.values())
+        notes = (MISREAD if note == UNEXPLAINED else note for note in found.notes)
+        return replace(found, notes=tuple(notes))
     tried = _attempted(readings) or {"llg": readings["llg"]()}
     layer = layer if count <= _TESTABLE else None
     likeliest = _likeliest(model, observation, tried)
@@ -291,7 +298,7 @@ def _unsmoothed(model: Model, observation: Observation) -> tuple[Observation, fl
     looks like is that of the smoothing alone, the same for each class.
     """
     names = [f"{model.final}.{name}" for name in ("weight", "bias")]
-    gradients = [observation.gradients[name] for name in names]
+    gradients = [observation.gradients[name].double() for name in names]
     order = gradients[1].argsort()
     count, classes = observation.batch_size, len(order)
     floor = float(gradients[1][order[count]])  # those below it may be of the batch
@@ -434,7 +441,7 @@ def _tested(labels: Tensor, method: str, fit: Fit, layer: FinalLayer) -> Restore
     beyond = max(0.0, fit.residual**2 - layer.rounding**2)
     trust = 1 / (1 + beyond / _DOUBT**2)
     notes = []
-    if fit.explained and layer.smoothing == 0 < fit.smoothing:
+    if fit.explained and layer.smoothing == 0 and fit.smoothing > _SMOOTHED:
         notes.append(f"The client's labels are smoothed, by ε = {fit.smoothing:.3g}; that was solved for.")
     if not fit.explained and trust < 0.5:
         notes.append(UNEXPLAINED)

@@ -373,3 +373,20 @@ def test_back_at_the_gallery_the_pictures_count_again(file: bytes) -> None:
 
 def test_no_session_of_the_page_writes_a_gradient_to_disk() -> None:
     assert ".save(" not in inspect.getsource(gradient).replace(gradient.EXAMPLE, "")
+
+
+def test_what_a_gradient_is_found_to_be_is_said_and_an_update_is_refused(
+    observation: Observation, model: Model
+) -> None:
+    weights = dict(model.network.named_parameters())
+    decayed = {name: value + 5e-3 * weights[name].detach() for name, value in observation.gradients.items()}
+    app = bring(
+        visit(source="gradient", model="resnet18-tiny"), dataclasses.replace(observation, gradients=decayed).pack()
+    )
+    assert not app.exception and not app.error and "2 labels read from the gradient alone" in text(app)
+    said = [item.value for item in app.warning]
+    assert said == ["The gradient holds weight decay, 0.005 times the weights, which was taken off."]
+    updated = bring(visit(source="gradient", model="resnet18-tiny"), observation.negated().pack())
+    assert not updated.exception and not updated.error and updated.button(key="start").disabled
+    (said_of_it,) = (item.value for item in updated.warning)
+    assert said_of_it.startswith("This is an update, not a gradient")

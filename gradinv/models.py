@@ -652,12 +652,18 @@ def _guess_architecture(state: Mapping[str, Tensor]) -> str:
     """The network of `_ARCHITECTURES` that shares most parameters, by name and shape, with the file."""
 
     def fit(arch: str) -> int:
-        with torch.device("meta"):
-            expected = _build(arch, 1).state_dict()
-        shared = sum(name in state and state[name].shape == value.shape for name, value in expected.items())
+        expected = _shapes(arch)
+        shared = sum(name in state and state[name].shape == shape for name, shape in expected.items())
         return 2 * shared - len(expected) - len(state)
 
     return max(_ARCHITECTURES, key=fit)
+
+
+@cache
+def _shapes(arch: str) -> dict[str, torch.Size]:
+    """Of the network with one class; it takes a fifth of a second to build."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in _build(arch, 1).state_dict().items()}
 
 
 def _build(arch: str, classes: int) -> nn.Module:

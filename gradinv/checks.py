@@ -18,6 +18,7 @@ from gradinv.attack.optimiser import HISTORY
 from gradinv.batchnorm import check_train_mode, running_statistics
 from gradinv.config import AttackConfig
 from gradinv.models import Model
+from gradinv.recovery.examination import named_for
 from gradinv.stepping import PARALLEL, resolve_mode
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 
@@ -27,9 +28,9 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def check_observation(model: Model, observation: Observation) -> None:
     """Raises GradinvError, in one sentence, for an observation that is not one of this model or is not finite."""
     _check_origin(model, observation)
-    count = observation.batch_size
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise GradinvError(f"The observation's batch size must be a whole number of at least 1, not {count!r}.")
+    smoothing = observation.label_smoothing
+    if not isinstance(smoothing, int | float) or isinstance(smoothing, bool) or not 0 <= smoothing < 1:
+        raise GradinvError(f"The label smoothing must be at least 0 and less than 1, not {smoothing!r}.")
     if observation.mode not in MODES:
         raise GradinvError(
             f"The observation's forward mode must be {' or '.join(MODES)}, not {observation.mode!r}; say in which one "
@@ -41,7 +42,8 @@ def check_observation(model: Model, observation: Observation) -> None:
             "kept; set its mode to train, or leave them out."
         )
     if observation.mode == "train":
-        check_train_mode(model, count)
+        check_train_mode(model, observation.batch_size)
+    observation = named_for(model, observation)
     _check_gradients(model, observation.gradients)
     for statistics, whose in ((observation.bn, "batch"), (observation.running, "running")):
         if statistics is not None:
@@ -66,27 +68,35 @@ def _check_origin(model: Model, observation: Observation) -> None:
             f"The observation is of {theirs_at.size}-px images, the model is set to {ours_at.size} px; set the same "
             "image size."
         )
-    if theirs_at != ours_at:
+    if not theirs_at.normalises_as(ours_at):
+        raise GradinvError(
+            f"The observation was made with mean {_short(theirs_at.mean)} and std {_short(theirs_at.std)}, and "
+            f"{model.name} takes mean {_short(ours_at.mean)} and std {_short(ours_at.std)}; load it with those of the "
+            "observation (--mean and --std)."
+        )
+    if theirs_at.resize != ours_at.resize:
         raise GradinvError(
             f"The observation's preprocessing ({theirs_at}) is not the model's ({ours_at}); take that of the loaded "
             "model."
         )
 
 
+def _short(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
 def _check_gradients(model: Model, gradients: Mapping[str, Tensor]) -> None:
+    """Of layers that the client does not train there is none."""
     expected = dict(model.network.named_parameters())
-    if missing := [name for name in expected if name not in gradients]:
-        raise GradinvError(
-            f"The observation lacks the gradient of {missing[0]}{_others(missing)}; {model.name} has {len(expected)} "
-            "parameters, and the gradient of each one is needed."
-        )
     if unknown := [name for name in gradients if name not in expected]:
         raise GradinvError(
             f"The observation holds a gradient of {unknown[0]}{_others(unknown)}, which {model.name} does not have; "
             "name them as the model's own named_parameters() does."
         )
-    for name, parameter in expected.items():
-        _check_tensor(gradients[name], parameter.shape, f"gradient of {name}")
+    for name, gradient in gradients.items():
+        _check_tensor(gradient, expected[name].shape, f"gradient of {name}")
+    if not gradients:
+        raise GradinvError("The observation holds no gradient, so there is nothing to invert.")
     if not any(gradient.any() for gradient in gradients.values()):
         raise GradinvError("Every gradient of the observation is zero, so there is nothing to match.")
 

@@ -24,15 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.images import to_pixels
+from gradinv.images import SUFFIXES, to_pixels
 from gradinv.models import Model, cache_folder
+from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import RecoveredFeatures, recover_features
 from gradinv.recovery.labels import RestoredLabels, restore_labels
 from gradinv.sources import from_path
 from gradinv.types import GradinvError, Observation
-
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""What counts as a picture in a folder: the names of what `images.decode` reads."""
 
 LIKE_ITSELF = 0.9
 """Where the features are the client's own and its network was in eval mode, a member's similarity is almost 1 and this
@@ -155,25 +153,29 @@ class Identified:
     """Of each image of a batch the pictures nearest to it: `similarity` and `places` in the gallery, both (B, top).
 
     `residual` says how far to trust them: the share of the final layer's gradient that the recovered features leave
-    unexplained. Below `features.EXPLAINED` they are the client's own.
+    unexplained. Where it is `explained`, no more than rounding is left, and they are the client's own.
     """
 
     labels: RestoredLabels
     residual: float
+    explained: bool
     similarity: Tensor
     places: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Sought:
-    """What a gradient says of the pictures that it is of: their labels, and the features of each."""
+    """What a gradient says of the pictures that it is of: their labels, and the features of each. `notes` as those of
+    `Recovered`."""
 
     labels: RestoredLabels
     recovered: RecoveredFeatures
+    notes: tuple[str, ...] = ()
 
     def among(self, gallery: Gallery, top: int = 5) -> Identified:
         """Rank all pictures of the gallery, of whatever class, by cosine similarity."""
-        return Identified(self.labels, self.recovered.residual, *gallery.match(self.recovered.features, top))
+        known = self.recovered
+        return Identified(self.labels, known.residual, known.explained, *gallery.match(known.features, top))
 
 
 def sought(model: Model, observation: Observation) -> Sought:
@@ -181,8 +183,10 @@ def sought(model: Model, observation: Observation) -> Sought:
 
     Raises GradinvError where labels or features cannot be had.
     """
-    labels = restore_labels(model, observation)
-    return Sought(labels, recover_features(model, observation, labels.labels, known=labels.fit))
+    examined = examine(model, observation)
+    labels = restore_labels(model, examined.observation)
+    features = recover_features(model, examined.observation, labels.labels, known=labels.fit)
+    return Sought(labels, features, (*examined.notes, *labels.notes))
 
 
 def identify(model: Model, observation: Observation, gallery: Gallery, top: int = 5) -> Identified:

@@ -18,6 +18,9 @@ from gradinv.types import GradinvError, Preprocessing
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """What `decode` reads. Pillow has decoders for 40 other formats, which are rarely used and rarely tested."""
 
+SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""What files in FORMATS are called, in small letters: what counts as a picture in a folder."""
+
 MAX_PIXELS = 50_000_000
 """Larger pictures are refused before they are decoded: 50 megapixels are more than today's cameras commonly make, and
 take 150 MB as RGB. A compressed file of a few kilobytes can claim a thousand times that."""
@@ -28,6 +31,8 @@ MAX_BYTES = 100_000_000
 MAX_ASPECT = 20
 """Thinner pictures are refused: the network sees a centre square, a twentieth of such a picture or less, and scaling
 the shorter side up to the network's size would make the longer one huge."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 # `warnings.catch_warnings` is not safe between threads, and one large picture at a time is enough for the memory.
 _DECODING = threading.Lock()
@@ -51,10 +56,14 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, list[str]]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_header(picture, name, too_large)
+            try:
+                picture = _loaded(data, name, too_large)
+            except (ValueError, OSError) as error:
+                # Pillow takes no more than 1 MB of each text or profile of a PNG, of which nothing is kept here.
+                if isinstance(error, GradinvError | UnidentifiedImageError) or (bare := _bare_png(data)) == data:
+                    raise
+                picture = _loaded(bare, name, too_large)
             notes = _header_notes(picture, data, name)
-            picture.load()
             with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse a picture
                 picture = ImageOps.exif_transpose(picture)
             image = _to_rgb(picture, name, notes)
@@ -99,6 +108,28 @@ def from_grid(image: Image.Image, batch_size: int) -> Tensor:
     return tiles.permute(0, 2, 4, 1, 3).contiguous()
 
 
+def _loaded(data: bytes, name: str, too_large: str) -> Image.Image:
+    picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_header(picture, name, too_large)
+    picture.load()
+    return picture
+
+
+def _bare_png(data: bytes) -> bytes:
+    """A PNG without its texts and its colour profile; other data, and where its chunks cannot be told, as they are."""
+    if not data.startswith(_PNG):
+        return data
+    kept, place = [_PNG], len(_PNG)
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if end > len(data):
+            return data
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
 def _check_header(picture: Image.Image, name: str, too_large: str) -> None:
     """What the header alone decides, before anything is decoded."""
     width, height = picture.size
@@ -136,6 +167,12 @@ def _to_rgb(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
         notes.append(f"{name} has CMYK colours, which were converted to RGB without their colour profile.")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
+        if picture.getchannel("A").getextrema() == (0, 0):
+            colours = picture.convert("RGB")
+            if colours.getcolors(1) is not None:
+                raise GradinvError(f"{name} is wholly transparent and has one colour; choose another picture.")
+            notes.append(f"{name} is wholly transparent; its colours were taken as if it were not.")
+            return colours
         if picture.getchannel("A").getextrema() != (255, 255):
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import csv
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
@@ -21,6 +25,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from gradinv.names import prefixes
 from gradinv.paths import ASSETS
 from gradinv.types import GradinvError, Preprocessing
 
@@ -129,11 +134,16 @@ _ARCHITECTURES: tuple[str, ...] = (
 )
 
 
+# Under which of its keys a checkpoint may hold them, in the order in which they are looked for.
+_HELD_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema", "weights")
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A network in eval mode with what the attacker and the visitor need to know of it.
 
     `final` names its last linear layer, `accuracy` is top-1 in percent or None where nobody measured it.
+    `normalisation_stated` says that mean and std are those that its weights file states.
     """
 
     name: str
@@ -143,6 +153,7 @@ class Model:
     classes: tuple[ImageClass, ...]
     accuracy: float | None
     final: str = "fc"
+    normalisation_stated: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +167,15 @@ class Model:
         if not isinstance(layer, nn.Linear):
             raise GradinvError(f"The layer {self.final} of {self.name} is not a linear layer.")
         return layer
+
+    def differentiable(self) -> Model:
+        """This model, or one with a copy of its network where that one's parameters cannot have gradients: they do not
+        require any, or were made in inference mode."""
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        frozen = not all(parameter.requires_grad for parameter in self.network.parameters())
+        if not frozen and not any(tensor.is_inference() for tensor in tensors):
+            return self
+        return replace(self, network=copy.deepcopy(self.network).requires_grad_())
 
     def class_index(self, wnid: str) -> int | None:
         """The label of a WordNet id, or None where the network does not know that class."""
@@ -206,11 +226,25 @@ def _unusable(name: str | torch.device) -> Exception | None:
     return None
 
 
-def load_model(name: str = "auto", *, device: str | torch.device = "auto", image_size: int | None = None) -> Model:
+Moments: TypeAlias = float | Sequence[float] | None
+"""A mean or std of pixels in [0, 1]: of each channel, or one for all; None for the network's own."""
+
+
+def load_model(
+    name: str = "auto",
+    *,
+    device: str | torch.device = "auto",
+    image_size: int | None = None,
+    mean: Moments = None,
+    std: Moments = None,
+    like: Preprocessing | None = None,
+) -> Model:
     """A named model, `auto`, or a path to the user's own weights.
 
     `auto` takes `resnet50` where a GPU and its weights are at hand, else `resnet50-tiny`. `image_size` overrides the
-    side in pixels at which the network is used. Raises GradinvError for an unknown name, a weights file that is not
+    side in pixels at which the network is used, `mean` and `std` what pixels are normalised by (0 and 1: not at all).
+    A weights file may state the latter in its metadata; where it does not, they are those of `like`, or ImageNet's.
+    Raises GradinvError for an unknown name, a weights file that is not
     one or does not fit (naming the layer), a failed download, or a device that is not there.
     """
     target = choose_device(device)
@@ -221,7 +255,7 @@ def load_model(name: str = "auto", *, device: str | torch.device = "auto", image
         log.info("auto chose %s", name)
     info = MODELS.get(name)
     if info is None:
-        model = _from_file(_existing(name), image_size)
+        model = _from_file(_existing(name), image_size, like)
     elif info.bundled:
         model = _bundled(info, image_size)
     elif info.headless:
@@ -229,7 +263,7 @@ def load_model(name: str = "auto", *, device: str | torch.device = "auto", image
     else:
         model = _from_torchvision(info, image_size)
     model.network.eval().to(target)
-    return model
+    return _normalising(model, mean, std)
 
 
 def load_backbone(
@@ -237,6 +271,8 @@ def load_backbone(
     *,
     device: str | torch.device = "auto",
     image_size: int | None = None,
+    mean: Moments = None,
+    std: Moments = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Backbone:
     """What `gradinv head` fits a final layer to: a named model, or a path to weights with or without one.
@@ -247,7 +283,7 @@ def load_backbone(
     """
     info = MODELS.get(name)
     if info is not None and not info.headless:
-        model = load_model(name, device=device, image_size=image_size)
+        model = load_model(name, device=device, image_size=image_size, mean=mean, std=std)
         return Backbone(model, info.arch, info.origin)
     target = choose_device(device)
     _check_size(image_size)
@@ -268,11 +304,12 @@ def load_backbone(
         name if info is not None else path.stem,
         network,
         _sha256(path),
-        _preprocessing(size),
+        _preprocessing(size, **_stated(metadata)),
         _name_classes(1, {}),
         None,
+        normalisation_stated=bool(_stated(metadata)),
     )
-    return Backbone(model, arch, info.origin if info is not None else path.name)
+    return Backbone(_normalising(model, mean, std), arch, info.origin if info is not None else path.name)
 
 
 def save_fitted(
@@ -289,6 +326,8 @@ def save_fitted(
     metadata = {
         "arch": backbone.arch,
         "image_size": str(model.preprocessing.size),
+        "mean": json.dumps(model.preprocessing.mean),
+        "std": json.dumps(model.preprocessing.std),
         "classes": json.dumps(wnids),
         "accuracy": f"{accuracy:.2f}",
         "backbone": f"{model.name}, {backbone.origin}",
@@ -372,9 +411,28 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _preprocessing(size: int) -> Preprocessing:
+def _preprocessing(size: int, **moments: Any) -> Preprocessing:
     # 224-px networks are evaluated on the centre of a 256-px picture; small ones on the whole shorter side.
-    return Preprocessing(size=size, resize=round(size * 256 / 224) if size >= 160 else size)
+    return Preprocessing(size=size, resize=round(size * 256 / 224) if size >= 160 else size, **moments)
+
+
+def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The mean and the std of a weights file's metadata. Raises GradinvError or ValueError for what is none."""
+    return {name: json.loads(metadata[name]) for name in ("mean", "std") if name in metadata}
+
+
+def _normalising(model: Model, mean: Moments, std: Moments) -> Model:
+    """The model with another normalisation. Raises GradinvError where its own weights file states one that differs."""
+    told = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
+    if not told:
+        return model
+    own, other = model.preprocessing, replace(model.preprocessing, **told)  # type: ignore[arg-type]
+    if model.normalisation_stated and not other.normalises_as(own):
+        raise GradinvError(
+            f"The weights file of {model.name} states mean {own.mean} and std {own.std}, not mean {other.mean} and std "
+            f"{other.std}; leave them out, or set those of the file right."
+        )
+    return replace(model, preprocessing=other)
 
 
 def _bundled(info: ModelInfo, image_size: int | None) -> Model:
@@ -398,7 +456,9 @@ def _from_torchvision(info: ModelInfo, image_size: int | None) -> Model:
     weights = torchvision.models.get_model_weights(info.arch)["IMAGENET1K_V1"]
     path = _torchvision_file(info.arch)
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        # torch announces the download on the output, which may be for a machine.
+        with contextlib.redirect_stdout(sys.stderr):
+            state = weights.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise GradinvError(
             f"The weights of {info.name} could not be downloaded ({error}); put the file at {path} "
@@ -487,28 +547,41 @@ def _download_moco(url: str, output: str, _: Any, *, progress: Callable[[int, in
         raise ValueError(f"{url} has the md5 {digest.hexdigest()}")
 
 
-def _from_file(path: Path, image_size: int | None) -> Model:
+def _from_file(path: Path, image_size: int | None, like: Preprocessing | None = None) -> Model:
     state, metadata = _read_state(path)
     final = state.get("fc.weight")
     if final is None or final.ndim != 2:
-        raise GradinvError(
-            f"{path} has no final linear layer fc.weight; torchvision-style networks are loaded, and gradinv head fits "
-            "a final layer to one that lacks it."
-        )
+        raise GradinvError(f"{path} {_unfit(state)}.")
     count = final.shape[0]
     arch = metadata.get("arch") or _guess_architecture(state)
     network = _build(arch, count)
     _fill(network, state, path.name)
     size = image_size or _size(state, metadata)
     accuracy = metadata.get("accuracy")
+    stated = _stated(metadata)
     return Model(
         path.stem,
         network,
         _sha256(path),
-        _preprocessing(size),
+        _preprocessing(size, **({} if like is None else {"mean": like.mean, "std": like.std}) | stated),
         _name_classes(count, metadata),
         float(accuracy) if accuracy is not None else None,
+        normalisation_stated=bool(stated),
     )
+
+
+def _unfit(state: Mapping[str, Tensor]) -> str:
+    """Why the tensors are not those of a ResNet with one final linear layer."""
+    if head := sorted({name.rpartition(".")[0] for name in state if name.startswith("fc.")}):
+        return f"has no final linear layer fc.weight, but a head of {', '.join(head)}; one linear layer is inverted"
+    if "layer1.0.conv1.weight" in state:
+        return (
+            "has no final linear layer fc.weight; torchvision-style networks are loaded, and gradinv head fits a final "
+            "layer to one that lacks it"
+        )
+    names = list(state)
+    shown = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names)
+    return f"is not a ResNet as torchvision builds them, which alone are loaded; its layers are {shown:.120}"
 
 
 def _size(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
@@ -526,19 +599,40 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 metadata = file.metadata() or {}
             state = safetensors.torch.load_file(path)
             _check_metadata(path, metadata)
-            return state, metadata
+            return _unwrapped(state), metadata
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except GradinvError:
         raise
     except Exception as error:  # the readers raise a dozen types for files that are not weights
+        # Both are pickles that are more than tensors, which is what a whole network is saved as.
+        whole = "Unsupported global" in str(error) or "TorchScript" in str(error)
+        hint = "; of a whole network, save network.state_dict()" if whole else ""
         raise GradinvError(
-            f"{path} cannot be read as weights (a .safetensors file or a weights-only .pth is expected)."
+            f"{path} cannot be read as weights (a .safetensors file or a weights-only .pth is expected){hint}."
         ) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not loaded:
         raise GradinvError(f"{path} is not a state dict of tensors.")
-    return {str(name).removeprefix("module."): value for name, value in loaded.items()}, metadata
+    found: Any = next((part for part in (loaded.get(key) for key in _HELD_UNDER) if _is_state(part)), loaded)
+    if not _is_state(found):
+        keys = ", ".join(str(key) for key in loaded)
+        raise GradinvError(f"{path} is not a state dict of tensors, nor holds one; it has the keys {keys:.120}.")
+    return _unwrapped({str(name): value for name, value in found.items()}), metadata
+
+
+def _is_state(part: object) -> bool:
+    return isinstance(part, Mapping) and bool(part) and all(isinstance(value, Tensor) for value in part.values())
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that all names share, and with a head's only linear layer under the head's own name: what a
+    Sequential has beside it, as dropout, does nothing in eval mode."""
+    # That of MoCo's encoder is its own.
+    *_, prefix = (prefix for prefix in prefixes(state, left=1) if "encoder_q" not in prefix)
+    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    heads = {match[1] for name in state if (match := re.fullmatch(r"(fc\.\d+)\.\w+", name))}
+    if len(heads) == 1 and "fc.weight" not in state:
+        state = {re.sub(r"^fc\.\d+\.", "fc.", name): value for name, value in state.items()}
+    return state
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
@@ -548,12 +642,13 @@ def _check_metadata(path: Path, metadata: Mapping[str, str]) -> None:
         wnids = json.loads(metadata.get("classes", "[]"))
         right = 8 <= size <= 1024 and 0 <= accuracy <= 100
         right = right and isinstance(wnids, list) and all(isinstance(wnid, str) for wnid in wnids)
+        Preprocessing(8, 8, **_stated(metadata))
     except ValueError:
         right = False
     if not right:
         raise GradinvError(
-            f"{path} cannot be used: of its metadata, image_size has to be 8 to 1024, accuracy a percentage and "
-            "classes a list of WordNet ids."
+            f"{path} cannot be used: of its metadata, image_size has to be 8 to 1024, accuracy a percentage, classes a "
+            "list of WordNet ids, and mean and std three numbers each."
         )
 
 
@@ -561,12 +656,18 @@ def _guess_architecture(state: Mapping[str, Tensor]) -> str:
     """The network of `_ARCHITECTURES` that shares most parameters, by name and shape, with the file."""
 
     def fit(arch: str) -> int:
-        with torch.device("meta"):
-            expected = _build(arch, 1).state_dict()
-        shared = sum(name in state and state[name].shape == value.shape for name, value in expected.items())
+        expected = _shapes(arch)
+        shared = sum(name in state and state[name].shape == shape for name, shape in expected.items())
         return 2 * shared - len(expected) - len(state)
 
     return max(_ARCHITECTURES, key=fit)
+
+
+@cache
+def _shapes(arch: str) -> dict[str, torch.Size]:
+    """Of the network with one class; it takes a fifth of a second to build."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in _build(arch, 1).state_dict().items()}
 
 
 def _build(arch: str, classes: int) -> nn.Module:

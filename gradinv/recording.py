@@ -744,6 +744,7 @@ def solved(recovered: Recovered) -> dict[str, Any]:
             for node in recovered.nodes
         ],
         "stopped": recovered.stopped,
+        "notes": list(recovered.notes),
         "seconds": sum(node.seconds for node in recovered.nodes),
     }
 

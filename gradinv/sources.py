@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from PIL import Image
 
-from gradinv.images import MAX_BYTES, decode
+from gradinv.images import MAX_BYTES, SUFFIXES, decode
 from gradinv.models import ImageClass, Model, imagenet_classes
 from gradinv.paths import ASSETS
 from gradinv.types import GradinvError
@@ -74,8 +74,8 @@ EVERYDAY: dict[str, tuple[tuple[int, int], ...]] = {
 """Everyday words, each with the classes that it is one for: from the first to the last in ImageNet's order, which has
 kindred classes beside each other."""
 
+_KINDS = f"picture ({', '.join(SUFFIXES)})"
 _WNID = re.compile(r"n\d{8}")
-_SUFFIXES = (".jpeg", ".jpg", ".png")
 # Networks take at most 1024 px, so nothing is gained by keeping a visitor's picture larger than that.
 _KEPT_SIDE = 1024
 
@@ -267,7 +267,12 @@ class ImageFolder:
     def draw(self, count: int, seed: int, wnids: Collection[str] | None = None) -> tuple[list[Picture], str | None]:
         """As the function `draw`, from the given classes (those of a model) or all; lists only the folders it draws."""
         allowed = [item.wnid for item in self.classes if wnids is None or item.wnid in wnids]
-        return _draw(allowed, self.pictures, count, seed)
+        if not allowed:
+            raise GradinvError(
+                f"{self.root} has no folder of a class that the network knows (its first is {self.classes[0].wnid}); "
+                "take another folder or model."
+            )
+        return _draw(allowed, self.pictures, count, seed, f"The class folders of {self.root} hold no {_KINDS}")
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
@@ -282,7 +287,7 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
     # By name alone, without a stat of each of perhaps 1300 files; hidden ones are what other systems left behind.
-    return entry.name.lower().endswith(_SUFFIXES) and not entry.name.startswith(".")
+    return entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
 
 
 # --- the public ImageNet sample set
@@ -440,9 +445,14 @@ _Class = TypeVar("_Class")
 
 
 def _draw(
-    classes: Sequence[_Class], pictures: Callable[[_Class], Sequence[Picture]], count: int, seed: int
+    classes: Sequence[_Class],
+    pictures: Callable[[_Class], Sequence[Picture]],
+    count: int,
+    seed: int,
+    none: str = "There are no pictures",
 ) -> tuple[list[Picture], str | None]:
-    """Round after round one picture of each class, in random order; a class's pictures are asked for when it is due."""
+    """Round after round one picture of each class, in random order; a class's pictures are asked for when it is due.
+    `none` is what is said where there is not even one."""
     if count < 1:
         raise GradinvError(f"At least one picture has to be drawn, not {count}.")
     generator = random.Random(seed)
@@ -462,6 +472,8 @@ def _draw(
             chosen.append(shuffled[item].pop())
             if len(chosen) == count:
                 break
+    if not chosen:
+        raise GradinvError(f"{none} to draw from; name another source.")
     if len(chosen) < count:
         raise GradinvError(f"There are only {len(chosen)} pictures to draw {count} from; draw fewer.")
     if different < count:

@@ -9,17 +9,21 @@ Images are float32 of shape (B, 3, H, W). *Pixels* are in [0, 1]; *normalised* i
 from __future__ import annotations
 
 import json
+import math
+import operator
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from gradinv.names import wrapper
 from gradinv.paths import write_whole
 
 
@@ -55,6 +59,17 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        """Take any three numbers, or one for all channels. Raises GradinvError for others, and a std that is not above
+        0."""
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _triple(name, getattr(self, name)))
+
+    def normalises_as(self, other: Preprocessing) -> bool:
+        """Whether mean and std are the same, also where they have been through float32."""
+        pairs = zip((*self.mean, *self.std), (*other.mean, *other.std), strict=True)
+        return all(math.isclose(one, two, rel_tol=1e-5, abs_tol=1e-7) for one, two in pairs)
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 1], (…, 3, H, W) → normalised, the same shape."""
         mean, std = self._moments(pixels)
@@ -86,15 +101,23 @@ class BatchNormStatistics:
     mean: Mapping[str, Tensor]
     var: Mapping[str, Tensor]
 
+    def without(self, prefix: str) -> BatchNormStatistics:
+        """The same with a prefix taken off all names."""
+        mean, var = ({name.removeprefix(prefix): v for name, v in part.items()} for part in (self.mean, self.var))
+        return BatchNormStatistics(mean, var)
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
     """All that the attacker has. It never holds an image or a true label.
 
+    Of layers that the client does not train, `gradients` has none.
     `bn` is the client's own batch statistics if they leaked ("exact"), else None; the running statistics stored in
     the weights ("approx") need no field, they are in the model. `mode` is the client's forward mode, "eval" or "train".
     A client in train mode shares `running`, its running statistics after the step, as torch keeps them (averaged with
     the layer's momentum, unbiased variance): with those in the weights they tell the batch's own ("inferred").
+    `label_smoothing` is ε where the client's labels are (1 − ε) y + ε/N; where it is not known, 0 will do, and it is
+    solved for.
     """
 
     gradients: Gradients
@@ -105,18 +128,45 @@ class Observation:
     bn: BatchNormStatistics | None = None
     mode: str = "eval"
     running: BatchNormStatistics | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Take gradients as a mapping by name, or in the order of the network's parameters; as tensors or as NumPy
+        arrays. What has none, None, is left out, and the prefix of what wraps the network is taken off the names.
+
+        Raises GradinvError for what is none of these, and for a batch size that is no whole number of at least 1.
+        """
+        object.__setattr__(self, "batch_size", _whole(self.batch_size))
+        for field, kind in (("model_name", str), ("model_sha256", str), ("preprocessing", Preprocessing)):
+            if not isinstance(value := getattr(self, field), kind):
+                raise GradinvError(f"The observation's {field} is a {type(value).__name__}; give the model's own.")
+        given = self.gradients
+        if isinstance(given, list | tuple):
+            given = {str(place): value for place, value in enumerate(given)}
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise GradinvError(
+                "Gradients are given by their parameter's name, or as a list in the parameters' order, not as "
+                f"{type(self.gradients).__name__}."
+            )
+        gradients = {name: _tensor(f"gradient of {name}", v) for name, v in given.items() if v is not None}
+        if given and not gradients:
+            raise GradinvError("Every gradient is None; observe after backward(), with parameters that require theirs.")
+        prefix = wrapper(gradients)
+        object.__setattr__(self, "gradients", {name.removeprefix(prefix): v for name, v in gradients.items()})
+        for field in ("bn", "running"):
+            if (statistics := getattr(self, field)) is not None:
+                if not isinstance(statistics, BatchNormStatistics):
+                    raise GradinvError(
+                        f"The observation's {field} is a {type(statistics).__name__}; give BatchNormStatistics."
+                    )
+                object.__setattr__(self, field, statistics.without(prefix))
+
+    def negated(self) -> Observation:
+        """The gradient that an update −η ∇L came of, up to the factor η, which the attack solves for."""
+        return replace(self, gradients={name: -value for name, value in self.gradients.items()})
 
     def pack(self) -> bytes:
-        """The content of a safetensors file for `load`: tensors as they are, the rest as JSON in its metadata.
-
-        Raises GradinvError where a gradient is none.
-        """
-        for name, value in self.gradients.items():
-            if not isinstance(value, Tensor):
-                raise GradinvError(
-                    f"The gradient of {name} is {value!r}; let every parameter require its gradient, and observe after "
-                    "backward()."
-                )
+        """The content of a safetensors file for `load`: tensors as they are, the rest as JSON in its metadata."""
         tensors = {f"gradient/{name}": value for name, value in self.gradients.items()}
         for kind, statistics in (("bn", self.bn), ("running", self.running)):
             if statistics is not None:
@@ -129,14 +179,17 @@ class Observation:
             "model_name": self.model_name,
             "model_sha256": self.model_sha256,
             "mode": self.mode,
+            "label_smoothing": self.label_smoothing,
         }
-        packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        # A copy, since the format refuses one tensor under two names.
+        plain = torch.contiguous_format
+        packed = {name: value.detach().cpu().clone(memory_format=plain) for name, value in tensors.items()}
         return safetensors.torch.save(packed, metadata={"observation": json.dumps(facts)})
 
     def save(self, path: str | Path) -> None:
         """Write to a file. Raises GradinvError where that is not possible."""
         try:
-            write_whole(Path(path), self.pack())
+            write_whole(Path(path).expanduser(), self.pack())
         except OSError as error:
             raise GradinvError(f"Cannot write the observation to {path}: {error.strerror or error}.") from error
 
@@ -144,7 +197,7 @@ class Observation:
     def load(cls, path: str | Path) -> Observation:
         """Read what `save` wrote. Raises GradinvError where the file is not an observation."""
         try:
-            data = Path(path).read_bytes()
+            data = Path(path).expanduser().read_bytes()
         except OSError as error:
             raise GradinvError(f"Cannot read an observation from {path}: {error.strerror or error}.") from error
         return cls.unpack(data, str(path))
@@ -187,7 +240,7 @@ class Observation:
                 mean, var = parts[f"{kind}.mean"], parts[f"{kind}.var"]
                 return BatchNormStatistics(mean, var) if mean or var else None
 
-            return cls(
+            fields: dict[str, Any] = dict(
                 gradients=parts["gradient"],
                 batch_size=facts["batch_size"],
                 preprocessing=preprocessing,
@@ -196,6 +249,7 @@ class Observation:
                 bn=statistics("bn"),
                 mode=facts["mode"],
                 running=statistics("running"),
+                label_smoothing=facts.get("label_smoothing", 0.0),
             )
         except GradinvError:
             raise
@@ -203,6 +257,45 @@ class Observation:
             raise GradinvError(
                 f"{path} is a safetensors file, but not an observation as Observation.save writes it ({error!s:.80})."
             ) from error
+        try:
+            return cls(**fields)
+        except GradinvError as error:
+            raise GradinvError(f"The observation {path} cannot be used: {error}") from error
+
+
+def _triple(name: str, value: Any) -> tuple[float, float, float]:
+    """Of each channel the mean or the std. Raises GradinvError."""
+    try:
+        values = [float(value)] * 3 if np.ndim(value) == 0 else [float(one) for one in value]
+    except (TypeError, ValueError):
+        values = []
+    least = -math.inf if name == "mean" else 0.0
+    if len(values) != 3 or not all(math.isfinite(one) and one > least for one in values):
+        wanted = "three numbers, or one," if name == "mean" else "three numbers above 0, or one,"
+        raise GradinvError(f"The {name} to normalise by is {wanted} not {value!r:.60}.")
+    return values[0], values[1], values[2]
+
+
+def _whole(count: object) -> int:
+    """A batch size as people have it: a number of Python or NumPy, or a tensor of one. Raises GradinvError."""
+    if isinstance(count, Tensor | np.ndarray) and count.ndim == 0:
+        count = count.item()
+    try:
+        number = None if isinstance(count, bool) else operator.index(count)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < 1:
+        raise GradinvError(f"The batch size must be a whole number of at least 1, not {count!r:.40}.")
+    return number
+
+
+def _tensor(what: str, value: object) -> Tensor:
+    """A tensor of a gradient, which no graph holds on to. Raises GradinvError for what is no array of numbers."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        return torch.tensor(value)
+    if not isinstance(value, Tensor):
+        raise GradinvError(f"The {what} is {value!r:.40}; a tensor is expected.")
+    return value.clone() if value.is_inference() else value.detach()
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +332,7 @@ class Recovered:
     A = p − y (B, N) solve the final layer, up to a share `residual` of its gradient; the client multiplied its gradient
     by `scale`. They are None where the config asks for none or the final layer does not determine them. All images go
     in the labels' order. `nodes` are the solved ones, the highest first, `stopped` says in a sentence why there are no
-    more.
+    more. `notes` are sentences on what the gradient was found to be where it is not what the observation says.
     """
 
     labels: Tensor
@@ -251,6 +344,7 @@ class Recovered:
     scale: float = 1.0
     nodes: tuple[SolvedNode, ...] = ()
     stopped: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,29 @@ def _whole_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = False, mode: str = "eval") -> Observation:
+@torch.inference_mode(False)
+@torch.enable_grad()
+def observe(
+    model: Model,
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    share_bn: bool = False,
+    mode: str = "eval",
+    label_smoothing: float = 0.0,
+) -> Observation:
     """What the server receives: ∇_W of the mean cross-entropy of the batch, ΔW = (1/K) Σ_k ∇_W L(x*_k, y*_k).
 
     pixels: (B, 3, S, S) in [0, 1]; labels: (B,) int64. In eval mode BN normalises by the running statistics; in train
     mode by the batch's own, and the client then shares its running statistics after the step. The model's own are
-    never touched. With `share_bn` the batch's own BN statistics leak as well, as they are in that mode. Raises
-    GradinvError for an empty batch, a wrong size, labels that the model lacks, another mode, or a batch that is too
-    small for train mode.
+    never touched. With `share_bn` the batch's own BN statistics leak as well, as they are in that mode. Labels are
+    (1 − ε) y + ε/N with ε = `label_smoothing`. Raises GradinvError for an empty batch, a wrong size, labels that the
+    model lacks, another mode, or a batch that is too small for train mode.
     """
     if mode not in MODES:
         raise GradinvError(f"The client's forward mode is one of {' or '.join(MODES)}, not {mode!r}.")
+    if not 0 <= label_smoothing < 1:
+        raise GradinvError(f"The label smoothing must be at least 0 and less than 1, not {label_smoothing!r}.")
     size = model.preprocessing.size
     if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (3, size, size):
         raise GradinvError(
@@ -48,12 +60,13 @@ def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = Fa
         raise GradinvError(f"Each image needs one label between 0 and {len(model.classes) - 1}.")
     if mode == "train":
         check_train_mode(model, len(pixels))
+    model, labels = model.differentiable(), labels.clone()  # what was made in inference mode takes part in no gradient
     # A client's training step updates its copy of the running statistics, as torch does it.
     network = copy.deepcopy(model.network).train() if mode == "train" else model.network.eval()
     normalised = model.preprocessing.normalise(pixels.to(model.device, torch.float32))
     parameters = dict(network.named_parameters())
     with _whole_products(), batch_statistics(network) as (means, variances):
-        loss = F.cross_entropy(network(normalised), labels.to(model.device))
+        loss = F.cross_entropy(network(normalised), labels.to(model.device), label_smoothing=label_smoothing)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
     bn = None
     if share_bn:
@@ -69,6 +82,7 @@ def observe(model: Model, pixels: Tensor, labels: Tensor, *, share_bn: bool = Fa
         model_sha256=model.sha256,
         bn=bn,
         mode=mode,
+        label_smoothing=label_smoothing,
         running=running_statistics(network) if mode == "train" else None,
     )
 

@@ -148,6 +148,7 @@ def test_a_gradient_is_accepted_with_what_it_says_of_itself(file: bytes, model: 
         "side": 64,
         "mode": "eval",
         "leaks": (False, False),
+        "notes": (),
     }
     assert list(found.shared("ada").find().gradients) == [name for name, _ in model.network.named_parameters()]
 
@@ -187,7 +188,7 @@ BAD: dict[str, tuple[Callable[[Observation], Observation], str]] = {
     "other weights": (lambda o: dataclasses.replace(o, model_sha256="f" * 64), "other weights of resnet18-tiny"),
     "a name of another": (lambda o: dataclasses.replace(o, model_name="resnet50-tiny"), "resnet50-tiny"),
     "not loaded": (lambda o: dataclasses.replace(o, model_name="resnet50"), "of resnet50, which is not loaded here"),
-    "no names": (lambda o: dataclasses.replace(o, gradients={}), "lacks the gradient of conv1.weight and 61 more"),
+    "no names": (lambda o: dataclasses.replace(o, gradients={}), "holds no gradient"),
     "NaN": (changed_gradient("fc.bias", NAN), "fc.bias holds values that are not finite"),
     "shape": (changed_gradient("fc.bias", torch.ones(3)), r"fc.bias has the shape \(3,\)"),
     "integers": (changed_gradient("fc.bias", torch.ones(200, dtype=torch.int64)), "fc.bias holds torch.int64"),
@@ -214,7 +215,7 @@ BAD: dict[str, tuple[Callable[[Observation], Observation], str]] = {
     ),
     "scale": (
         lambda o: dataclasses.replace(o, preprocessing=dataclasses.replace(o.preprocessing, std=(1.0, 1.0, 1.0))),
-        "preprocessing .* is not the model's",
+        "was made with mean .* and std 1, 1, 1, and resnet18-tiny takes",
     ),
 }
 
@@ -372,3 +373,20 @@ def test_back_at_the_gallery_the_pictures_count_again(file: bytes) -> None:
 
 def test_no_session_of_the_page_writes_a_gradient_to_disk() -> None:
     assert ".save(" not in inspect.getsource(gradient).replace(gradient.EXAMPLE, "")
+
+
+def test_what_a_gradient_is_found_to_be_is_said_and_an_update_is_refused(
+    observation: Observation, model: Model
+) -> None:
+    weights = dict(model.network.named_parameters())
+    decayed = {name: value + 5e-3 * weights[name].detach() for name, value in observation.gradients.items()}
+    app = bring(
+        visit(source="gradient", model="resnet18-tiny"), dataclasses.replace(observation, gradients=decayed).pack()
+    )
+    assert not app.exception and not app.error and "2 labels read from the gradient alone" in text(app)
+    said = [item.value for item in app.warning]
+    assert said == ["The gradient holds weight decay, 0.005 times the weights, which was taken off."]
+    updated = bring(visit(source="gradient", model="resnet18-tiny"), observation.negated().pack())
+    assert not updated.exception and not updated.error and updated.button(key="start").disabled
+    (said_of_it,) = (item.value for item in updated.warning)
+    assert said_of_it.startswith("This is an update, not a gradient")

@@ -147,7 +147,9 @@ def test_single_pictures_that_lack_are_named() -> None:
         ((0,), ""),
     ):
         chosen = RestoredLabels(torch.tensor(LABELS[: len(rows)]), "ilrg", 1.0)
-        found = gallery.Identified(chosen, 0.0, similarity[list(rows)], torch.zeros(len(rows), 2, dtype=torch.int64))
+        found = gallery.Identified(
+            chosen, 0.0, True, similarity[list(rows)], torch.zeros(len(rows), 2, dtype=torch.int64)
+        )
         assert identify._lacking(found) == said
 
 

@@ -229,7 +229,6 @@ def broken(observation, name, value):
 def test_observations_that_do_not_fit_are_refused_in_one_sentence(small_model, small_batch, observation):
     nan = observation.gradients["conv1.weight"].clone()
     nan[0, 0, 0, 0] = math.nan
-    missing = {name: value for name, value in observation.gradients.items() if not name.startswith("bn1")}
     wrapped = {**observation.gradients, "module.fc.weight": torch.zeros(6, 16)}
     zero = {name: torch.zeros_like(value) for name, value in observation.gradients.items()}
     shape = small_model.preprocessing
@@ -243,8 +242,6 @@ def test_observations_that_do_not_fit_are_refused_in_one_sentence(small_model, s
         (broken(observation, "bn1.weight", torch.zeros(3)), r"bn1.weight has the shape \(3,\) instead of \(8,\)"),
         (broken(observation, "bn1.weight", torch.ones(8, dtype=torch.int64)), "bn1.weight holds torch.int64; float"),
         (broken(observation, "bn1.weight", torch.ones(8).to(torch.float8_e5m2)), "bn1.weight holds torch.float8_e5m2"),
-        (broken(observation, "fc.bias", None), "gradient of fc.bias is None; a tensor is expected"),
-        (changed(gradients=missing), "lacks the gradient of bn1.weight and 1 more; small has 8 parameters"),
         (changed(gradients=wrapped), "a gradient of module.fc.weight, which small does not have"),
         (changed(gradients=zero), "Every gradient of the observation is zero"),
         (changed(model_sha256="f" * 64), r"other weights of small \(sha256 ffffffff…\) .* \(sha256 00000000…\)"),
@@ -254,9 +251,6 @@ def test_observations_that_do_not_fit_are_refused_in_one_sentence(small_model, s
         (changed(mode="training"), "must be eval or train, not 'training'"),
         (changed(mode=None), "must be eval or train, not None"),
         (changed(running=train.running), "its forward mode is eval, in which none are kept"),
-        (changed(batch_size=0), "a whole number of at least 1, not 0"),
-        (changed(batch_size=2.5), "a whole number of at least 1, not 2.5"),
-        (changed(batch_size=True), "a whole number of at least 1, not True"),
         (changed(batch_size=7), "between 1 and the 6 classes, not 7"),
     ]
     for kind, whose in (("bn", "batch"), ("running", "running")):

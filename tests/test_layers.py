@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from gradinv.batchnorm import forward_mode
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse
 from gradinv.models import ImageClass, Model
@@ -240,7 +241,8 @@ def test_features_without_zeros_are_refused():
 
 def test_train_mode_ends_above_batch_normalisation(basic):
     model = basic
-    _, observation = batch(model, [3, 7])
+    with forward_mode(model.network, "train"):
+        _, observation = batch(model, [3, 7])
     recovered = recover(model, replace(observation, mode="train"), AUTO)
     assert recovered.nodes == () and recovered.features is not None
     assert "train mode" in recovered.stopped

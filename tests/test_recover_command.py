@@ -70,7 +70,7 @@ def test_one_picture_is_solved_down_to_the_stem(model: Model, capsys: pytest.Cap
     assert any(
         line.startswith("Labels restored from the gradient: goldfish (1 of 1 right); read by auto: ") for line in lines
     )
-    assert any(line.startswith("The final layer is solved up to ") and line.endswith(" is 1.") for line in lines)
+    assert any(line.startswith("The final layer is solved but for ") and line.endswith(" is 1.") for line in lines)
     found = rows(said.out)
     assert list(found) == list(reversed(parts(model.network).nodes[:-1]))
     assert found["maxpool"][:8] == ["64", "×", "16", "×", "16", "exact", "576", "256"]
@@ -146,7 +146,7 @@ def test_without_any_layer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "No layer below the final one is solved (" in output
     assert safetensors.torch.load_file("none.safetensors") == {}
     assert cli.main(["recover", "goldfish", *TINY, "--boundary", "logits"]) == 0
-    assert "The final layer is solved up to " in capsys.readouterr().out
+    assert "The final layer is solved but for " in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_the_layers_so_far(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,4 +209,4 @@ def test_invert_says_how_deep_it_is_solved_and_keeps_the_table(capsys: pytest.Ca
     assert line.endswith(" s; the pixels are searched for below it.")
     table = json.loads(Path("run", "run.json").read_text())["recovered"]
     assert [node["name"] for node in table["nodes"]] == ["layer4.1.conv1", "layer4.0", "layer4.0.conv1"]
-    assert set(table) == {"features_residual", "scale", "nodes", "stopped", "seconds"}
+    assert set(table) == {"features_residual", "scale", "nodes", "stopped", "notes", "seconds"}

@@ -136,7 +136,7 @@ def test_draw_can_take_everything_and_no_more() -> None:
     chosen, _ = sources.draw(pictures, 6, 0)
     assert {p.key for p in chosen} == {p.key for p in pictures}
     assert "only 6 pictures" in sentence(lambda: sources.draw(pictures, 7, 0))
-    assert "only 0 pictures" in sentence(lambda: sources.draw([], 1, 0))
+    assert "no pictures to draw from" in sentence(lambda: sources.draw([], 1, 0))
     assert "At least one" in sentence(lambda: sources.draw(pictures, 0, 0))
 
 

@@ -19,11 +19,14 @@ from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
 from gradinv.prior import preview
+from gradinv.recovery.examination import examine
 from gradinv.recovery.recover import recover
 from gradinv.stepping import Gradient, Stepper
 from gradinv.types import Observation, Recovered, Snapshot, SolvedNode, Term
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def invert(
     model: Model,
     observation: Observation,
@@ -35,12 +38,15 @@ def invert(
     resume: RunState | None = None,
     ranks: Ranks = ALONE,
     recovered: Recovered | None = None,
+    labels: Tensor | None = None,
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> Snapshots:
     """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
 
-    What the gradient says without a search is solved first, unless it is `recovered` already; with `boundary=auto`
-    that decides what runs (see `settled`), and each snapshot says so. `progress` hears of each node as it is solved.
+    The gradient is taken for what it is found to be (`examine`), which `Snapshots.recovered.notes` say. What it says
+    without a search is solved first, with the `labels` (B,) where they are known, unless it is `recovered` already;
+    with `boundary=auto` that decides what runs (see `settled`), and each snapshot says so. `progress` hears of each
+    node as it is solved.
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation
@@ -55,11 +61,13 @@ def invert(
     that it cannot serve, and where memory would not suffice; and during the run where the objective stops being
     finite or a rank is lost. Also where `resume` is the state of another run.
     """
+    model = model.differentiable()
     check_observation(model, observation)
     ranks.check(model.device)
     share = len(ranks.share(config.seeds))
     check_memory(model, observation.batch_size, replace(config, seeds=share))
-    recovered = recovered or recover(model, observation, config, stop=stop, progress=progress)
+    recovered = recovered or recover(model, observation, config, labels=labels, stop=stop, progress=progress)
+    observation = examine(model, observation).observation
     config = settled(model, recovered, config)
     objective = Objective(model, observation, recovered, config)
     run = Run(model, observation.batch_size, config, _start(model, recovered, config), ranks, objective.separable)
@@ -81,7 +89,8 @@ class Snapshots(Iterator[Snapshot]):
         self._last: Snapshot | None = None
 
     def __next__(self) -> Snapshot:
-        self._last = next(self._stream)
+        with torch.inference_mode(False), torch.enable_grad():
+            self._last = next(self._stream)
         return self._last
 
     def close(self) -> None:

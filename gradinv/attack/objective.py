@@ -60,7 +60,12 @@ class Objective:
         self._boundary = boundary_of(model, recovered, config)
         # The control without the gradient asks for none, nor for the network to have the stages that are matched.
         names = matched_parameters(model, config.layers) if config.gradient > 0 else []
-        matched = [name for name in names if name in self._boundary.parameters]
+        matched = [name for name in names if name in self._boundary.parameters and name in observation.gradients]
+        if config.gradient > 0 and not matched:
+            raise GradinvError(
+                f"The client shares no gradient of the layers that are matched ({config.layers}); set layers to all, "
+                "or gradient to 0."
+            )
         dtype = next(model.network.parameters()).dtype
         self._target = {name: observation.gradients[name].to(model.device, dtype) for name in matched}
         # They stay the same, and ResNet-50 has 23 million numbers: once a run, not at each step.

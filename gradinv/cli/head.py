@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gradinv.cli.say import complain, speaker
+from gradinv.cli.task import add_normalisation
 
 # torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     )
     parser.add_argument("--image-size", type=int, metavar="PX", help="side of the images (default: the model's own)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    add_normalisation(parser)
     tested = parser.add_mutually_exclusive_group()
     tested.add_argument("--val", metavar="DIR", help="a second folder, whose pictures only measure the accuracy")
     tested.add_argument(
@@ -102,7 +104,14 @@ def _fit(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]
         raise GradinvError("--val names the folder that is fitted to; name another, or leave --val out.")
 
     with _Bar("B") as bar:
-        backbone = load_backbone(args.model, device=args.device, image_size=args.image_size, progress=bar.to)
+        backbone = load_backbone(
+            args.model,
+            device=args.device,
+            image_size=args.image_size,
+            mean=args.mean,
+            std=args.std,
+            progress=bar.to,
+        )
     model, size = backbone.model, backbone.model.preprocessing.size
     say(f"{model.name}: {model.final_layer.in_features} features at {size} × {size} px, on {model.device}")
     pictures = _features(model, folder, say)

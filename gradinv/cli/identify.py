@@ -8,7 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gradinv.cli.say import complain, listed, speaker, table
+from gradinv.cli.say import complain, listed, percent, speaker, table
+from gradinv.cli.task import add_corrections, add_normalisation, corrected
 
 if TYPE_CHECKING:
     from gradinv.gallery import Gallery, Identified
@@ -37,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     parser.add_argument(
         "--observation", metavar="FILE", required=True, help="what the client shared, as Observation.save writes it"
     )
+    add_corrections(parser)
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="how many pictures the observation is of, where it has that wrong"
+    )
     parser.add_argument(
         "--imagenet",
         metavar="DIR",
@@ -47,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         "--model", help="a name that `gradinv models` lists, or a weights file (default: the one of the observation)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    add_normalisation(parser)
     parser.add_argument(
         "--top", type=int, default=5, metavar="N", help="how many pictures to name for each (default: %(default)s)"
     )
@@ -55,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     from gradinv.checks import check_observation
     from gradinv.gallery import sought
-    from gradinv.recovery.final_layer import EXPLAINED
+    from gradinv.recovery.examination import examine
     from gradinv.sources import SAMPLES
-    from gradinv.types import GradinvError, Observation
+    from gradinv.types import GradinvError
 
     say = speaker(args)
     if args.top < 1:
@@ -66,39 +72,40 @@ def run(args: argparse.Namespace) -> int:
     if not folder:
         say("The bundled pictures are searched; --imagenet DIR searches those of a folder.")
         folder = str(SAMPLES)
-    observation = Observation.load(args.observation)
+    observation = corrected(args)
     model = _load_model(args, observation)
     check_observation(model, observation)
+    mode = examine(model, observation).observation.mode
     wanted = sought(model, observation)  # what cannot be solved is said before 50,000 pictures are looked at
     try:
         gallery = _open_gallery(model, folder)
     except KeyboardInterrupt as stopped:
         # Without a sentence it came before the first picture was looked at.
         return complain(str(stopped) or "Interrupted; nothing was kept.", 130)
-    for note in gallery.notes:
+    for note in (*wanted.notes, *gallery.notes):
         say(note)
-    if observation.mode == "train":
+    if mode == "train":
         say(
             "The client's network was in train mode, where what it sees in a picture depends on the whole batch: "
             "similarities are lower, and some pictures are missed."
         )
     found = wanted.among(gallery, args.top)
     if args.json:
-        print(json.dumps(_facts(model, gallery, found), indent=2))
+        print(json.dumps({**_facts(model, gallery, found), "notes": list(wanted.notes)}, indent=2))
         return 0
     print(_table(model, gallery, found))
     print(
         f"{len(gallery.paths):,} pictures in {gallery.folder}, by the cosine similarity of their features on "
         f"{model.name}. Labels by {found.labels.method}, confidence {found.labels.confidence:.2f}."
     )
-    if found.residual < EXPLAINED:
+    if found.explained:
         trust = "they are the client's own"
-        if observation.mode == "eval":
+        if mode == "eval":
             trust += ", so a picture that was in the batch has a similarity of almost 1"
     else:
         trust = "they are not the client's own, so what is most similar may be another picture"
-    print(f"The features explain the final layer's gradient up to {found.residual:.1e}: {trust}.")
-    if found.residual < EXPLAINED and observation.mode == "eval" and (told := _lacking(found)):
+    print(f"The features leave {percent(found.residual)} of the final layer's gradient unexplained: {trust}.")
+    if found.explained and mode == "eval" and (told := _lacking(found)):
         print(told)
     return 0
 
@@ -113,7 +120,8 @@ def _load_model(args: argparse.Namespace, observation: Observation) -> Model:
             f"The observation is of the weights {observation.model_name}; say where that file is with --model FILE."
         )
     name = args.model or observation.model_name
-    return load_model(name, device=args.device, image_size=observation.preprocessing.size)
+    theirs = observation.preprocessing
+    return load_model(name, device=args.device, image_size=theirs.size, mean=args.mean, std=args.std, like=theirs)
 
 
 def _open_gallery(model: Model, folder: str) -> Gallery:

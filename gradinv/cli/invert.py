@@ -8,7 +8,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -86,12 +86,12 @@ class _Told:
     """What the other ranks hear of a run from the first, which alone reads files; the model each one loads itself."""
 
     weights: str
-    image_size: int
     device: str
     config: AttackConfig
     observation: Observation
     every: int
     state: RunState | None
+    given: list[int] | None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
     """The part of every rank but the first: its share of the seeds, without a word or a file of its own."""
+    import torch
+
     from gradinv.attack.inversion import invert
     from gradinv.models import load_model
     from gradinv.types import GradinvError
@@ -123,7 +125,10 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
             if told is None:
                 return 0
             with ranks.together():
-                model = load_model(told.weights, device=told.device, image_size=told.image_size)
+                theirs = told.observation.preprocessing
+                model = load_model(
+                    told.weights, device=told.device, image_size=theirs.size, mean=theirs.mean, std=theirs.std
+                )
                 stream = invert(
                     model,
                     told.observation,
@@ -132,6 +137,7 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
                     stop=stop,
                     resume=told.state,
                     ranks=ranks,
+                    labels=None if told.given is None else torch.tensor(told.given),
                 )
             for _ in stream:
                 pass
@@ -151,8 +157,7 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
     model, config, resumed = task.model, task.config, task.resumed
     state = None if resumed is None else resumed.state
     weights = model.name if args.model == "auto" else args.model
-    size, device = model.preprocessing.size, model.device.type
-    ranks.tell(_Told(weights, size, device, config, task.observation, task.every, state))
+    ranks.tell(_Told(weights, model.device.type, config, task.observation, task.every, state, task.given))
     stop = threading.Event()
     with ranks.together():
         began = time.perf_counter()
@@ -173,7 +178,7 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
     first = next(stream)  # what cannot be run is said here, before anything is written
     if ranks.count > 1:
         say(f"{ranks.count} ranks share the {config.seeds} seeds.")
-    _describe_labels(say, task, first)
+    _describe_labels(say, task, first, recovered.notes)
     if resumed is None:
         _describe_layers(say, recovered, first, solved)
     out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
@@ -213,6 +218,7 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
 
 def _recover(task: _Run, ranks: Ranks) -> Recovered:
     """What is solved before the search. Where that takes long, a terminal shows which layer it has come to."""
+    import torch
     from tqdm import tqdm
 
     from gradinv.checks import check_memory
@@ -227,7 +233,8 @@ def _recover(task: _Run, ranks: Ranks) -> Recovered:
             bar.set_postfix_str(node.name, refresh=False)
             bar.update()
 
-        return recover(task.model, task.observation, task.config, progress=progress)
+        given = None if task.given is None else torch.tensor(task.given)
+        return recover(task.model, task.observation, task.config, labels=given, progress=progress)
 
 
 def _ended(
@@ -268,6 +275,8 @@ def _begun(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
     out = _choose_folder(args.out)
     if args.every is not None and args.every < 1:
         raise GradinvError(f"--every takes a number of steps of at least 1, not {args.every}.")
+    if args.save_observation is not None and Path(args.save_observation).expanduser().exists():
+        raise GradinvError(f"{args.save_observation} is there already; name another file, or remove it first.")
     settings = settings_given(args)
     task = begin(args, lambda model: config_from(args.preset, model, settings), say)
     return _Run(**vars(task), every=every(args, task.config), out=out)
@@ -291,7 +300,8 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
             f"The run in {args.resume} is one of a CUDA device, whose random numbers a CPU does not repeat; resume it "
             "on a machine with one, or start it again."
         )
-    model = load_model(recorded["weights"], device=device, image_size=recorded["image_size"])
+    theirs = resumed.observation.preprocessing
+    model = load_model(recorded["weights"], device=device, image_size=theirs.size, mean=theirs.mean, std=theirs.std)
     if model.sha256 != recorded["sha256"]:
         raise GradinvError(
             f"The weights {recorded['weights']} have changed since the run in {args.resume} (sha256 "
@@ -303,12 +313,14 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
     for name, value in now.items():
         if environment.get(name) != value:
             say(f"It ran with {name} {environment.get(name)} and goes on with {value}: the last digits may differ.")
+    recorded_labels = resumed.run["labels"]
     return _Run(
         model=model,
         config=resumed.config,
         observation=resumed.observation,
         pixels=resumed.originals,
-        labels=resumed.run["labels"]["true"],
+        labels=recorded_labels["true"],
+        given=recorded_labels["restored"] if recorded_labels["method"] == "given" else None,
         defences=resumed.run["client"]["defences"],
         every=resumed.run["every"],
         out=Path(args.resume).expanduser(),
@@ -320,9 +332,10 @@ def _beside_resume(args: argparse.Namespace) -> str:
     """The first option that was given although a resumed run has its own; empty where there is none."""
     if args.images:
         return f"the picture {args.images[0]}"
-    defaults = {"model": "auto", "device": "auto", "preset": "demo", "classes": [], "defences": []}
-    names = ("samples", "imagenet", "random", "batch_size", "classes", "mode", "defences", "save_observation")
-    for name in (*names, "observation", "model", "image_size", "device", "preset", "config", "out", "every"):
+    defaults = {"model": "auto", "device": "auto", "preset": "demo", "classes": [], "defences": [], "update": False}
+    client = ("samples", "imagenet", "random", "batch_size", "classes", "mode", "defences", "save_observation")
+    told = ("observation", "update", "label_smoothing", "model", "image_size", "mean", "std", "device")
+    for name in (*client, *told, "preset", "config", "out", "every"):
         if getattr(args, name) != defaults.get(name):
             return "--" + {"classes": "class", "defences": "defence"}.get(name, name.replace("_", "-"))
     settings = [name.partition(" ")[2] for name in vars(args) if name.startswith("setting ")]
@@ -397,10 +410,11 @@ def _describe(say: Callable[[str], None], task: _Run) -> None:
         say("A control: the gradient is not matched (--gradient 0), only the labels are read from it.")
 
 
-def _describe_labels(say: Callable[[str], None], task: _Run, first: Snapshot) -> None:
-    describe_labels(say, task, first.labels, first.label_method, first.label_confidence)
+def _describe_labels(say: Callable[[str], None], task: _Run, first: Snapshot, notes: Sequence[str]) -> None:
+    describe_labels(say, task, first.labels, first.label_method, first.label_confidence, notes)
     if first.features_residual is not None:
-        say(f"Recovered features explain the final layer's gradient up to {percent(first.features_residual)}.")
+        left = percent(first.features_residual)
+        say(f"Recovered features leave {left} of the final layer's gradient unexplained.")
 
 
 def _describe_layers(say: Callable[[str], None], recovered: Recovered, first: Snapshot, seconds: float) -> None:

@@ -120,28 +120,31 @@ def _choose_file(name: str | None) -> Path | None:
 
 def _recover(say: Callable[[str], None], task: Task, rows: _Rows, stop: threading.Event) -> Recovered:
     """Solve, and tell the labels and the final layer before the layers below, which may take minutes."""
+    import torch
+
     from gradinv.recovery.recover import recover
     from gradinv.types import GradinvError
 
     model, observation, config = task.model, task.observation, task.config
+    given = None if task.given is None else torch.tensor(task.given)
 
     def limited(boundary: str) -> AttackConfig:
         return replace(config, boundary=boundary)
 
     try:
-        first = recover(model, observation, limited("logits" if config.needs_features else "loss"))
+        first = recover(model, observation, limited("logits" if config.needs_features else "loss"), labels=given)
     except GradinvError:
-        first = recover(model, observation, limited("loss"))  # why there is no more is said below
+        first = recover(model, observation, limited("loss"), labels=given)  # why there is no more is said below
     restored = first.labels.tolist()
-    describe_labels(say, task, restored, first.method, first.confidence)
+    describe_labels(say, task, restored, first.method, first.confidence, first.notes)
     if first.residual is not None:
         left, factor = _share(first.residual), f"{first.scale:.4g}"
-        say(f"The final layer is solved up to {left} of its gradient; the client's own factor in that is {factor}.")
+        say(f"The final layer is solved but for {left} of its gradient; the client's own factor in that is {factor}.")
     rows.restored = restored
     if config.boundary in ("loss", "logits") and (first.residual is not None or config.boundary == "loss"):
         return first
     if not stop.is_set():
-        first = recover(model, observation, config, stop=stop, progress=rows.show)
+        first = recover(model, observation, config, labels=given, stop=stop, progress=rows.show)
     # A layer that was left half-way gives another reason.
     return replace(first, stopped="The way down was stopped.") if stop.is_set() else first
 

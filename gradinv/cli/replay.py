@@ -28,11 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gradinv.recording import DirectoryStore, Recording, gif
+    from gradinv.types import GradinvError
 
     say = speaker(args)
     recording = Recording.open(args.directory)
     if args.gif is not None:
         target = Path(args.gif).expanduser()
+        if target.suffix.lower() != ".gif":
+            raise GradinvError(f"The animation is a GIF; name a file that ends in .gif, not {args.gif}.")
         DirectoryStore(target.parent).write(target.name, gif(recording))
         say(f"The animation is in {target}.")
     if args.json:

@@ -7,7 +7,7 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,8 @@ NAMED = 12  # classes of a batch that are named before the work
 @dataclass(frozen=True, eq=False)
 class Task:
     """Whose gradient it is and what is asked of it. `pixels` (B, 3, S, S) and `labels` are None where nobody knows
-    them; they serve the evaluation and never reach the attack."""
+    them; they serve the evaluation and never reach the attack. `given` are labels that are told beside an
+    observation."""
 
     model: Model
     config: AttackConfig
@@ -37,6 +38,7 @@ class Task:
     pixels: Tensor | None
     labels: list[int] | None
     defences: list[str]
+    given: list[int] | None = field(default=None, kw_only=True)
 
 
 def add_client(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -50,7 +52,8 @@ def add_client(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--batch-size",
         type=int,
         metavar="N",
-        help="how many pictures to draw where none is named (from --imagenet, else the gallery); otherwise a check",
+        help="how many pictures to draw where none is named (from --imagenet, else the gallery); otherwise a check; of "
+        "an observation that has it wrong, how many pictures it is of",
     )
     pictures.add_argument(
         "--class",
@@ -59,7 +62,8 @@ def add_client(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         dest="classes",
         metavar="CLASS",
         help="class name or WordNet id of the picture files: once for all, or once for each; by default that of the "
-        "file's folder (n01443537), else what the network takes the picture for",
+        "file's folder (n01443537), else what the network takes the picture for; beside --observation the labels, "
+        "where they are known",
     )
     shared = parser.add_argument_group("what the client shares")
     shared.add_argument(
@@ -83,7 +87,21 @@ def add_client(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="FILE",
         help="take what was saved by `gradinv invert --save-observation`, or by your own loop, without pictures",
     )
+    add_corrections(shared)
     return shared
+
+
+def add_corrections(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """What an observation may not say of itself."""
+    group.add_argument(
+        "--update", action="store_true", help="the observation holds an update −η g, as federated averaging shares it"
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=float,
+        metavar="E",
+        help="the client's labels are (1 − E) y + E / N (of an observation it is solved for where it is not given)",
+    )
 
 
 def add_network(group: argparse._ArgumentGroup) -> None:
@@ -93,6 +111,28 @@ def add_network(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--image-size", type=int, metavar="PX", help="side of the images (default: the model's own)")
     group.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    add_normalisation(group)
+
+
+def add_normalisation(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """What the network's pixels are normalised by, where that is not as usual."""
+    for name, none in (("mean", "0"), ("std", "1")):
+        group.add_argument(
+            f"--{name}",
+            type=_moments,
+            metavar="X[,X,X]",
+            help=f"{name} that pixels are normalised by, of each channel or one for all; {none} for no normalisation "
+            "(default: what the weights file or the observation states, else ImageNet's)",
+        )
+
+
+def _moments(text: str) -> list[float] | float:
+    """For argparse, which says what a ValueError is about."""
+    values = [float(part) for part in text.split(",")]
+    return values[0] if len(values) == 1 else values
+
+
+_moments.__name__ = "float"  # as argparse calls what is expected
 
 
 def begin(args: argparse.Namespace, configure: Callable[[str], AttackConfig], say: Callable[[str], None]) -> Task:
@@ -104,39 +144,83 @@ def begin(args: argparse.Namespace, configure: Callable[[str], AttackConfig], sa
 
     from gradinv.defenses import parse_all
     from gradinv.models import load_model
+    from gradinv.types import GradinvError
     from gradinv.victim import observe
 
-    pixels, labels = None, None
+    pixels, labels, given = None, None, None
     if args.observation is not None:
         observation = _read_observation(args)
-        size = observation.preprocessing.size if args.image_size is None else args.image_size
-        model = load_model(_model_of(args, observation), device=args.device, image_size=size)
+        theirs = observation.preprocessing
+        model = load_model(
+            _model_of(args, observation),
+            device=args.device,
+            image_size=theirs.size if args.image_size is None else args.image_size,
+            mean=args.mean,
+            std=args.std,
+            like=theirs,
+        )
         config = configure(model.name)
+        given = _given(args, model, observation.batch_size)
     else:
-        model = load_model(args.model, device=args.device, image_size=args.image_size)
+        if args.update:
+            raise GradinvError("--update is said of an observation; leave it out, or name the file with --observation.")
+        model = load_model(args.model, device=args.device, image_size=args.image_size, mean=args.mean, std=args.std)
         config = configure(model.name)
         mode = _choose_mode(args, config)
         pictures = _choose_pictures(args, model, config.seed, say)
         pixels = _open_pictures(pictures, model, say)
         labels = _choose_labels(args, pictures, pixels, model, say)
-        observation = observe(model, pixels, torch.tensor(labels), share_bn=config.bn == "exact", mode=mode)
+        observation = observe(
+            model,
+            pixels,
+            torch.tensor(labels),
+            share_bn=config.bn == "exact",
+            mode=mode,
+            label_smoothing=args.label_smoothing or 0.0,
+        )
     defences = parse_all(args.defences, config.seed)
     for defence in defences:
         observation = defence(observation)
-    return Task(model, config, observation, pixels, labels, [defence.text for defence in defences])
+    return Task(model, config, observation, pixels, labels, [defence.text for defence in defences], given=given)
+
+
+def _given(args: argparse.Namespace, model: Model, count: int) -> list[int] | None:
+    """The labels of an observation's images, where --class tells them."""
+    from gradinv.types import GradinvError
+
+    if not args.classes:
+        return None
+    if len(args.classes) not in (1, count):
+        raise GradinvError(
+            f"--class was given {len(args.classes)} times for an observation of {count} pictures; give it once, or "
+            "once for each."
+        )
+    named = [_find_class(name, model) for name in args.classes]
+    return named * count if len(named) == 1 else named
 
 
 def _read_observation(args: argparse.Namespace) -> Observation:
     """Raises GradinvError for a file that is none, and where something else is said of the client as well."""
-    from gradinv.types import GradinvError, Observation
+    from gradinv.types import GradinvError
 
-    names = ("samples", "imagenet", "random", "batch_size", "mode")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
-    given += ["--class"] if args.classes else []
+    names = ("samples", "imagenet", "random", "mode")
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
     given = [f"the picture {args.images[0]}"] if args.images else given
     if given:
         raise GradinvError(f"An observation is inverted without any pictures; leave {given[0]} or --observation out.")
-    return Observation.load(Path(args.observation).expanduser())
+    return corrected(args)
+
+
+def corrected(args: argparse.Namespace) -> Observation:
+    """The file --observation, with what `add_corrections` and --batch-size say of it. Raises GradinvError for a file
+    that is none."""
+    from gradinv.types import Observation
+
+    observation = Observation.load(args.observation)
+    names = ("batch_size", "label_smoothing")
+    told = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    observation = replace(observation, **told)
+    return observation.negated() if args.update else observation
 
 
 def _model_of(args: argparse.Namespace, observation: Observation) -> str:
@@ -320,11 +404,22 @@ def describe(say: Callable[[str], None], task: Task) -> None:
 
 
 def describe_labels(
-    say: Callable[[str], None], task: Task, restored: Sequence[int], method: str, confidence: float | None
+    say: Callable[[str], None],
+    task: Task,
+    restored: Sequence[int],
+    method: str,
+    confidence: float | None,
+    notes: Sequence[str],
 ) -> None:
-    """The labels that were read, how, and how many are right where that is known."""
+    """What the gradient was found to be, the labels that were read of it, how, and how many are right where that is
+    known."""
+    for note in notes:
+        say(note)
     labels, asked = task.labels, task.config.labels
     names = ", ".join(task.model.class_name(label) for label in restored)
+    if method == "given":
+        say(f"Labels as they were given: {names}")
+        return
     right = ""
     if labels is not None:
         right = f" ({sum((Counter(labels) & Counter(restored)).values())} of {len(labels)} right)"

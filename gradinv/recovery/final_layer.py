@@ -14,6 +14,8 @@ from gradinv.models import Model
 from gradinv.types import GradinvError, Observation
 
 EXPLAINED = 1e-4  # a smaller residual was only ever met by the true features; wrong minima were seen from 8e-4 up
+_ROUNDED = 1.5  # of a rounded gradient, times its rounding: with the true features 0.5 to 0.9 were seen
+COMPUTED = 1e-5  # a larger relative error is not that of sums in float32
 _UNKNOWNS = 4096  # of a Gauss-Newton step; more (above 64 images) are left to the alternation
 
 
@@ -22,14 +24,16 @@ class RecoveredFeatures:
     """What the final layer's gradient says of each image: `features` F (B, D) and `errors` A = p − y (B, N).
 
     `residual` is ‖s AᵀF/K − ∇W‖ / ‖∇W‖ with the best `scale` s, which is 1 unless the client rescaled its gradient.
-    Below `EXPLAINED` the features are the client's own, also of images that share a label (then in any order among
-    these). Large, the gradient was changed otherwise, the labels are wrong, or a wrong minimum was met.
+    `explained` says that it is no more than rounding: the features are the client's own, also of images that share a
+    label (then in any order among these). Else the gradient was changed otherwise, the labels are wrong, or a wrong
+    minimum was met.
     """
 
     features: Tensor
     errors: Tensor
     residual: float
     scale: float
+    explained: bool
 
 
 @torch.no_grad()
@@ -45,16 +49,17 @@ def recover_features(
     best = known or FinalLayer(model, observation).fit(labels.cpu(), starts=starts)
     device = model.device
     return RecoveredFeatures(
-        best.features.float().to(device), best.errors.float().to(device), best.residual, best.scale
+        best.features.float().to(device), best.errors.float().to(device), best.residual, best.scale, best.explained
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
     """Features (B, D) and output errors (B, N) that explain the final layer's gradient, `scale` times the client's
-    average, up to `residual`; as float64.
+    average, up to `residual`; as float64. `explained` says that this is no more than the gradient's own rounding.
 
-    `drift` (N,) says of which classes the labels are too few (above 0) or too many (below 0).
+    `drift` (N,) says of which classes the labels are too few (above 0) or too many (below 0). `smoothing` is that of
+    the client's labels, ε in (1 − ε) y + ε/N.
     """
 
     features: Tensor
@@ -62,6 +67,8 @@ class Fit:
     residual: float
     drift: Tensor
     scale: float
+    explained: bool
+    smoothing: float
 
 
 class FinalLayer:
@@ -76,15 +83,17 @@ class FinalLayer:
     Solved by alternation (A from Z, Z by least squares from A, clamped to F ≥ 0), then by Levenberg-Marquardt with
     a penalty on negative features; the true F is its minimum with value 0. Everything is float64 on the CPU: the
     matrices are small, and the smallest singular values matter.
+
+    Labels are the client's smoothed ones, (1 − ε) y + ε/N, with the observation's ε, or with ε as one more unknown of
+    Levenberg-Marquardt.
     """
 
     def __init__(self, model: Model, observation: Observation) -> None:
         layer = model.final_layer
+        if f"{model.final}.weight" not in observation.gradients:
+            raise GradinvError("Features are recovered from the final layer's gradient, which is absent.")
         if f"{model.final}.bias" not in observation.gradients or layer.bias is None:
-            raise GradinvError(
-                "Features can only be recovered where the final layer has a bias; set features to 0 and boundary "
-                "to loss."
-            )
+            raise GradinvError("Features can only be recovered where the final layer has a bias and its gradient.")
         self._gradient = observation.gradients[f"{model.final}.weight"].cpu().double()
         self._bias_gradient = observation.gradients[f"{model.final}.bias"].cpu().double()
         self._weight, self._bias = layer.weight.detach().cpu().double(), layer.bias.detach().cpu().double()
@@ -92,8 +101,7 @@ class FinalLayer:
         classes = len(self._gradient)
         if count >= classes:
             raise GradinvError(
-                f"Features can be recovered for fewer images than the {classes} classes, not for {count}; "
-                "set features to 0 and boundary to loss."
+                f"Features can be recovered for fewer images than the {classes} classes, not for {count}."
             )
         if not (torch.isfinite(self._gradient).all() and torch.isfinite(self._bias_gradient).all()):
             raise GradinvError("The final layer's gradient is not finite, so no features can be recovered.")
@@ -113,6 +121,19 @@ class FinalLayer:
         self._scale = float(joint.norm().clamp(min=tiny))
         self._penalty = self._scale**2 / (count * self._constant**2)
         self._kept = torch.ones(classes, dtype=torch.float64)
+        self.smoothing, self._solved_for = observation.label_smoothing, False
+        shares = (rounding(observation.gradients[f"{model.final}.{name}"]) for name in ("weight", "bias"))
+        self.rounding = max(shares)
+        """What the gradient's number format alone leaves unexplained."""
+        self._explained = max(EXPLAINED, _ROUNDED * self.rounding)
+        # K images span the rows, and each image's errors p − y sum to 0, whatever the labels are.
+        strange = [joint.sum(0).norm(), (joint - self._target @ basis).norm()]
+        self.sound = float(max(strange)) <= 3 * max(self.rounding, COMPUTED) * self._scale
+        """Whether the gradient has the form AᵀX of K images, with errors that sum to 0, up to rounding."""
+        few = max(10 * self.rounding, COMPUTED) * float(self._bias_gradient.abs().max())
+        self.negative, self.positive = (int((sign * self._bias_gradient > few).sum()) for sign in (-1, 1))
+        """How many classes have a negative and a positive bias gradient: negative, without label smoothing, no more
+        than there are images."""
 
     def fit(self, labels: Tensor, *, starts: int = 6, exact: bool = True) -> Fit:
         """The best of some starts: labels (B,) on the CPU → `Fit`.
@@ -121,34 +142,34 @@ class FinalLayer:
         moved at random first (the same each time), or images of one label would stay one image. Ends at the first
         residual below `EXPLAINED`. Without `exact` it is the alternation alone, a rough answer in milliseconds.
         """
-        given = F.one_hot(labels, len(self._bias)).double()
+        given = self._smoothed(F.one_hot(labels, len(self._bias)).double())
         ratio = self._ratio(labels)
         generator = torch.Generator().manual_seed(0)
         repeats = len(labels.unique()) < len(labels)
         unknowns = ratio.numel()
-        exact = exact and 0 < unknowns <= _UNKNOWNS
+        exact = exact and int(not self._solved_for) <= unknowns <= _UNKNOWNS
         left = max(20, min(400, int(2e12 / max(1, unknowns) ** 3)))  # steps, by what one costs
-        best, smallest = ratio, self._cost(ratio, given)
+        best, smallest = (ratio, given), self._cost(ratio, given)
         for start in range(starts if exact else 1):
-            state = self._shaken(ratio, given, generator) if repeats or start > 0 else ratio
+            state, found = self._shaken(ratio, given, generator) if repeats or start > 0 else ratio, given
             state = self._alternate(state, given, rounds=5 if exact else 20)
             if exact:
-                state, steps = self._descend(state, given, left)
+                state, found, steps = self._descend(state, given, left)
                 left -= steps
-            cost = self._cost(state, given)
+            cost = self._cost(state, found)
             if cost < smallest:
-                best, smallest = state, cost
-            if smallest < (EXPLAINED * self._scale) ** 2 or left <= 0:
+                best, smallest = (state, found), cost
+            if smallest < (self._explained * self._scale) ** 2 or left <= 0:
                 break
-        return self._finish(best, given)
+        return self._finish(*best)
 
     def refined(self, fit: Fit, labels: Tensor) -> Fit:
         """The same fit to the last digit that float32 gradients hold: the layers below need it. labels: (B,)."""
-        given = F.one_hot(labels, len(self._bias)).double()
+        given = _smoothed(F.one_hot(labels, len(self._bias)).double(), fit.smoothing)
         state = self._inside(fit.features)
-        if not 0 < state.numel() <= _UNKNOWNS or fit.residual >= EXPLAINED:
+        if not 0 < state.numel() <= _UNKNOWNS or not fit.explained:
             return fit
-        state, _ = self._descend(state, given, 4, enough=1e-9)
+        state, given, _ = self._descend(state, given, 4, enough=1e-9)
         refined = self._finish(state, given)
         return refined if refined.residual < fit.residual else fit
 
@@ -163,14 +184,14 @@ class FinalLayer:
         if int((~present).sum()) < self._count:
             return
         absent = self._without(present)
-        given = F.one_hot(labels, len(self._bias)).double()
-        nothing = torch.zeros_like(given)  # no label is in the absent classes' equations
+        given = self._smoothed(F.one_hot(labels, len(self._bias)).double())
+        nothing = self._smoothed(torch.zeros_like(given))  # no label is in the absent classes' equations
         ratio = self._ratio(labels)
         generator = torch.Generator().manual_seed(0)
         for _ in range(starts):
             state = self._alternate(self._shaken(ratio, given, generator), given, rounds=5)
-            state, _ = absent._descend(state, nothing, 60)
-            yield self._labels_of(state, absent._scale_at(state, nothing)).argmax(1)
+            state, found, _ = absent._descend(state, nothing, 60)
+            yield self._labels_of(state, absent._scale_at(state, found)).argmax(1)
 
     def _without(self, classes: Tensor) -> FinalLayer:
         """The equations of all other classes; classes: (N,) bool."""
@@ -180,6 +201,16 @@ class FinalLayer:
         other._scale = float(other._target.norm().clamp(min=torch.finfo(torch.float64).tiny))
         other._penalty = self._penalty * (other._scale / self._scale) ** 2
         return other
+
+    def with_unknown_smoothing(self, about: float) -> FinalLayer:
+        """The same equations with the smoothing of the labels as one more unknown, which may be `about` so much."""
+        other = copy.copy(self)
+        other.smoothing, other._solved_for = about, True
+        return other
+
+    def _smoothed(self, given: Tensor) -> Tensor:
+        """The client's labels from one-hot ones (B, N), or from none."""
+        return _smoothed(given, self.smoothing)
 
     def _ratio(self, labels: Tensor) -> Tensor:
         scale = self._bias_gradient[labels]
@@ -233,8 +264,9 @@ class FinalLayer:
                 best, smallest = state, cost
         return best
 
-    def _descend(self, state: Tensor, given: Tensor, limit: int, enough: float = 1e-6) -> tuple[Tensor, int]:
-        """Levenberg-Marquardt until the residual is rounding error or three steps gain little: → Z, steps taken."""
+    def _descend(self, state: Tensor, given: Tensor, limit: int, enough: float = 1e-6) -> tuple[Tensor, Tensor, int]:
+        """Levenberg-Marquardt until the residual is rounding error or three steps gain little: → Z, the labels, which
+        change where ε is unknown, steps taken."""
         cost, damping, slow = self._cost(state, given), 1e-2, 0
         for step in range(limit):
             hessian, gradient = self._normal_equations(state, given)
@@ -243,22 +275,27 @@ class FinalLayer:
                 damped = hessian + torch.diag(damping * scale + 1e-14 * scale.max())
                 factor, failed = torch.linalg.cholesky_ex(damped)
                 if not failed:
-                    change = torch.cholesky_solve(gradient[:, None], factor)[:-1]  # the last is s's, which follows
-                    trial = state - change.view_as(state)
-                    value = self._cost(trial, given)
+                    # The last is s's, which follows; before it comes that of ε, where it is unknown.
+                    change = torch.cholesky_solve(gradient[:, None], factor)[:-1, 0]
+                    trial = state - change[: state.numel()].view_as(state)
+                    labels = given
+                    if self._solved_for:
+                        labels = _smoothed(given, -float(change[-1]))
+                    value = self._cost(trial, labels)
                     if value < cost:
                         break
                 damping = 6 * max(damping, 1e-9)
             else:
-                return state, step + 1
+                return state, given, step + 1
             slow = slow + 1 if value > 0.98 * cost else 0
-            state, cost, damping = trial, value, damping / 8
+            state, given, cost, damping = trial, labels, value, damping / 8
             if slow == 3 or cost < (enough * self._scale) ** 2:
-                return state, step + 1
-        return state, limit
+                return state, given, step + 1
+        return state, given, limit
 
     def _normal_equations(self, state: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Gauss-Newton's JᵀJ (n + 1, n + 1) and Jᵀ(residuals) (n + 1,) for the n = B · (rank − 1) unknowns and s.
+        """Gauss-Newton's JᵀJ and Jᵀ(residuals) for the n = B · (rank − 1) unknowns, for a further smoothing of the
+        labels where ε is unknown, and for s.
 
         With Q[k, i, z] = ∂p_k[i]/∂Z[k, z] = p_k[i] (M[z, i] − Σ_j p_k[j] M[z, j]) the Jacobian of K E[i, j] / s is
         A[k, i] δ_jz + R[k, j] Q[k, i, z]; JᵀJ is put together from products over i, so J is never formed.
@@ -290,11 +327,20 @@ class FinalLayer:
             return (scale / self._count * through).reshape(-1)
 
         gradient = pulled(misfit) + (self._penalty * features.clamp(max=0) @ inner.T).reshape(-1)
-        joint = torch.empty(len(gradient) + 1, len(gradient) + 1, dtype=hessian.dtype)
-        joint[:-1, :-1] = hessian.view(len(gradient), len(gradient))
-        joint[-1, :-1] = joint[:-1, -1] = pulled(predicted)
-        joint[-1, -1] = predicted.square().sum()
-        return joint, torch.cat([gradient, gradient.new_zeros(1)])  # s is the best already
+        slopes_of = [predicted]
+        if self._solved_for:
+            smoother = (given - 1 / given.shape[1]) * self._kept  # ∂A/∂ε
+            slopes_of.insert(0, scale / self._count * smoother.T @ mixture)
+        last = torch.stack([slope.reshape(-1) for slope in slopes_of])
+        size = len(gradient)
+        joint = torch.empty(size + len(last), size + len(last), dtype=hessian.dtype)
+        joint[:size, :size] = hessian.view(size, size)
+        joint[size:, :size] = torch.stack([pulled(slope) for slope in slopes_of])
+        joint[:size, size:] = joint[size:, :size].T
+        joint[size:, size:] = last @ last.T
+        of_last = last @ misfit.reshape(-1)
+        of_last[-1] = 0  # s is the best already
+        return joint, torch.cat([gradient, of_last])
 
     def _finish(self, state: Tensor, given: Tensor) -> Fit:
         features = (self._mixture(state) @ self._basis).clamp(min=0)
@@ -304,7 +350,9 @@ class FinalLayer:
         norm = float(self._gradient.norm())
         # A gradient of zeros is explained by anything, and so by nothing.
         residual = float((scale * predicted - self._gradient).norm()) / norm if norm > 0 else 1.0
-        return Fit(features, errors, residual, self._drift(state, given), scale)
+        smoothing = float(given.min()) * given.shape[1]  # what a class without the label has
+        explained = residual < self._explained and 0 <= smoothing < 1
+        return Fit(features, errors, residual, self._drift(state, given), scale, explained, smoothing)
 
     def _labels_of(self, state: Tensor, scale: Tensor) -> Tensor:
         """Y = P − A (B, N) with the A that meets s AᵀR = K T exactly: each image's labels, given R."""
@@ -317,13 +365,38 @@ class FinalLayer:
         """Two signs of a wrong count: how often a class is the largest of an image's labels, given R, against how often
         it was given, which weighs most, and what the bias equation lacks."""
         scale = self._scale_at(state, given)
-        counts = given.sum(0)
-        votes = self._labels_of(state, scale).argmax(1).bincount(minlength=given.shape[1]) - counts
-        lacking = self._count * (self._probabilities(state).mean(0) - self._bias_gradient / scale) - counts
-        return votes + (5 * lacking).clamp(-1, 1)
+        voted, counts = (
+            rows.argmax(1).bincount(minlength=given.shape[1]) for rows in (self._labels_of(state, scale), given)
+        )
+        lacking = self._count * (self._probabilities(state).mean(0) - self._bias_gradient / scale) - given.sum(0)
+        return voted - counts + (5 * lacking).clamp(-1, 1)
 
 
 def _scale(predicted: Tensor, target: Tensor) -> Tensor:
     """The s > 0 for which s · predicted comes closest to the target of the same shape."""
     energy = predicted.square().sum().clamp(min=torch.finfo(predicted.dtype).tiny)
     return ((predicted * target).sum() / energy).clamp(min=1e-9)
+
+
+def _smoothed(given: Tensor, share: float) -> Tensor:
+    """Labels (B, N) → (1 − ε) y + ε/N with this ε, further smoothed where they are smoothed already."""
+    return given + share * (1 / given.shape[1] - given)
+
+
+def rounding(gradient: Tensor) -> float:
+    """‖δ‖ / ‖g‖ of the error δ that rounding a gradient to its number format makes: 2e-4 for float16, 2e-3 for
+    bfloat16. What was rounded before it was widened is known by its digits."""
+    values = gradient.detach().cpu().double().abs()
+    values = values[values > 0]
+    if not len(values):
+        return 0.0
+    fractions, exponents = torch.frexp(values)
+    digits = next((digits for digits in (8, 11, 24) if _whole(torch.ldexp(fractions, torch.tensor(digits)))), 53)
+    spacing = torch.ldexp(torch.ones_like(values), exponents - digits)
+    if digits <= 11 and _whole(values * 2.0**24):  # below its normal numbers float16 has no finer steps
+        spacing = spacing.clamp(min=2.0**-24)
+    return float(spacing.norm() / values.norm()) / 12**0.5
+
+
+def _whole(values: Tensor) -> bool:
+    return bool((values == values.round()).all())

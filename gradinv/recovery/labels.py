@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import nnls
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.models import Model
-from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
+from gradinv.recovery.final_layer import FinalLayer, Fit
 from gradinv.types import GradinvError, Observation
 
 CORRECTED = ", corrected"
@@ -24,7 +24,23 @@ _QUICK = 16  # images up to which a reading that was asked for by name is tested
 _MOVES = 30  # single labels that are moved from one reading, the likeliest first
 _TOO_MANY = -0.3  # the drift of a class that has too many images: seen from -0.4 down, of others above -0.2
 _CHANGED = 0.05  # a best residual above this means a gradient that was changed: moves then fit its noise
-_DOUBT = 1e-3  # the residual at which labels are taken to be as likely wrong as right
+_ROUGH = 0.01  # below this a residual is that of a coarse number format, and the reading that has it is compared only
+_SMOOTHED = 1e-4  # a smaller label smoothing, solved for, is rounding
+_DOUBT = 1e-3  # the residual beyond rounding at which labels are taken to be as likely wrong as right
+
+UPDATE = (
+    "This is an update, not a gradient: its negative is what explains the final layer; invert that (--update, or "
+    "Observation.negated)."
+)
+UNEXPLAINED = (
+    "The final layer's gradient is not explained: it was changed (by noise, pruning, rounding or several steps), is "
+    "not of the cross-entropy, or is of another batch size or other weights; labels and all that follows from them are "
+    "a guess."
+)
+MISREAD = (
+    "These labels do not explain the final layer's gradient: some are wrong, or it was changed; auto (--labels auto) "
+    "tests more of them."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +48,21 @@ class RestoredLabels:
     """The batch's `labels` (B,), int64, most certain first, the `method` that read them, and how far to trust them.
 
     `confidence` in [0, 1] tells, where it can be tested, whether all labels are right: 1 / (1 + (r / 0.001)²), r being
-    the share of the final layer's gradient that the features recovered with these labels leave unexplained: with the
-    right labels rounding error, with a wrong one 0.002 to 0.4; noise raises it. Elsewhere (`auto` of more than
-    48 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the share of labels that are
-    right and says nothing of the batch as a whole: 0.9 times the share on which the other methods agree, on average.
+    the share of the final layer's gradient that the features recovered with these labels leave unexplained, beyond the
+    rounding of its number format: with the right labels about 0, with a wrong one 0.002 to 0.4; noise raises it.
+    Elsewhere (`auto` of more than 48 images, a named method of more than 16, no bias, K ≥ N) it is a rough guess at the
+    share of labels that are right and says nothing of the batch as a whole: 0.9 times the share on which the other
+    methods agree, on average, and no more than a half where K ≥ N, since there they agree on wrong labels, too.
 
     `fit` is the solution of the final layer with these labels, where the test found one that explains its gradient.
+    `notes` are sentences on what the gradient was found to be.
     """
 
     labels: Tensor
     method: str
     confidence: float
     fit: Fit | None = None
+    notes: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -55,34 +74,72 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
     moved to where the features lack one, and the method is that reading's, "corrected". Where nothing comes near, as
     behind noise, it is column minimum if the classes look distinct, else iLRG.
 
+    Labels that the client smoothed, by an unknown ε, are tried where nothing else explains a gradient that has the form
+    of one (`FinalLayer.sound`); `fit.smoothing` is that ε.
+
     Raises GradinvError for an unknown method, where it needs a bias that the layer lacks or distinct labels that the
-    classes do not suffice for, for a batch size below 1, and where the gradient is not finite.
+    classes do not suffice for, for a batch size below 1, where the gradient is not finite, and where it is the negative
+    of one, which is what a client's step makes of it.
     """
     if method not in METHODS:
         raise GradinvError(f"There is no label restoration {method!r}; take one of {', '.join(METHODS)}.")
     readings = _readings(model, observation)
+    layer = _final_layer(model, observation)
+    if layer is None or not layer.sound:
+        return _restored(model, observation, method, readings, layer)
+    # What has the signs of an update is not searched for as a gradient first, which takes long and finds nothing.
+    signs = layer.positive <= observation.batch_size < layer.negative
+    if signs and _is_update(model, observation, layer):
+        raise GradinvError(UPDATE)
+    restored = _restored(model, observation, method, readings, layer)
+    tested = observation.batch_size <= (_TESTABLE if method == "auto" else _QUICK)
+    if restored.fit is None and tested and not signs and _is_update(model, observation, layer):
+        raise GradinvError(UPDATE)
+    return restored
+
+
+def _restored(
+    model: Model,
+    observation: Observation,
+    method: str,
+    readings: Mapping[str, Callable[[], Tensor]],
+    layer: FinalLayer | None,
+) -> RestoredLabels:
     count = observation.batch_size
     if method != "auto":
         labels = readings[method]()
         others = _attempted({name: reading for name, reading in readings.items() if name != method})
-        layer = _final_layer(model, observation, _QUICK)
-        return _judged(labels, method, layer, others.values())
+        found = _judged(model, observation, labels, method, layer if count <= _QUICK else None, others.values())
+        notes = (MISREAD if note == UNEXPLAINED else note for note in found.notes)
+        return replace(found, notes=tuple(notes))
     tried = _attempted(readings) or {"llg": readings["llg"]()}
-    layer = _final_layer(model, observation, _TESTABLE)
+    layer = layer if count <= _TESTABLE else None
+    likeliest = _likeliest(model, observation, tried)
     if layer is not None:
-        evidence = -observation.gradients[f"{model.final}.bias"].cpu().double()
-        # Whole images, whatever the gradient's scale: true labels sum to K, and little of them is lost to p.
-        evidence *= count / evidence.clamp(min=0).sum().clamp(min=torch.finfo(evidence.dtype).tiny)
-        order = observation.gradients[f"{model.final}.weight"].min(dim=1).values.cpu().argsort(stable=True)
-        name, labels, fit = _search(layer, tried, evidence, order)
-        # A search that found no explanation is trusted only where labels repeat and not much is missing.
-        explained = fit.residual < EXPLAINED
-        if explained or (fit.residual < _CHANGED and _likeliest(model, observation, tried) != "column-minimum"):
+        name, labels, fit = _explained(model, observation, layer, tried)
+        # A search that found no explanation is trusted only where not much is missing, and labels repeat or hardly
+        # anything is.
+        if fit.explained or fit.residual < (_ROUGH if likeliest == "column-minimum" else _CHANGED):
             labels = labels.to(next(iter(tried.values())).device)
-            return RestoredLabels(labels, name, _trust(fit.residual), fit if explained else None)
-    name = _likeliest(model, observation, tried)
-    others = {key: tried[key] for key in tried if key != name}
-    return _judged(tried[name], name, layer, others.values())
+            return _tested(labels, name, fit, layer)
+    others = {key: tried[key] for key in tried if key != likeliest}
+    return _judged(model, observation, tried[likeliest], likeliest, layer, others.values())
+
+
+def _is_update(model: Model, observation: Observation, layer: FinalLayer) -> bool:
+    """Whether the negative of a sound gradient that nothing explains is explained."""
+    turned = observation.negated()
+    if observation.batch_size <= _TESTABLE:
+        return _restored(model, turned, "auto", _readings(model, turned), FinalLayer(model, turned)).fit is not None
+    # A rough answer in milliseconds, where the signs of the bias gradient allow it.
+    if layer.negative <= observation.batch_size:
+        return False
+
+    def rough(layer: FinalLayer, own: Observation) -> float:
+        tried = _attempted(_readings(model, own)).values()
+        return min(layer.fit(labels.cpu(), exact=False).residual for labels in tried)
+
+    return rough(FinalLayer(model, turned), turned) < 0.5 * rough(layer, observation)
 
 
 def column_minimum(gradient: Tensor, batch_size: int) -> Tensor:
@@ -143,7 +200,10 @@ def _readings(model: Model, observation: Observation) -> dict[str, Callable[[], 
     """Every method but auto, ready to be called. Raises GradinvError where there is nothing to read from."""
     name = f"{model.final}.weight"
     if name not in observation.gradients:
-        raise GradinvError(f"The observation has no gradient of {name}; labels are read from it.")
+        raise GradinvError(
+            f"The observation has no gradient of {name}, from which labels are read; without it they have to be given "
+            "(--class of gradinv invert, or labels)."
+        )
     gradient, count = observation.gradients[name], observation.batch_size
     _check(gradient, count)
     if (bias_gradient := observation.gradients.get(f"{model.final}.bias")) is not None:
@@ -208,21 +268,59 @@ def _apportioned(shares: Tensor, batch_size: int) -> Tensor:
     return torch.tensor(labels, device=shares.device)
 
 
-def _final_layer(model: Model, observation: Observation, most: int) -> FinalLayer | None:
-    """The equations that a reading is tested by, or None where they cannot be had or the batch is larger than most."""
-    if observation.batch_size > most:
-        return None
+def _final_layer(model: Model, observation: Observation) -> FinalLayer | None:
+    """The equations that a reading is tested by, or None where they cannot be had."""
     try:
         return FinalLayer(model, observation)
     except GradinvError:
         return None
 
 
+def _explained(
+    model: Model, observation: Observation, layer: FinalLayer, tried: Mapping[str, Tensor]
+) -> tuple[str, Tensor, Fit]:
+    """As `_search`, with labels that the client smoothed where plain ones do not explain a sound gradient."""
+    found = []
+    smoothed = layer.sound and observation.label_smoothing == 0
+    if not smoothed or layer.negative <= observation.batch_size:
+        found.append(_search(layer, tried, *_evidence(model, observation)))
+    if smoothed and not (found and found[0][2].explained):
+        plain, smoothing = _unsmoothed(model, observation)
+        tried = _attempted(_readings(model, plain))
+        found.append(_search(layer.with_unknown_smoothing(smoothing), tried, *_evidence(model, plain)))
+    return min(found, key=lambda one: one[2].residual)
+
+
+def _unsmoothed(model: Model, observation: Observation) -> tuple[Observation, float]:
+    """About the gradient without its label smoothing, and about how much that is.
+
+    Of every label each class has the share ε/N, so the final layer's row of a class that no image has and no image
+    looks like is that of the smoothing alone, the same for each class.
+    """
+    names = [f"{model.final}.{name}" for name in ("weight", "bias")]
+    gradients = [observation.gradients[name].double() for name in names]
+    order = gradients[1].argsort()
+    count, classes = observation.batch_size, len(order)
+    floor = float(gradients[1][order[count]])  # those below it may be of the batch
+    present = float((floor - gradients[1][order[:count]]).sum())
+    smoothing = min(max(classes * -floor / max(present - classes * floor, 1e-30), 0.01), 0.5)
+    rows = {name: (rows - rows[order[count]]) / (1 - smoothing) for name, rows in zip(names, gradients, strict=True)}
+    return replace(observation, gradients={**observation.gradients, **rows}), smoothing
+
+
+def _evidence(model: Model, observation: Observation) -> tuple[Tensor, Tensor]:
+    """(N,), about how many images each class has, and (N,), the classes by their smallest gradient."""
+    evidence = -observation.gradients[f"{model.final}.bias"].cpu().double()
+    # Whole images, whatever the gradient's scale: true labels sum to K, and little of them is lost to p.
+    evidence *= observation.batch_size / evidence.clamp(min=0).sum().clamp(min=torch.finfo(evidence.dtype).tiny)
+    return evidence, observation.gradients[f"{model.final}.weight"].min(dim=1).values.cpu().argsort(stable=True)
+
+
 def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, order: Tensor) -> tuple[str, Tensor, Fit]:
     """The labels with the smallest residual: the readings, then those that follow from the absent classes, then single
     moves from the best. Of a large batch, where each test takes seconds, few of these. → method, labels, their fit
 
-    evidence: (N,), about how many images each class has; order: (N,), the classes by their smallest gradient.
+    evidence, order: as `_evidence` has them.
     """
     # Tests of small batches are cheap: there a reading gets several starts, as a right one may fail at the first.
     count = len(next(iter(tried.values())))
@@ -236,14 +334,17 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, or
             return False
         fit = layer.fit(labels, starts=starts)
         tested[key] = (fit.residual, name, labels, _moves(labels, fit.drift, evidence), fit)
-        return fit.residual < EXPLAINED
+        return fit.explained
 
     def search() -> None:
         for name in sorted(tried, key=lambda name: _implausible(tried[name], evidence)):
-            if test(name, tried[name].cpu(), thorough):
+            # What coarse rounding leaves may be more than what a wrong label does: there all readings are compared.
+            if test(name, tried[name].cpu(), thorough) and layer.rounding < _DOUBT:
                 return
             if count > _SEARCHED:
                 break
+        if any(known[-1].explained for known in tested.values()):
+            return
         first = min(tested.values(), key=lambda known: known[0])[2]
         for wider in (0, count // 2, count) if count <= _SEARCHED else (0,):
             present = evidence > 0
@@ -317,16 +418,34 @@ def _likeliest(model: Model, observation: Observation, tried: Mapping[str, Tenso
     return "column-minimum" if distinct else "ilrg" if "ilrg" in tried else "llg"
 
 
-def _judged(labels: Tensor, method: str, layer: FinalLayer | None, others: Iterable[Tensor]) -> RestoredLabels:
+def _judged(
+    model: Model,
+    observation: Observation,
+    labels: Tensor,
+    method: str,
+    layer: FinalLayer | None,
+    others: Iterable[Tensor],
+) -> RestoredLabels:
     """A reading, trusted as far as features explain the gradient with it, or untested as far as others agree."""
     if layer is None:
-        return RestoredLabels(labels, method, _agreement(labels, others))
+        most = 0.5 if len(labels) >= model.final_layer.out_features else 1.0
+        return RestoredLabels(labels, method, min(most, _agreement(labels, others)))
     fit = layer.fit(labels.cpu(), starts=1)
-    return RestoredLabels(labels, method, _trust(fit.residual), fit if fit.residual < EXPLAINED else None)
+    if not fit.explained and layer.sound and layer.smoothing == 0:
+        smoothed = layer.with_unknown_smoothing(_unsmoothed(model, observation)[1])
+        fit = min(fit, smoothed.fit(labels.cpu(), starts=1), key=lambda fit: fit.residual)
+    return _tested(labels, method, fit, layer)
 
 
-def _trust(residual: float) -> float:
-    return 1 / (1 + (residual / _DOUBT) ** 2)
+def _tested(labels: Tensor, method: str, fit: Fit, layer: FinalLayer) -> RestoredLabels:
+    beyond = max(0.0, fit.residual**2 - layer.rounding**2)
+    trust = 1 / (1 + beyond / _DOUBT**2)
+    notes = []
+    if fit.explained and layer.smoothing == 0 and fit.smoothing > _SMOOTHED:
+        notes.append(f"The client's labels are smoothed, by ε = {fit.smoothing:.3g}; that was solved for.")
+    if not fit.explained and trust < 0.5:
+        notes.append(UNEXPLAINED)
+    return RestoredLabels(labels, method, trust, fit if fit.explained else None, tuple(notes))
 
 
 def _agreement(labels: Tensor, others: Iterable[Tensor]) -> float:

@@ -7,22 +7,26 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.network import parts
+from gradinv.network import STEM, parts
+from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import FinalLayer, Fit
-from gradinv.recovery.labels import restore_labels
+from gradinv.recovery.labels import RestoredLabels, restore_labels
 from gradinv.recovery.layers import solve_layers
 from gradinv.types import GradinvError, Observation, Recovered, SolvedNode
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def recover(
     model: Model,
     observation: Observation,
     config: AttackConfig,
     *,
+    labels: Tensor | None = None,
     stop: threading.Event | None = None,
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> Recovered:
@@ -30,20 +34,28 @@ def recover(
 
     How far is `config.boundary`: "loss" solves nothing but the labels (and the features where a term needs them),
     "logits" the final layer, "auto" as many layers as the gradient determines, a node's name down to that node.
-    `progress` is called with each node as it is solved; `stop` ends the way down there. Raises GradinvError where the
-    labels cannot be read, or the final layer cannot be solved though the config needs it.
+    `labels` (B,) are taken as they are where they are given, as they have to be of a client that does not train its
+    final layer. The gradient is taken for what it is found to be (`examine`). `progress` is called with each node as it
+    is solved; `stop` ends the way down there. Raises GradinvError where the labels cannot be read, or the final layer
+    cannot be solved though the config needs it.
     """
-    restored = restore_labels(model, observation, config.labels)
+    examined = examine(model, observation)
+    observation = examined.observation
+    restored = (
+        restore_labels(model, observation, config.labels) if labels is None else _given(model, observation, labels)
+    )
     # The client's rescaling is known wherever the labels were tested by it.
     scale = 1.0 if restored.fit is None else restored.fit.scale
-    found = Recovered(restored.labels, restored.method, restored.confidence, scale=scale)
+    notes = (*examined.notes, *restored.notes)
+    found = Recovered(restored.labels, restored.method, restored.confidence, scale=scale, notes=notes)
     if not config.needs_features:
         return found
     try:
         layer = FinalLayer(model, observation)
     except GradinvError as error:
         if config.boundary != "auto":
-            raise
+            also = "features to 0 and " if config.features > 0 else ""
+            raise GradinvError(f"{str(error).rstrip('.')}; set {also}boundary to loss.") from error
         return replace(found, stopped=str(error))
     fit = restored.fit or layer.fit(restored.labels.cpu())
     nodes: tuple[SolvedNode, ...] = ()
@@ -63,6 +75,39 @@ def recover(
     )
 
 
+def _given(model: Model, observation: Observation, labels: Tensor) -> RestoredLabels:
+    """Labels that somebody knows. Raises GradinvError where they are not one for each image."""
+    classes = model.final_layer.out_features
+    if labels.shape != (observation.batch_size,) or labels.min() < 0 or labels.max() >= classes:
+        raise GradinvError(
+            f"Of {observation.batch_size} images as many labels between 0 and {classes - 1} are to be given, not "
+            f"{labels.tolist()!r:.60}."
+        )
+    return RestoredLabels(labels.long(), "given", 1.0)
+
+
+def _reach(model: Model, observation: Observation) -> tuple[str | None, str]:
+    """The lowest node that is solved of gradients that are there, None where none is, and the first that lacks on the
+    way down ("" where all are there)."""
+    blocks = parts(model.network).blocks
+    lowest = None
+    for index in range(len(blocks) - 1, -1, -1):
+        block, below = blocks[index], blocks[index - 1] if index else None
+        for place in range(len(block.units) - 1, -1, -1):
+            needed = [f"{block.units[place].name}.weight"]
+            if place == len(block.units) - 1 and index == len(blocks) - 1:
+                needed += [f"{block.units[place - 1].name}.weight", f"{block.units[place].bn_name}.bias"]
+            if place == 0 and block.shortcut is not None:
+                needed.append(f"{block.shortcut.name}.weight")
+            above = block.units[place - 1] if place else None if below is None else below.units[-1]
+            if above is not None:
+                needed.append(f"{above.bn_name}.bias")
+            if lacks := [name for name in needed if name not in observation.gradients]:
+                return lowest, lacks[0]
+            lowest = block.units[place - 1].name if place else STEM if below is None else below.name
+    return lowest, ""
+
+
 def _layers(
     model: Model,
     observation: Observation,
@@ -73,12 +118,26 @@ def _layers(
 ) -> tuple[tuple[SolvedNode, ...], str]:
     if config.boundary != "auto":
         until = parts(model.network).node(config.boundary)
+        order = parts(model.network).nodes
+        lowest, lacks = _reach(model, observation)
+        if lacks and (lowest is None or order.index(until) < order.index(lowest)):
+            raise GradinvError(
+                f"The gradient does not determine {until}, since that of {lacks} is absent; set boundary to auto."
+            )
         nodes, stopped = solve_layers(model, observation, fit, until=until, stop=stop, progress=progress)
         if stopped and not (stop is not None and stop.is_set()):
             raise GradinvError(f"The gradient does not determine {until}: {stopped} Set boundary to auto.")
         return nodes, stopped
     try:
-        parts(model.network)
+        lowest, lacks = _reach(model, observation)
+        if lowest is None:
+            return (), f"The gradient of {lacks} is absent, so no layer below the final one is solved."
+        nodes, stopped = solve_layers(
+            model, observation, fit, until=lowest if lacks else None, stop=stop, progress=progress
+        )
+        return nodes, stopped or f"The gradient of {lacks} is absent, so no layer below {lowest} is solved."
     except GradinvError as error:
         return (), str(error)
-    return solve_layers(model, observation, fit, stop=stop, progress=progress)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # Two images have the same output errors: their labels are not the true ones.
+        return (), "The final layer's solution does not tell the images apart, so no layer below it is solved."

@@ -19,6 +19,7 @@ from gradinv import figures
 from gradinv.checks import check_observation
 from gradinv.jobs import Limits, Shared, manager
 from gradinv.models import MODELS, Model
+from gradinv.recovery.examination import Examined, examine
 from gradinv.recovery.labels import restore_labels
 from gradinv.sources import find, gallery
 from gradinv.types import GradinvError, Observation
@@ -66,10 +67,11 @@ class Gradient:
     side: int
     mode: str
     leaks: tuple[bool, bool]  # the batch's own BN statistics, the running ones
+    notes: tuple[str, ...] = ()  # what it was found to be, where the file says otherwise
 
     def find(self, visitor: str) -> Observation:
         """The gradient itself. Raises GradinvError where it is not held any more."""
-        return _shelf.find(self.key, visitor)
+        return _shelf.find(self.key, visitor).observation
 
     def shared(self, visitor: str) -> Shared:
         """For a job."""
@@ -78,7 +80,7 @@ class Gradient:
 
 @dataclass(eq=False)
 class _Held:
-    observation: Observation
+    examined: Examined
     size: int
     seen: dict[str, float] = field(default_factory=dict)  # by visitor
 
@@ -104,7 +106,7 @@ class Shelf:
         """The bytes of all that is held."""
         return sum(held.size for held in self._held.values())
 
-    def put(self, key: str, visitor: str, size: int, limits: Limits, load: Callable[[], Observation]) -> Observation:
+    def put(self, key: str, visitor: str, size: int, limits: Limits, load: Callable[[], Examined]) -> Examined:
         """Take what `load` gives, unless it is there already. Raises GradinvError where there is no room for it.
 
         Visitors take turns, since loading takes the memory of several copies.
@@ -119,7 +121,7 @@ class Shelf:
                 self._held[key] = _Held(loaded, size)
                 return self._look(key, visitor)
 
-    def find(self, key: str, visitor: str) -> Observation:
+    def find(self, key: str, visitor: str) -> Examined:
         """What was put. Raises GradinvError where it has made room for others since."""
         with self._guard:
             if key not in self._held:
@@ -136,11 +138,11 @@ class Shelf:
                 if not held.seen:
                     del self._held[key]
 
-    def _look(self, key: str, visitor: str) -> Observation:
+    def _look(self, key: str, visitor: str) -> Examined:
         held = self._held[key]
         held.seen[visitor] = self._clock()
         self._held.move_to_end(key)
-        return held.observation
+        return held.examined
 
     def _make_room(self, size: int, limits: Limits) -> None:
         now = self._clock()
@@ -161,13 +163,27 @@ def accept(data: bytes, name: str, visitor: str) -> Gradient:
     if len(data) > limits.gradient:
         raise GradinvError(f"{name} has more than the {megabytes(limits.gradient)} that a gradient may have here.")
     key = hashlib.sha256(data).hexdigest()
-    observation = _shelf.put(key, visitor, len(data), limits, partial(_checked, data, name))
+    examined = _shelf.put(key, visitor, len(data), limits, partial(_checked, data, name))
+    observation = examined.observation
     leaks = observation.bn is not None, observation.running is not None
     side, mode = observation.preprocessing.size, observation.mode
-    return Gradient(key, name, len(data), observation.model_name, observation.batch_size, side, mode, leaks)
+    return Gradient(
+        key, name, len(data), observation.model_name, observation.batch_size, side, mode, leaks, examined.notes
+    )
 
 
-def _checked(data: bytes, name: str) -> Observation:
+def read(data: bytes, name: str, visitor: str) -> Gradient:
+    """As `accept`, once its labels could be read: what that shows of the gradient is in the notes."""
+    brought = accept(data, name, visitor)
+    try:
+        found = preview(brought.model, brought.key, "auto", brought.find(visitor))
+    except GradinvError:
+        _shelf.leave(brought.key, visitor)
+        raise
+    return replace(brought, notes=(*brought.notes, *found.notes))
+
+
+def _checked(data: bytes, name: str) -> Examined:
     observation = Observation.unpack(data, name)
     info = MODELS.get(observation.model_name)
     if info is None:
@@ -189,9 +205,12 @@ def _checked(data: bytes, name: str) -> Observation:
     network = shared.model(info.name)
     with shared.using:
         check_observation(network, observation)
+        examined = examine(network, observation)
+    observation = examined.observation
     # A file has them in any order.
-    gradients = {parameter: observation.gradients[parameter] for parameter, _ in network.network.named_parameters()}
-    return replace(observation, gradients=gradients)
+    names = [name for name, _ in network.network.named_parameters() if name in observation.gradients]
+    gradients = {name: observation.gradients[name] for name in names}
+    return replace(examined, observation=replace(observation, gradients=gradients))
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -199,7 +218,7 @@ def preview(name: str, key: str, method: str, _observation: Observation) -> shar
     """A gradient's layer norms and the labels that a method restores from it. Raises GradinvError where it cannot."""
     found = restore_labels(shared.model(name), _observation, method)
     norms = figures.layer_norms(_observation)
-    return shared.Preview(norms, tuple(found.labels.tolist()), found.method, found.confidence)
+    return shared.Preview(norms, tuple(found.labels.tolist()), found.method, found.confidence, found.notes)
 
 
 def sample(name: str, pictures: Sequence[str]) -> bytes:
@@ -242,6 +261,8 @@ def card(visitor: str) -> None:
         st.button(
             "Remove", type="tertiary", icon=":material/close:", key="gradient-remove", on_click=_remove, args=(visitor,)
         )
+    for note in brought.notes:
+        st.warning(markup.plain(note))
 
 
 def _remove(visitor: str) -> None:
@@ -293,11 +314,9 @@ def _take(file: UploadedFile, visitor: str) -> None:
     )
     try:
         with st.spinner("Reading the gradient"):
-            brought = accept(file.getvalue(), name or "The file", visitor)
+            st.session_state.gradient = read(file.getvalue(), name or "The file", visitor)
     except GradinvError as error:
         st.session_state.gradient_notice = shorten(str(error), 400, placeholder="…")
-    else:
-        st.session_state.gradient = brought
     finally:
         uploads.let_go(file)
     # A new uploader, which does not show the file any more.

@@ -73,12 +73,13 @@ def at_hand(name: str) -> bool:
 @dataclass(frozen=True)
 class Preview:
     """What the server receives and reads at once: each layer's gradient norm, the labels restored from it, by which
-    method, and how far they can be trusted (in [0, 1])."""
+    method, how far they can be trusted (in [0, 1]), and what the gradient was found to be, in sentences."""
 
     norms: dict[str, float]
     restored: tuple[int, ...]
     method: str
     confidence: float
+    notes: tuple[str, ...] = ()
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Read when torch is loaded, so before that. Threads that wait for each other would otherwise spin, which costs ten times
-# as much as it saves as soon as another process wants the cores.
+# Read when torch is loaded, so before that. Threads that wait for each other would otherwise spin, which can make a run
+# ten times as slow as soon as another process wants the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"

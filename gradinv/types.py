@@ -304,8 +304,9 @@ class SolvedNode:
 
     `activation` (B, C, H, W) is what the node holds for each image, at least 0. `cotangent`, of the same shape, is the
     derivative of the client's loss with respect to the pre-activation, 0 where the unit is off, with the client's own
-    rescaling (`Recovered.scale`) in it; None where it is not known. `method` is "exact" where linear equations determine
-    the node, the gradient's and what the block's output says of its input, "convex" where inequalities were needed.
+    rescaling (`Recovered.scale`) in it; None where it is not known. `method` is "exact" where linear equations
+    determine the node, the gradient's and what the block's output says of its input, "convex" where inequalities were
+    needed.
 
     `error` is the estimated relative error ‖x − x*‖ / ‖x*‖ of each image (B,), `residual` the share of the equations'
     right side that is left unexplained. `equations` and `unknowns` are counted per channel of the node. `mended` is

@@ -103,6 +103,8 @@ class BatchNormStatistics:
 
     def without(self, prefix: str) -> BatchNormStatistics:
         """The same with a prefix taken off all names."""
+        if not prefix:
+            return self
         mean, var = ({name.removeprefix(prefix): v for name, v in part.items()} for part in (self.mean, self.var))
         return BatchNormStatistics(mean, var)
 

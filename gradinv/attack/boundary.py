@@ -50,8 +50,7 @@ def _searchable(model: Model, usable: Sequence[SolvedNode]) -> str:
     whose inner nodes are narrow, the search finds worse pictures although it is held to more (docs/results.md)."""
     network, lowest = parts(model.network), usable[-1].name
     output = lowest if lowest == STEM else network.node(stage_of(lowest))
-    bottlenecks = any(len(block.units) > 2 for block in network.blocks)
-    return output if bottlenecks and output in {node.name for node in usable} else lowest
+    return output if network.has_bottlenecks and output in {node.name for node in usable} else lowest
 
 
 def matching_instead(model: Model, config: AttackConfig) -> AttackConfig:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.network import Block, Unit
-from gradinv.recovery.convolution import Equations, Known, affine, columns, geometry, weight_of
+from gradinv.recovery.convolution import Equations, Known, affine, columns, geometry, transposed, weight_of
 from gradinv.types import GradinvError
 
 _CORRELATION = 1.0  # pixels of the map over which an activation's correlation falls to 1/e
@@ -226,21 +226,11 @@ class _Layers:
 
     def transposed(self, outputs: list[Tensor]) -> Tensor:
         """The transposed map: tensors (B, O, h, w) → (B, C, H, W)."""
-        total: Tensor | None = None
+        total = torch.zeros((), dtype=outputs[0].dtype)
         for part, weight, output in zip(self._units, self._weights, outputs, strict=True):
-            if part is None or weight is None:
-                term = output
-            else:
-                stride, padding, dilation = geometry(part)
-                rest = [
-                    side - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
-                    for side, out, s, p, d, k in zip(
-                        self._shape[2:], output.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
-                    )
-                ]
-                term = F.conv_transpose2d(output, weight, None, stride, padding, rest, 1, dilation)
-            total = term if total is None else total + term
-        assert total is not None
+            if part is not None and weight is not None:
+                output = transposed(part, weight, output, *self._shape[2:])
+            total = total + output
         return total
 
     def power(self) -> float:

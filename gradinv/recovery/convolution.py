@@ -72,11 +72,7 @@ class Equations:
 
     def pulled_back(self, height: int, width: int) -> Tensor:
         """The cotangent of the convolution's input, (B, C, H, W)."""
-        conv, pads = self.unit.conv, _padding(self.unit)
-        weight, stride = conv.weight.detach().to(self.cotangent), _pair(conv.stride)
-        sizes = zip((height, width), self.cotangent.shape[2:], stride, pads, conv.kernel_size, strict=True)
-        more = [side - ((out - 1) * step - 2 * pad + taps) for side, out, step, pad, taps in sizes]
-        return F.conv_transpose2d(self.cotangent, weight, None, stride, pads, _pair(more))
+        return transposed(self.unit, self.unit.conv.weight.detach().to(self.cotangent), self.cotangent, height, width)
 
 
 def _padding(unit: Unit) -> tuple[int, int]:
@@ -238,14 +234,7 @@ def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """
     norms = a.norm(dim=0).clamp(min=1e-300)
     scaled = a / norms
-    gram = scaled.T @ scaled
-    gram.diagonal().add_(_RIDGE)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    ridge = _RIDGE
-    while failed:
-        gram.diagonal().add_(ridge * 99)
-        ridge *= 100
-        factor, failed = torch.linalg.cholesky_ex(gram)
+    factor = _factor(scaled.T @ scaled)
     x = torch.zeros(a.shape[1], g.shape[1], dtype=a.dtype)
     for _ in range(3):
         x = x + torch.cholesky_solve(scaled.T @ (g - scaled @ x), factor)
@@ -267,8 +256,7 @@ def _completed(a: Tensor, g: Tensor, values: Tensor, where: Tensor) -> tuple[Ten
         x[free], sigma[free] = _least_squares(a[:, free], g - a[:, ~free] @ values[~free])
         return x, sigma
     norms = a.norm(dim=0).clamp(min=1e-300)
-    scaled = a / norms
-    gram = scaled.T @ scaled
+    system = _Scaled(a / norms)
     lacking = (~where).sum(0)
     mean = (values * where).sum(0) / where.sum(0).clamp(min=1)
     x = torch.where(where, values, mean) * norms[:, None]
@@ -280,51 +268,58 @@ def _completed(a: Tensor, g: Tensor, values: Tensor, where: Tensor) -> tuple[Ten
         chosen = group.nonzero()[:, 0]
         chosen = chosen[lacking[chosen].argsort()]
         if ridged and told.any():
-            left = (scaled @ x[:, told] - g[:, told]).square().sum() / (len(a) - lacking[told]).sum()
+            left = system.left(x[:, told], g[:, told]).square().sum() / (len(a) - lacking[told]).sum()
             noise = torch.maximum(noise, left.sqrt())
         while len(chosen):
             most = max(1, _ENTRIES // max(1, int(lacking[chosen[:_TOGETHER]].max())) ** 2)
             part, chosen = chosen[: min(most, _TOGETHER)], chosen[min(most, _TOGETHER) :]
             ridge = noise[part].square() / power / norms.square().mean() if ridged else torch.zeros(len(part)).to(a)
-            _complete(scaled, g, gram, x, sigma, part, ~where[:, part], ridge, noise)
+            x[:, part], sigma[:, part] = system.completed(x[:, part], g[:, part], ~where[:, part], ridge, noise[part])
     return x / norms[:, None], sigma / norms[:, None]
 
 
-def _complete(
-    scaled: Tensor,
-    g: Tensor,
-    gram: Tensor,
-    x: Tensor,
-    sigma: Tensor,
-    part: Tensor,
-    free: Tensor,
-    ridge: Tensor,
-    noise: Tensor,
-) -> None:
-    """A few channels of `_completed`, in place: their matrices are padded to the same size by the identity."""
-    size = int(free.sum(0).max())
-    order = (
-        free.to(torch.int8).argsort(dim=0, descending=True, stable=True)[:size].T
-    )  # (c, size): the free entries first
-    there = free.T.gather(1, order)
-    matrix = gram[order[:, :, None], order[:, None, :]] * (there[:, :, None] & there[:, None, :])
-    matrix.diagonal(dim1=1, dim2=2).add_(torch.where(there, ridge[:, None] + _RIDGE, 1.0))
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    more = 100 * _RIDGE
+class _Scaled:
+    """The matrix a (E, n) of equations a x = g, its columns of norm 1."""
+
+    def __init__(self, a: Tensor) -> None:
+        self._a, self._gram = a, a.T @ a
+
+    def left(self, x: Tensor, g: Tensor) -> Tensor:
+        """What x (n, C) leaves of the right sides g, (E, C)."""
+        return g - self._a @ x
+
+    def completed(self, start: Tensor, g: Tensor, free: Tensor, ridge: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A few channels with their `free` entries (n, C) solved from a start, and the standard deviation of these:
+        (n, C) twice. The ridge (C,) draws to the start; where there is one, the noise (C,) is the least assumed."""
+        # Channels lack different entries: their matrices are padded to the same size by the identity.
+        size = int(free.sum(0).max())
+        order = free.to(torch.int8).argsort(dim=0, descending=True, stable=True)[:size].T  # (C, size): the free first
+        there = free.T.gather(1, order)
+        matrix = self._gram[order[:, :, None], order[:, None, :]] * (there[:, :, None] & there[:, None, :])
+        matrix.diagonal(dim1=1, dim2=2).add_(torch.where(there, ridge[:, None], 1.0))
+        factor = _factor(matrix)
+        x = start
+        for _ in range(3):
+            pull = self._a.T @ self.left(x, g) - ridge * (x - start)
+            step = torch.cholesky_solve((pull.T.gather(1, order) * there)[:, :, None], factor)[:, :, 0] * there
+            x = x + torch.zeros_like(x).T.scatter(1, order, step).T
+        spread = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * there
+        left = (self.left(x, g).square().sum(0) / (len(g) - free.sum(0)).clamp(min=1)).sqrt()
+        own = torch.where(ridge > 0, torch.maximum(left, noise), left)
+        return x, torch.zeros_like(x).T.scatter(1, order, spread * own[:, None]).T
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """The Cholesky factor of symmetric matrices (…, n, n) with a diagonal of about 1, after as small a ridge as makes
+    them positive definite; it is added in place."""
+    diagonal, ridge = gram.diagonal(dim1=-2, dim2=-1), _RIDGE
+    diagonal += ridge
+    factor, failed = torch.linalg.cholesky_ex(gram)
     while failed.any():
-        matrix.diagonal(dim1=1, dim2=2).add_(more * (failed > 0)[:, None])
-        more *= 100
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-    start = x[:, part].clone()
-    for _ in range(3):
-        now = x[:, part]
-        pull = scaled.T @ (g[:, part] - scaled @ now) - ridge * (now - start)
-        step = torch.cholesky_solve((pull.T.gather(1, order) * there)[:, :, None], factor)[:, :, 0] * there
-        x[:, part] = now + torch.zeros_like(now).T.scatter(1, order, step).T
-    spread = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * there
-    left = (scaled @ x[:, part] - g[:, part]).square().sum(0) / (len(g) - free.sum(0)).clamp(min=1)
-    own = torch.where(ridge > 0, torch.maximum(left.sqrt(), noise[part]), left.sqrt())
-    sigma[:, part] = torch.zeros_like(start).T.scatter(1, order, spread * own[:, None]).T
+        ridge *= 100
+        diagonal += ridge * (failed > 0)[..., None]
+        factor, failed = torch.linalg.cholesky_ex(gram)
+    return factor
 
 
 def known_by_shortcut(unit: Unit, output: Tensor, on: Tensor, height: int, width: int) -> Known | None:
@@ -368,6 +363,14 @@ def weight_of(unit: Unit, dtype: torch.dtype) -> Tensor:
 def affine(unit: Unit, x: Tensor) -> Tensor:
     """BN(conv(x)) in float64, whatever the network's own type: (B, C, H, W) → (B, O, h, w)."""
     return F.conv2d(x, weight_of(unit, torch.float64), unit.offset.double(), *geometry(unit), unit.conv.groups)
+
+
+def transposed(unit: Unit, weight: Tensor, output: Tensor, height: int, width: int) -> Tensor:
+    """The transposed map of a unit's convolution, with a weight of its own: (B, O, h, w) → (B, C, height, width)."""
+    stride, padding, dilation = geometry(unit)
+    sizes = zip((height, width), output.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+    lacking = [side - ((out - 1) * s - 2 * p + d * (taps - 1) + 1) for side, out, s, p, d, taps in sizes]
+    return F.conv_transpose2d(output, weight, None, stride, padding, lacking, unit.conv.groups, dilation)
 
 
 def geometry(unit: Unit) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

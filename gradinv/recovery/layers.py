@@ -19,7 +19,6 @@ from gradinv.recovery.convolution import (
     Gate,
     Known,
     Solution,
-    affine,
     gate,
     known_by_shortcut,
     mended_by_bias,
@@ -188,7 +187,7 @@ class _Way:
                 f"{free / 2**30:.1f} GiB are free"
             )
         known = self._known(step, shape) if count < _AMPLE * unknowns else None
-        solution, mended, added = self._linear(step, shape, known)
+        solution, mended, added = self._linear(step, shape, known, count)
         fine = solution is not None and float(solution.error.median()) <= _FINE
         if count < _AMPLE * unknowns and not fine:
             node = self._convex(step, shape, known, solution if added else None)
@@ -243,12 +242,11 @@ class _Way:
             self._solved[-1] = replace(self._solved[-1], cotangent=mended.cotangent)
 
     def _linear(
-        self, step: _Step, shape: tuple[int, int, int, int], known: Known | None
+        self, step: _Step, shape: tuple[int, int, int, int], known: Known | None, count: int
     ) -> tuple[Solution | None, Gate, int]:
         """By linear equations alone: the solution, None where they are too few; the gate above, mended on the way; how
         many of what was known of each channel beforehand was made use of."""
         unknowns = shape[0] * shape[2] * shape[3]
-        count = sum(part.count(*shape[2:]) for part in self._equations(step))
         completed = None
         if known is not None:
             left = sum(part.count(*shape[2:]) for part in self._equations(step, beside=known))
@@ -262,44 +260,39 @@ class _Way:
     def _known(self, step: _Step, shape: tuple[int, int, int, int]) -> Known | None:
         """What a block's output says of its input: x = out − BN(conv(h)) where out > 0, with h the block's last inner
         node, or the same of the shortcut of x. None where the output is not solved, or says too little."""
-        known = {node.name: node for node in self._solved}
-        if not step.first or step.block.name not in known:
+        above = self._layers(step) if step.first else None
+        if above is None:
             return None
-        output, inner = known[step.block.name], known[step.block.units[-2].name]
-        rest, on, shortcut = affine(step.block.units[-1], inner.activation), self._outer.mask, step.block.shortcut
-        if shortcut is not None:
-            offset = shortcut.offset.double().view(-1, 1, 1)
-            return known_by_shortcut(shortcut, output.activation - rest - offset, on, *shape[2:])
+        past = above[0][-1]
+        if past.unit is not None:
+            return known_by_shortcut(past.unit, past.target, past.on, *shape[2:])
+        solved = {node.name: node for node in self._solved}
+        output, inner = solved[step.block.name], solved[step.block.units[-2].name]
+        rest = output.activation - past.target
         sizes = [part.flatten(1).square().mean(1).sqrt() for part in (output.activation, rest)]
         sigma = torch.hypot(output.error * sizes[0], inner.error * sizes[1]).view(-1, 1, 1, 1)
-        return Known((output.activation - rest).clamp(min=0), on, sigma.expand(shape))
+        return Known(past.target.clamp(min=0), past.on, sigma.expand(shape))
 
     def _exact(
         self, step: _Step, shape: tuple[int, int, int, int], known: Known | None = None
     ) -> tuple[Solution, Gate]:
         """By the gradient's equations, and the entries that are known beside them: the solution, and the gate above it,
         its masks mended on the way."""
-        above = self._gate
+        equations, above = self._equations(step, beside=known), self._gate
         # Rounding and noise leave about as much unexplained in every layer.
         expected = _LIKE_ABOVE * max(_ROUNDING, self._fit.residual, *(node.residual for node in self._solved))
-        best = solution = solve_input(self._equations(step, beside=known), shape, known=known), above
+        best = now = solve_input(equations, shape, known=known), above
         for attempt in range(_ROUNDS):
             if best[0].residual <= expected and not best[0].suspects.any():
                 break
             if attempt == 0:
                 doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
-                solution = (
-                    solve_input(
-                        self._equations(step, beside=known), shape, known=known, doubtful=doubtful, expected=expected
-                    ),
-                    above,
-                )
-            first, *others = self._equations(step, solution[1], known)
-            x, suspects = solution[0].x.clamp(min=0), solution[0].suspects
-            mended, turned = mended_by_residual(solution[1], first, x, suspects)
-            equations = [self._behind(step.unit, mended), *others]
-            solution = solve_input(equations, shape, known=known, expected=expected), mended
-            best = min(best, solution, key=lambda pair: _unexplained(pair[0], expected))
+                now = solve_input(equations, shape, known=known, doubtful=doubtful, expected=expected), above
+            solution, behind = now
+            mended, turned = mended_by_residual(behind, equations[0], solution.x.clamp(min=0), solution.suspects)
+            equations = [self._behind(step.unit, mended), *equations[1:]]
+            now = solve_input(equations, shape, known=known, expected=expected), mended
+            best = min(best, now, key=lambda pair: _unexplained(pair[0], expected))
             if not turned:
                 break
         return best
@@ -371,10 +364,10 @@ class _Way:
             return None
         return layers, mean, max(1e-6, *(float(solved[name].error.median()) for name in names))
 
-    def _equations(self, step: _Step, above: Gate | None = None, beside: Known | None = None) -> list[Equations]:
-        """Those of the step's convolution, behind a gate or the present one, and of the shortcut where that has the
-        same input and is not what tells the entries known beside them."""
-        found = [self._behind(step.unit, above or self._gate)]
+    def _equations(self, step: _Step, beside: Known | None = None) -> list[Equations]:
+        """Those of the step's convolution, and of the shortcut where that has the same input and is not what tells the
+        entries known beside them."""
+        found = [self._behind(step.unit, self._gate)]
         if step.first and step.block.shortcut is not None and beside is None:
             found.append(self._behind(step.block.shortcut, self._outer))
         return found

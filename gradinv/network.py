@@ -89,11 +89,6 @@ class Parts:
         """All nodes, the lowest first."""
         return (STEM, *(node for block in self.blocks for node in block.nodes))
 
-    @property
-    def has_bottlenecks(self) -> bool:
-        """Whether its blocks have narrow nodes between wide outputs, as those of ResNet-50 have."""
-        return any(len(block.units) > 2 for block in self.blocks)
-
     def node(self, name: str) -> str:
         """The node of that name; a stage's name, such as layer2, is that of its last block's output.
 

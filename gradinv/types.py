@@ -326,6 +326,12 @@ class SolvedNode:
     mended: float
     seconds: float
 
+    @property
+    def on(self) -> Tensor:
+        """Which units are on, (B, C, H, W) bool: through those alone the loss has a derivative. Of an activation that
+        is not known exactly small values may be those of units that are off."""
+        return self.activation > 0 if self.cotangent is None else self.cotangent != 0
+
 
 @dataclass(frozen=True, eq=False)
 class Recovered:

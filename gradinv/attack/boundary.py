@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.network import STEM, Segment, parts, skip_of, stage_of
+from gradinv.network import Segment, parts, skip_of, stage_of
 from gradinv.types import GradinvError, Recovered, SolvedNode
 
 USABLE = 0.5
@@ -25,7 +25,7 @@ LOGITS, FEATURES = "logits", "features"
 
 
 def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
-    """What `boundary=auto` becomes: the lowest node that is solved well enough to search below it, see `_searchable`.
+    """What `boundary=auto` becomes: the lowest node that is solved well enough to search below it.
 
     Where there is none (the gradient was changed, the client was in train mode, the images are many or large) it is
     `matching_instead`. Any other boundary stays as it is. Raises GradinvError where it names a node that could not be
@@ -38,19 +38,11 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
     if config.boundary != "auto":
         return replace(config, boundary=_solved(model, recovered, config.boundary).name)
     if usable and stage_of(usable[-1].name) != "layer4":
-        return replace(config, boundary=_searchable(model, usable))
+        return replace(config, boundary=usable[-1].name)
     instead = matching_instead(model, config)
     if recovered.features is None:  # then there are no output errors either
         return replace(instead, boundary="loss", features=0.0, start="random")
     return instead
-
-
-def _searchable(model: Model, usable: Sequence[SolvedNode]) -> str:
-    """The lowest node, in a network of bottlenecks the output of the stage that it lies in: from within such a stage,
-    whose inner nodes are narrow, the search finds worse pictures although it is held to more (docs/results.md)."""
-    network, lowest = parts(model.network), usable[-1].name
-    output = lowest if lowest == STEM else network.node(stage_of(lowest))
-    return output if network.has_bottlenecks and output in {node.name for node in usable} else lowest
 
 
 def matching_instead(model: Model, config: AttackConfig) -> AttackConfig:

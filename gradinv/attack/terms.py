@@ -84,8 +84,8 @@ def feature_distance(features: Tensor, recovered: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class KnownActivations:
-    """A solved node as the activation term takes it: activations a (B, C, H, W), where they are not zero, and by how
-    much each image and channel counts, (B, C, 1, 1)."""
+    """A solved node as the activation term takes it: activations a (B, C, H, W), which units are on, and by how much
+    each image and channel counts, (B, C, 1, 1)."""
 
     values: Tensor
     on: Tensor
@@ -107,14 +107,14 @@ class KnownActivations:
         channels = 1 / (power + _WEAK * power.mean()).clamp(min=torch.finfo(like.dtype).tiny)
         size = (values.square().sum((2, 3)) * channels).sum(1)
         images = torch.where(known & (size > 0), trust / size, 0)  # else there is nothing to compare with
-        return cls(values, values > 0, (images[:, None] * channels)[:, :, None, None])
+        return cls(values, node.on.to(values.device), (images[:, None] * channels)[:, :, None, None])
 
 
 def activation_distance(nodes: Mapping[str, Tensor], known: Mapping[str, KnownActivations]) -> Tensor:
     """The mean over the solved nodes of w ‖r‖² / ‖a‖², norms with the channels' weights, of each image: (B,).
 
-    nodes: pre-activations φ (B, C, H, W) by name. r = φ − a where the activation a > 0, and max(φ, 0) where a = 0:
-    behind the ReLU a unit that is off has no derivative, so what is compared is in front of it.
+    nodes: pre-activations φ (B, C, H, W) by name. r = φ − a where the unit is on, and max(φ, 0) − a where it is off:
+    behind the ReLU that has no derivative, so what is compared is in front of it.
     """
     parts = []
     for name, solved in known.items():

@@ -352,14 +352,13 @@ class _Way:
         solved = {node.name: node for node in self._solved}
         if step.first and step.block.name in solved:
             names = [name for name in step.block.nodes if name in solved]
-            known = {name: solved[name].activation for name in names}
-            # Of an output that is not known exactly small values are noise, and the mask tells which are.
-            known[step.block.name] = known[step.block.name] * self._outer.mask
+            known = {name: solved[name].activation * solved[name].on for name in names}
             layers, mean = layers_of_input(step.block, known), mean_of_input(step.block, known)
         elif not step.first and not step.last:
             names = [step.unit.name]
-            output = solved[step.unit.name].activation
-            layers, mean = [Layer(step.unit, output - step.unit.offset.double()[:, None, None], output > 0)], None
+            output = solved[step.unit.name]
+            target = output.activation * output.on - step.unit.offset.double()[:, None, None]
+            layers, mean = [Layer(step.unit, target, output.on)], None
         else:
             return None
         return layers, mean, max(1e-6, *(float(solved[name].error.median()) for name in names))

@@ -167,6 +167,22 @@ def test_the_true_images_have_no_distance_to_the_solved_activations(model, batch
     assert objective(images.flip(0), images).raw["activations"].item() > 0.01
 
 
+def test_the_true_images_have_none_either_where_activations_of_units_that_are_off_are_noise(model, batch):
+    """As the convex step leaves them: small values where there is nothing. The cotangent tells which units are off."""
+    exact, images = known(model, batch), model.preprocessing.normalise(batch[0])
+    noise = torch.Generator().manual_seed(2)
+    nodes = [
+        dataclasses.replace(
+            node, activation=node.activation + 1e-4 * torch.rand(node.activation.shape, generator=noise)
+        )
+        for node in exact.nodes
+    ]
+    values = Segment(model.network, nodes[0].name, NODES)(images)
+    for node in nodes:
+        distance = activation_distance(values, {node.name: KnownActivations.of(node, images)})
+        assert distance.max() < 1e-5, node.name
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_segment_in_micro_batches_is_the_whole(model, batch, size):
     config = change(BELOW, gradient=1.0, match="cosine", bn="approx", bn_weight=0.1, micro_batch=size)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import streamlit as st
 
-from gradinv import figures, metrics, recording
+from gradinv import animation, figures, metrics
 from gradinv.defenses import parse
 from gradinv.jobs import Inversion, JobState, Layer, Pictures, Progress, Shared, Solving, manager
 from gradinv.recording import MemoryStore, Recording
@@ -645,7 +645,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
         )
         st.download_button(
             "Animation (GIF)",
-            lambda: recording.gif(recorded),
+            lambda: animation.gif(recorded),
             f"{name}.gif",
             "image/gif",
             icon=":material/animation:",

@@ -86,7 +86,7 @@ def mosaic(images: Tensor) -> Image.Image:
     rows = math.ceil(len(images) / columns)
     tiles = torch.ones(rows * columns, *images.shape[1:])
     tiles[: len(images)] = images
-    return tomosaic(tiles.unflatten(0, (rows, columns)))
+    return to_grid(tiles.unflatten(0, (rows, columns)))
 
 
 class Canvas:

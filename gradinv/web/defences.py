@@ -212,7 +212,7 @@ def _server(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
     )
 
 
-@st.cache_data(max_entries=256, show_spinner="The gradient is compared")
+@shared.kept(st.cache_data, lessons.of_own, max_entries=256, show_spinner="The gradient is compared")
 def _distorted(
     name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _pool: Pool
 ) -> tuple[dict[str, Distortion], Distortion]:

@@ -246,7 +246,7 @@ def way(
     `search` for pixels below. None as long as the visitor has not asked for what takes long."""
     key = (network.name, network.preprocessing.size, pool.name, places, texts, seed, search)
     # What comes of a visitor's own pictures is kept in the visit only.
-    kept = _ways if pool.name == lessons.SHARED else st.session_state.setdefault("own_ways", OrderedDict())
+    kept = st.session_state.setdefault("own_ways", OrderedDict()) if lessons.own(pool.name) else _ways
     with _guard:
         if key in kept:
             kept.move_to_end(key)

@@ -49,6 +49,7 @@ STRENGTHS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Each defence's slider and its strengths, weakest first, in the order in which they are applied."""
 OFF = "off"
 SHARED = "samples"  # what the pool of the bundled photographs is called
+OWN = "own_pictures"  # in the session, and how the name of a pool begins that holds some
 
 LAYOUT = {
     "paper_bgcolor": "rgba(0,0,0,0)",
@@ -60,6 +61,16 @@ LAYOUT = {
 
 
 # --- the pictures
+
+
+def own(pool: str) -> bool:
+    """Whether a pool of that name holds a visitor's own pictures."""
+    return pool.startswith(OWN)
+
+
+def of_own(name: str, among: str, *_: object) -> bool:
+    """The same of what is asked of a network and a pool."""
+    return own(among)
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,7 @@ def pixels_of(network: Model, candidates: Sequence[Candidate]) -> Tensor:
     return torch.stack([to_pixels(item.open(), network.preprocessing) for item in candidates])
 
 
-@st.cache_data(max_entries=2048, show_spinner=False)
+@shared.kept(st.cache_data, lambda pool, *_: own(pool), max_entries=2048, show_spinner=False)
 def thumbnail(pool: str, key: str, view: int, _picture: Picture) -> str:
     """A square thumbnail of a view as a data URI. Raises GradinvError for a picture that cannot be decoded."""
     return figures.tile(ImageOps.fit(seen(_picture.open(), view), (96, 96)), quality=70)
@@ -225,50 +236,47 @@ def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
     return Choice(str(network), size, repeats, int(seed), None if side is None else int(side))
 
 
-OWN = "own_pictures"  # in the session
-
-
 def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:
     """The places of the batch: those of the draw, or the visitor's own pictures, which are then among those that are
     searched. Offers to bring some."""
-    own: list[uploads.Upload] = st.session_state.setdefault(OWN, [])
+    sent: list[uploads.Upload] = st.session_state.setdefault(OWN, [])
     with st.expander("Your own pictures as the batch", icon=":material/upload:"):
         st.caption(f"{uploads.PRIVACY} Their classes are those that the network takes them for.")
-        sent = uploads.pictures("own")
-        if sent is not None:
-            added, notices = sent
-            st.session_state[OWN] = [*own, *added][:MOST]
-            if len(own) + len(added) > MOST:
+        more = uploads.pictures("own")
+        if more is not None:
+            added, notices = more
+            st.session_state[OWN] = [*sent, *added][:MOST]
+            if len(sent) + len(added) > MOST:
                 notices.append(f"A batch takes at most {MOST} pictures here; the others were left out.")
             st.session_state.own_notices = notices
             st.rerun()
         uploads.tell(st.session_state.pop("own_notices", []))
-        if own:
+        if sent:
             st.button("Remove all", key="own-remove", type="tertiary", icon=":material/delete:", on_click=_drop_own)
-    if not own:
+    if not sent:
         return pool, pool.draw(choice.size, choice.repeats, choice.seed)
-    st.caption(f"The batch is {markup.count(len(own), 'picture')} of your own; the sliders of the draw do nothing.")
-    key = (choice.network, pool.name, *(upload.id for upload in own))
+    st.caption(f"The batch is {markup.count(len(sent), 'picture')} of your own; the sliders of the draw do nothing.")
+    key = (choice.network, pool.name, *(upload.id for upload in sent))
     if st.session_state.get("own_pool", (None,))[0] != key:
-        st.session_state.own_pool = (key, _with_own(choice.network, pool, own))
+        st.session_state.own_pool = (key, _with_own(choice.network, pool, sent))
     joined: Pool = st.session_state.own_pool[1]
     return joined, tuple(range(len(pool.candidates), len(joined.candidates)))
 
 
-def _with_own(name: str, pool: Pool, own: Sequence[uploads.Upload]) -> Pool:
+def _with_own(name: str, pool: Pool, sent: Sequence[uploads.Upload]) -> Pool:
     """A pool and some uploads behind it."""
     network = shared.model(name)
     size = network.preprocessing.size
     candidates = []
-    for upload in own:
+    for upload in sent:
         pixels = to_pixels(upload.picture.open(), network.preprocessing)
         label = shared.prediction(name, size, upload.id, pixels)
         picture = replace(upload.picture, key=upload.id, name=network.class_name(label))
         candidates.append(Candidate(picture, label))
     features = torch.cat([pool.gallery.features, _features(network, candidates)])
-    paths = (*pool.gallery.paths, *(pool.gallery.folder / upload.id for upload in own))
+    paths = (*pool.gallery.paths, *(pool.gallery.folder / upload.id for upload in sent))
     joined = Gallery(pool.gallery.folder, paths, features)
-    name = " ".join([pool.name, *(upload.id for upload in own)])
+    name = " ".join([OWN, pool.name, *(upload.id for upload in sent)])
     return Pool(name, (*pool.candidates, *candidates), joined)
 
 
@@ -323,7 +331,7 @@ def observed_final(network: Model, pool: Pool, places: Sequence[int]) -> Observa
     )
 
 
-@st.cache_resource(max_entries=2, show_spinner="The client computes its gradient")
+@shared.kept(st.cache_resource, of_own, max_entries=2, show_spinner="The client computes its gradient")
 def observed(name: str, among: str, places: tuple[int, ...], _pool: Pool) -> Observation:
     """What the client shares of a batch: the gradient of all layers. Kept for the last two batches, since it is as
     large as the network."""
@@ -397,7 +405,7 @@ def readings(network: Model, observation: Observation, scale: float = 1.0) -> di
     }
 
 
-@st.cache_resource(max_entries=64, show_spinner="The server reads the gradient")
+@shared.kept(st.cache_resource, of_own, max_entries=64, show_spinner="The server reads the gradient")
 def attacked(name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _pool: Pool) -> Attack:
     """The attack on a batch behind some defences, which act on the gradients of all layers together."""
     network = shared.model(name)
@@ -406,7 +414,7 @@ def attacked(name: str, among: str, places: tuple[int, ...], texts: tuple[str, .
     return attack(network, defended(observed(name, among, places, _pool), texts, seed))
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
+@shared.kept(st.cache_data, of_own, max_entries=64, show_spinner=False)
 def painted(
     name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _features: Tensor
 ) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ def _methods(
         )
 
 
-@st.cache_data(max_entries=512, show_spinner=False)
+@shared.kept(st.cache_data, lessons.of_own, max_entries=512, show_spinner=False)
 def _reading(name: str, among: str, places: tuple[int, ...], method: str, _pool: lessons.Pool) -> Reading:
     network = shared.model(name)
     try:

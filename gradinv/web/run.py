@@ -130,6 +130,11 @@ def owner() -> str:
     return st.context.cookies.get(server.COOKIE) or visitor()
 
 
+def _own(state: JobState) -> bool:
+    """Whether this visitor started the run: others who have its link watch, and neither stop it nor start it again."""
+    return state.owner == owner()
+
+
 def way_back() -> bool:
     """Where a run of this visitor has not ended, say so and offer the way to it; → whether that is so."""
     job = manager().unfinished(owner())
@@ -221,7 +226,8 @@ def _head(state: JobState) -> None:
                 "Copy link",
                 icon=":material/link:",
                 key="copy-link",
-                help="The page’s address is the link to this run, for as long as the server keeps it.",
+                help="The page’s address is the link to this run, for as long as the server keeps it. Whoever has it "
+                "can watch the run, and see its pictures; only you can stop it.",
             )
             st.button("Present (P)", icon=":material/present_to_all:", key="present", on_click=_present, args=(True,))
             st.button("New run", icon=":material/arrow_back:", on_click=_leave, args=(state,))
@@ -334,16 +340,19 @@ def _solved_so_far(work: Inversion, solving: Solving | None) -> list[str]:
 
 
 def _status(state: JobState, progress: Progress | None) -> None:
-    label = "Leave the queue" if state.status == "queued" else "Stop and keep the result"
-    st.button(
-        "Stopping…" if state.stopping else label,
-        icon=":material/stop:",
-        key="stop",
-        width="stretch",
-        disabled=state.stopping,
-        on_click=manager().cancel,
-        args=(state.id,),
-    )
+    if _own(state):
+        label = "Leave the queue" if state.status == "queued" else "Stop and keep the result"
+        st.button(
+            "Stopping…" if state.stopping else label,
+            icon=":material/stop:",
+            key="stop",
+            width="stretch",
+            disabled=state.stopping,
+            on_click=manager().cancel,
+            args=(state.id,),
+        )
+    else:
+        st.caption("You watch a run that somebody else has started.")
     _again(state)
     speed = progress.speed if progress is not None else None
     _facts(
@@ -358,7 +367,7 @@ def _status(state: JobState, progress: Progress | None) -> None:
 def _again(state: JobState) -> None:
     """The same batch, behind a defence or without one."""
     work, _ = _work(state)
-    if work.originals is None:
+    if work.originals is None or not _own(state):
         return
     with st.popover("The same batch, with a defence", icon=":material/shield:", width="stretch"):
         st.caption(
@@ -576,7 +585,7 @@ def _finished(state: JobState) -> None:
 
 def _go_on(state: JobState, progress: Progress) -> None:
     """Of a run that was stopped, the way on."""
-    if progress.kept is None or presenting():
+    if progress.kept is None or presenting() or not _own(state):
         return
     work, _ = _work(state)
     left = progress.steps - progress.step

@@ -361,10 +361,10 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
         Tile(lessons.thumbnail_of(pool, place), f"Original: {title}", title)
         for place, title in zip(places, titles, strict=True)
     ]
-    numbers = f"{math.prod(seen.shape):,} numbers of each"
+    numbers = f"{math.prod(seen.shape):,} numbers of each picture"
     rows = [
         Row("Originals", originals, "only the client has them"),
-        Row("True", _tiles(seen.own, f"What {name} holds of", titles), f"{numbers}; nine channels"),
+        Row("True", _tiles(seen.own, f"What {name} holds of", titles), f"{numbers}; nine of {seen.shape[0]} channels"),
         Row("Recovered", _tiles(seen.found, f"What was recovered of {name} for", titles), "from the gradient alone"),
     ]
     with st.container(key="layer-board"):

@@ -205,8 +205,9 @@ def _head(state: JobState) -> None:
         st.html(KEYS, unsafe_allow_javascript=True)
         # The button that began the run is far down on the page before.
         st.html(markup.TO_TOP.format(state.id), unsafe_allow_javascript=True)
+        if presenting():
+            st.html('<div class="gi-presenting"></div>')
     if presenting():
-        st.html('<div class="gi-presenting"></div>')
         st.button("Leave the presentation (P)", type="tertiary", key="present", on_click=_present, args=(False,))
         return
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
@@ -503,7 +504,10 @@ def _rows(
         rows.append(Row("Originals", originals, "what the client kept"))
     if layer is not None:
         held = [Tile(uri, f"What {layer.name} holds of picture {place}") for place, uri in enumerate(layer.tiles, 1)]
-        rows.append(Row(layer.name, held, f"{layer.numbers:,} numbers of each, {solved.known(layer)}; nine channels"))
+        # It may break behind its dots.
+        name = layer.name.replace(".", ".\u200b")
+        note = f"{layer.numbers:,} numbers of each picture, {solved.known(layer)}; nine of {layer.shape[0]} channels"
+        rows.append(Row(name, held, note))
     seeds = work.config.seeds
     # A single seed is its own consensus.
     whole, note = ("Consensus", CONSENSUS[work.config.registration == "lazy"]) if seeds > 1 else ("Rebuilt", ALONE)

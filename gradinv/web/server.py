@@ -25,6 +25,20 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 COOKIE = "gradinv-visitor"
 """What the server calls a browser, so that its tabs are one visitor: a random name, forgotten when it is closed."""
 
+# A presentation that is opened by its link is large from the start: else all of it would grow once the page's own mark
+# is there, which then takes the place of this one.
+_PRESENTING = b"""<script>(() => {
+  const asked = new URLSearchParams(location.search);
+  if (asked.get('present') !== '1' || !(asked.has('job') || asked.has('tour'))) return;
+  const mark = document.createElement('div');
+  mark.className = 'gi-presenting';
+  document.body.append(mark);
+  new MutationObserver((_, observer) => {
+    if (!document.querySelector('.stHtml .gi-presenting, [data-testid="stAlert"]')) return;
+    mark.remove();
+    observer.disconnect();
+  }).observe(document.body, {childList: true, subtree: true});
+})()</script>"""
 _FONTS = Path(st.__file__).parent / "static" / "static" / "media"
 _HEADINGS = "SourceSerif*Roman*.woff2"
 
@@ -48,7 +62,7 @@ class Styled:
             f'<link rel="preload" href="./static/media/{font.name}" as="font" type="font/woff2" crossorigin>'.encode()
             for font in _FONTS.glob(_HEADINGS)
         )
-        self._style = b"<style>" + (ASSETS / "style.css").read_bytes() + b"</style>"
+        self._style = _PRESENTING + b"<style>" + (ASSETS / "style.css").read_bytes() + b"</style>"
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = dict(scope.get("headers", ()))

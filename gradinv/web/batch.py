@@ -51,6 +51,7 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
         st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
     found = lessons.attacked(choice.network, pool.name, places, texts, choice.seed, pool)
     similarity, ranked = (part.tolist() for part in pool.gallery.match(found.features, TOP))
+    spent = f"{found.seconds:.1f} s" if found.seconds >= 0.1 else "less than 0.1 s"
     st.header("What the server finds", anchor=False)
     with st.container(key="search-facts"):
         st.markdown(

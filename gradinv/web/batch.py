@@ -58,10 +58,7 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
             markup.facts(
                 [
                     ("searched", markup.count(len(pool.candidates), "picture")),
-                    (
-                        "time to read the gradient",
-                        "less than 0.1 s" if found.seconds < 0.1 else f"{found.seconds:.1f} s",
-                    ),
+                    ("time to read the gradient", spent),
                     ("residual of the features", markup.number(found.residual)),
                     *(
                         [

@@ -28,12 +28,15 @@ from gradinv.models import Model
 from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
 from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
 from gradinv.sources import SAMPLES, Picture, gallery
-from gradinv.types import Observation
+from gradinv.types import GradinvError, Observation
 from gradinv.victim import final_gradient, observe
-from gradinv.web import markup, shared, uploads
+from gradinv.web import gradient, markup, shared, uploads
+from gradinv.web.gradient import Gradient
 
 NETWORKS = ("resnet18-tiny", "resnet50-tiny")
 MOST = 20  # pictures in a batch: to solve the features of more takes too long for a lesson
+MOST_BROUGHT = 48  # pictures of a gradient that a visitor brings, who may wait
+SAMPLE = ("goldfish", "tabby", "lion", "coffee")  # of whose gradient a file is there to try
 REPEATS = 4  # pictures of one class that are drawn together at most
 DRAWS = 99
 VIEWS = ("", "mirrored", "cropped", "cropped and mirrored")
@@ -263,6 +266,29 @@ def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:
     return joined, tuple(range(len(pool.candidates), len(joined.candidates)))
 
 
+def brought() -> Gradient | None:
+    """The gradient that the visitor brought, here or on the page Live, which then takes the batch's place. Offers to
+    bring one. Raises GradinvError where it is of more pictures than a lesson takes."""
+    held = gradient.held()
+    with st.expander("A gradient of your own", icon=":material/share:", expanded=held is not None):
+        if held is not None:
+            gradient.card(shared.visitor())
+        else:
+            gradient.panel(shared.model(NETWORKS[0]), SAMPLE, shared.visitor())
+    if held is not None and held.batch_size > MOST_BROUGHT:
+        raise GradinvError(
+            f"Your gradient is of {held.batch_size} pictures, and a lesson takes at most {MOST_BROUGHT}; the page Live "
+            "takes more. Remove it above to go on with a batch."
+        )
+    return held
+
+
+@st.cache_resource(max_entries=8, show_spinner="The server reads the gradient", scope="session")
+def attacked_own(key: str, name: str, texts: tuple[str, ...], seed: int, _observation: Observation) -> Attack:
+    """The attack on a gradient that the visitor brought, behind some defences."""
+    return attack(shared.model(name), defended(_observation, texts, seed))
+
+
 def _with_own(name: str, pool: Pool, sent: Sequence[uploads.Upload]) -> Pool:
     """A pool and some uploads behind it."""
     network = shared.model(name)
@@ -419,6 +445,12 @@ def painted(
     name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _features: Tensor
 ) -> tuple[str, ...]:
     """What a learned prior makes of recovered features (K, D), as data URIs. What comes before tells them apart."""
+    return figures.tiles(prior.preview(shared.model(name), _features))
+
+
+@st.cache_data(max_entries=8, show_spinner=False, scope="session")
+def painted_own(key: str, name: str, texts: tuple[str, ...], seed: int, _features: Tensor) -> tuple[str, ...]:
+    """The same of a gradient that the visitor brought."""
     return figures.tiles(prior.preview(shared.model(name), _features))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from gradinv.web import head, lessons, markup, pick, replay, server, settings, s
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
+from gradinv.web.shared import visitor
 from gradinv.web.solved import MISFIT
 
 T = TypeVar("T")
@@ -109,12 +109,6 @@ def view(job: str) -> None:
         _finished(state)
     else:
         _live(job)
-
-
-def visitor() -> str:
-    """Who this session is to the job manager; nobody can guess it."""
-    name: str = st.session_state.setdefault("visitor", secrets.token_urlsafe(16))
-    return name
 
 
 def _begin(work: Inversion) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
@@ -49,6 +50,12 @@ def kept(cache: Any, private: Callable[..., bool], **options: Any) -> Callable[[
         return cast(F, find)
 
     return decorate
+
+
+def visitor() -> str:
+    """Who this session is to what is held for visitors; nobody can guess it."""
+    name: str = st.session_state.setdefault("visitor", secrets.token_urlsafe(16))
+    return name
 
 
 def model(name: str, user: User = "page", size: int | None = None) -> Model:

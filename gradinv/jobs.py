@@ -596,6 +596,8 @@ class Inversion:
             if last.step >= MEASURABLE and solving.boundary is not None:
                 seconds = solving.seconds + last.seconds * last.steps / last.step
                 pace.measured(model, run.config, self.client.batch_size, seconds)
+                if before is None and solving.layers:
+                    pace.solved(model, self.client.batch_size, solving.seconds)
         return "done" if done else "stopped"
 
     def _order(self, model: Model, node: SolvedNode) -> list[int]:

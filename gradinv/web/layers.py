@@ -300,6 +300,8 @@ def _kept(
 
     with _solving:  # one visitor after the other: each takes all of the machine
         found = solve(progress)
+    if found.layers:
+        pace.solved(network, batch_size, found.seconds)
     told.empty()
     with _guard:
         kept[key] = found

@@ -153,7 +153,8 @@ def lineup(
             else ""
         )
         cards += (
-            f'<article class="gi-suspect"><h4><small>Picture {number}</small>{escape(name)}</h4>'
+            f'<article class="gi-suspect"><div class="gi-name" role="heading" aria-level="3">'
+            f"<small>Picture {number}</small>{escape(name)}</div>"
             f'<div class="gi-matches">{tiles}{guess}</div></article>'
         )
     return f'<div class="gi-lineup">{cards}</div>'

@@ -140,11 +140,12 @@ class Packed:
                 await send({"type": "http.response.body", "body": body})
                 return
             name = path.rpartition("/")[2]
-            packed = _prepared.get(name) or await asyncio.to_thread(_compressed, body)
-            kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            if (small := _prepared.get(name)) is None:
+                small = await asyncio.to_thread(_compressed, body)
+            kept = [(known, value) for known, value in start["headers"] if known.lower() != b"content-length"]
             told = [(b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
-            length = (b"content-length", str(len(packed)).encode())
-            self._packed[path] = {**start, "headers": [*kept, *told, length]}, packed
+            length = (b"content-length", str(len(small)).encode())
+            self._packed[path] = {**start, "headers": [*kept, *told, length]}, small
         start, packed = self._packed[path]
         await send(start)
         await send({"type": "http.response.body", "body": packed})

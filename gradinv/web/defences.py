@@ -97,7 +97,7 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
         f"The pictures are searched among {len(pool.candidates)}. {pool.counted} Below the guesses: how similar the "
         "recovered features are to the picture’s own (cosine), and whether that picture is the best match. What is "
         "painted of the features comes from a **learned prior**, a network trained on 100,000 public pictures. The "
-        "page Live rebuilds in earnest."
+        "page Live does the whole attack."
     )
     for one, other in replay.defended():
         notes = " ".join(parse(text).note for text in other.defences)
@@ -171,7 +171,7 @@ def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
     st.markdown(
         f"Of {'one picture' if len(places) == 1 else f'{len(places)} pictures'} of the batch, shared as a batch of "
         "their own: the layers that can be solved, from the output down, and what a short search for the pixels below "
-        "them leaves to see. [Layer by layer](layers) shows how that works."
+        "them shows. [Layer by layer](layers) shows how that works."
     )
     network = shared.model(choice.network)
     rows = [_originals(pool, places, bool(st.session_state.get("truth", True)))]

@@ -29,9 +29,9 @@ def page() -> None:
     with guarded():
         head.lead(
             "Who was in the batch?",
-            "An attacker who has a pile of pictures does not have to rebuild anything. It solves the last layer’s gradient "
-            "for what the network sees in each picture of the batch, and looks up which pictures look like that to "
-            "the network.",
+            "An attacker who has a pile of pictures does not have to rebuild anything. It solves the last layer’s "
+            "gradient for what the network sees in each picture of the batch, and looks up which pictures look like "
+            "that to the network.",
         )
         choice = lessons.controls()
         texts = lessons.defences()

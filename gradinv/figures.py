@@ -145,8 +145,8 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
 def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go.Figure:
     """Lines: PSNR of each seed and of the consensus over the steps, of a single seed one; dashed, the best constant
     colour's."""
-    figure = go.Figure()
-    for name, (steps, values) in _psnr(rows).items():
+    figure, found = go.Figure(), _psnr(rows)
+    for name, (steps, values) in found.items():
         whole = name in WHOLE
         figure.add_scatter(
             x=steps,
@@ -157,12 +157,14 @@ def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go
             hovertemplate="step %{x}: %{y:.2f} dB",
         )
     if baseline is not None and math.isfinite(baseline):
+        ends = [values[-1] for name, (_, values) in found.items() if name in WHOLE and values]
+        above = any(value > baseline + 2 for value in ends)
         figure.add_hline(
             y=baseline,
             line={"color": COLOURS[1], "dash": "dash", "width": 2},
             annotation_text="constant colour",
-            # Curves begin below the line and end near it.
-            annotation_position="top left",
+            # Curves begin below the line; where they end near it, there is room on the left.
+            annotation_position="bottom right" if above else "top left",
         )
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="PSNR in dB")

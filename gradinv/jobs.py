@@ -113,7 +113,7 @@ class Work(Protocol):
 class JobState:
     """A job at one moment. `place` is 0 for what is not queued, else 1 for the next to run; `wait` is the seconds until
     it begins, None where that cannot be told. `update` is the latest published, `reason` one sentence on why it failed
-    or was dropped, `stopping` whether it was told to end and has not yet."""
+    or was dropped, `stopping` whether it was told to end and has not yet, `owner` whoever submitted it."""
 
     id: str
     status: Status
@@ -123,6 +123,7 @@ class JobState:
     reason: str | None
     work: Work
     stopping: bool = False
+    owner: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -203,7 +204,7 @@ class JobManager:
             self._revive()
             place = self._queue.index(job) + 1 if job.status == "queued" else 0
             wait, stopping = self._wait(place), job.stop.is_set() and job.status not in FINISHED
-            return JobState(job.id, job.status, place, wait, job.update, job.reason, job.work, stopping)
+            return JobState(job.id, job.status, place, wait, job.update, job.reason, job.work, stopping, job.owner)
 
     def cancel(self, job_id: str) -> None:
         """End a job: at once where it waits, within one iteration where it runs; nothing where it has ended."""
@@ -595,6 +596,8 @@ class Inversion:
             if last.step >= MEASURABLE and solving.boundary is not None:
                 seconds = solving.seconds + last.seconds * last.steps / last.step
                 pace.measured(model, run.config, self.client.batch_size, seconds)
+                if before is None and solving.layers:
+                    pace.solved(model, self.client.batch_size, solving.seconds)
         return "done" if done else "stopped"
 
     def _order(self, model: Model, node: SolvedNode) -> list[int]:

@@ -78,7 +78,7 @@ MODELS = {
         ),
         ModelInfo(
             "resnet18-tiny",
-            "ResNet-18 at 64 px, the same classes; about three times as fast",
+            "ResNet-18 at 64 px, 200 ImageNet classes; works offline and on a CPU, three times as fast as ResNet-50",
             arch="resnet18",
             size=64,
             classes=200,

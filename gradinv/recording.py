@@ -50,10 +50,6 @@ _EXECUTED = ("stepping", "parallel_seeds")
 STATE = "state.safetensors"
 ZIP_LIMIT = 1_000_000_000  # bytes unpacked
 WEBP_LIMIT = 16_383  # pixels a side; a larger mosaic is stored as PNG
-GIF_FRAMES = 60
-GIF_SECONDS = 5.0
-GIF_TILE = 128  # pixels a side, at least
-GIF_COLUMNS = 8
 
 _FIXED_COLUMNS = ("step", "seed", "seconds", "distance", "psnr", "consensus_psnr")
 
@@ -656,43 +652,6 @@ class Recording:
                 return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise GradinvError(f"The picture {name} of {self.store} is damaged; record the run again.") from error
-
-
-def gif(recording: Recording) -> bytes:
-    """The consensus over the steps as an animated GIF of a few seconds, in the order of `images/`, that loops.
-
-    At most 8 pictures stand in a row, small ones are enlarged without smoothing, and of a long run some steps are
-    left out; the last one is held. Raises GradinvError where nothing was recorded.
-    """
-    if not recording.steps:
-        raise GradinvError(f"{recording.store} holds no frame yet, so there is nothing to animate.")
-    count = min(GIF_FRAMES, len(recording.steps))
-    spread = (len(recording.steps) - 1) / max(1, count - 1)
-    steps = [recording.steps[round(index * spread)] for index in range(count)]
-    order = recording.order()
-    frames = [_mosaic(recording.snapshot(step).consensus[order]) for step in steps]
-    pause = max(40, round(1000 * GIF_SECONDS / count))
-    packed = io.BytesIO()
-    frames[0].save(
-        packed,
-        format="GIF",
-        save_all=True,
-        append_images=frames[1:],
-        duration=[pause] * (count - 1) + [1500],
-        loop=0,
-    )
-    return packed.getvalue()
-
-
-def _mosaic(images: Tensor) -> Image.Image:
-    """Pixels (B, 3, S, S) → rows of at most 8 tiles, enlarged by a whole factor; missing tiles are white."""
-    columns = min(GIF_COLUMNS, len(images))
-    rows = math.ceil(len(images) / columns)
-    tiles = torch.ones(rows * columns, *images.shape[1:])
-    tiles[: len(images)] = images
-    grid = to_grid(tiles.unflatten(0, (rows, columns)))
-    factor = math.ceil(GIF_TILE / images.shape[-1])
-    return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
 
 
 def _frames(store: Store) -> dict[int, str]:

@@ -713,3 +713,33 @@ def test_the_archive_carries_the_credits_of_the_originals() -> None:
     assert credits == (
         "original_00.png: lion, Ada, CC BY 2.0, cropped https://example.org/licence https://example.org/picture\n"
     )
+
+
+def test_others_who_have_the_link_watch_and_neither_stop_a_run_nor_start_it_again(visit: Open) -> None:
+    app = visit(pictures="goldfish", iterations="100000")
+    app.button(key="start").click().run()
+    job = address(app, "job")
+    own, others = ({button.key for button in one.button} for one in (app.run(), visit(job=job)))
+    assert {"stop", "again"} <= own and not {"stop", "again"} & others
+    assert "somebody else has started" in text(visit(job=job))
+    manager().cancel(job)
+    own, others = ({button.key for button in one.button} for one in (wait(app), visit(job=job)))
+    assert "again" in own and not {"again", "go-on"} & others
+
+
+def test_a_visitors_own_pictures_are_kept_in_the_visit_only() -> None:
+    asked: list[str] = []
+
+    def cache(scope: str = "global", **_: object) -> Callable[..., Any]:
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            def find(*given: Any) -> Any:
+                asked.append(scope)
+                return function(*given)
+
+            return find
+
+        return decorate
+
+    double = shared.kept(cache, lambda source, _: source == "upload")(lambda source, value: 2 * value)
+    assert (double("gallery", 2), double("upload", 3)) == (4, 6)
+    assert asked == ["global", "session"]

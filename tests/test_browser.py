@@ -158,6 +158,13 @@ def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_relo
         assert visitor.page.evaluate("() => window.shifted") < 0.1
         assert visitor.troubles == []
     assert other.page.locator(RECONSTRUCTION).first.get_attribute("src") == shown
+    presented = Visit(browser).open(f"{page.url}&present=1")
+    presented.page.wait_for_selector(RECONSTRUCTION)
+    presented.page.wait_for_selector(".st-key-reveal button")
+    presented.settle()
+    assert presented.page.evaluate("() => window.shifted") < 0.1 and presented.troubles == []
+    # Another browser watches: it can neither stop the run nor start it again.
+    assert other.page.locator(".st-key-again").count() == 0
     with page.expect_download() as download:
         page.get_by_role("button", name="Everything").click()
     assert download.value.suggested_filename == "gradinv-resnet18-tiny-64px-goldfish-pizza-step-60.zip"

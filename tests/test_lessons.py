@@ -22,7 +22,7 @@ from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import Picture
 from gradinv.types import GradinvError
 from gradinv.victim import observe
-from gradinv.web import batch, defences, lessons, lessons_labels, markup, replay, shared
+from gradinv.web import batch, defences, gradient, lessons, lessons_labels, markup, replay, shared
 from gradinv.web.lessons import Candidate, Pool
 from gradinv.web.uploads import Upload
 
@@ -306,6 +306,25 @@ def test_a_visitors_own_pictures_are_the_batch_and_among_those_that_are_searched
     assert "3 of 3" in said if name == "batch" else "**3 pictures of" in said
     next(button for button in app.button if button.key == "own-remove").click().run()
     assert not app.exception and "of your own;" not in text(app)
+
+
+@pytest.mark.parametrize("name", ["lessons_labels", "batch", "defences"])
+def test_a_gradient_of_ones_own_takes_the_batchs_place(visit: Open, name: str) -> None:
+    app = visit(name, noise="1e-3") if name == "defences" else visit(name)
+    data = gradient.sample("resnet18-tiny", lessons.SAMPLE)
+    app.session_state.visitor = "me"
+    app.session_state.gradient = gradient.read(data, "mine.safetensors", "me")
+    app.run()
+    assert not app.exception and not app.error
+    said = text(app)
+    assert "mine.safetensors" in said and "Nobody here has the pictures" in said
+    assert all(known in said for known in ("goldfish", "tabby", "lion", "espresso"))
+    # Nothing is held against a truth that nobody has.
+    assert not any(word in said for word in ("Truth", "labels right", "Labels right", "PSNR"))
+    if name == "defences":
+        assert "Pixels are searched for below" in said and "Defended: rebuilt, read as" in said
+    next(button for button in app.button if button.key == "gradient-remove").click().run()
+    assert not app.exception and "mine.safetensors" not in text(app)
 
 
 def test_labels_that_repeat_are_beyond_column_minimum(visit: Open) -> None:

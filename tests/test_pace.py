@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
@@ -52,6 +53,27 @@ def test_a_stretch_that_had_to_wait_moves_the_pace_little() -> None:
             assert clock.speed is not None and 0.05 < clock.speed < 0.2
 
 
+@pytest.mark.parametrize("change", [0.1, 10.0])
+def test_another_load_shows_within_seconds(change: float) -> None:
+    clock, seconds, steps = Pace(), 0.0, 0.0
+    clock.add(0.0, 1)
+    for place in range(60):
+        speed = 0.05 if place < 30 else 0.05 * change
+        took = max(0.75, speed)  # a page is told of a step at most that often
+        seconds, steps = seconds + took, steps + took / speed
+        clock.add(seconds, 1 + round(steps))
+        if seconds > 5.0 and not 30 <= place < 37:  # five seconds, of the run and of the other load
+            assert clock.speed is not None and speed / 2 < clock.speed < 2 * speed
+
+
+def test_what_was_solved_corrects_how_long_solving_takes(small_model: Model) -> None:
+    before = pace.solving(small_model, 4)
+    for _ in range(3):
+        pace.solved(small_model, 4, before / 5)
+    assert pace.solving(small_model, 4) == pytest.approx(before / 5)
+    assert pace.solving(small_model, 8) < before
+
+
 def test_a_resumed_run_is_timed_from_where_it_goes_on() -> None:
     clock = Pace()
     clock.add(100.0, 50, first=50)
@@ -91,4 +113,10 @@ def test_the_probe_measures_the_network(small_model: Model, monkeypatch: pytest.
     monkeypatch.setattr(pace, "_probes", {})
     took = pace.probe(small_model)
     assert 0 < took < 1 and pace.probe(small_model) == took
+    # How busy the machine is may have changed after a while.
+    clock = pace.time.monotonic() + 3600.0
+    monkeypatch.setattr(pace.time, "monotonic", lambda: clock)
+    ticks = count()
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: float(next(ticks)))
+    assert pace.probe(small_model) == pytest.approx(0.5)  # a second for two images, by that clock
     assert all(parameter.grad is None for parameter in small_model.network.parameters())

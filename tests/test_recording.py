@@ -18,14 +18,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 
 from gradinv import __version__, metrics, paths
 from gradinv import recording as recording_module
 from gradinv.attack.inversion import Snapshots, invert
 from gradinv.config import AttackConfig
 from gradinv.models import ImageClass, Model
-from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, Resumption, gif, thinned
+from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, Resumption, thinned
 from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term
 from gradinv.victim import observe
 
@@ -511,45 +510,6 @@ def test_class_names_of_known_models(model: Model, observation: Observation) -> 
     assert opened.class_name(0) == "goldfish"
     opened.run["model"]["name"] = "resnet50"
     assert opened.class_name(1) == "goldfish"
-
-
-def test_gif_shows_the_consensus_over_the_steps(model: Model, observation: Observation) -> None:
-    complete_run(store := MemoryStore(), model, observation)
-    with Image.open(io.BytesIO(gif(Recording.open(store)))) as animation:
-        assert animation.format == "GIF" and animation.n_frames == 3  # type: ignore[attr-defined]
-        assert animation.size == (2 * 128, 128)
-        milliseconds = 0
-        for index in range(3):
-            animation.seek(index)
-            milliseconds += animation.info["duration"]
-        assert 2000 <= milliseconds <= 8000
-        last = pil_to_tensor(animation.convert("L")).float() / 255
-    shown = torch.stack([half.mean() for half in last.chunk(2, dim=-1)])
-    # In the originals' order, unlike the frames.
-    expected = snapshot(4).consensus[[1, 0]].mean(dim=(1, 2, 3))
-    torch.testing.assert_close(shown, expected, atol=0.02, rtol=0)
-
-
-def test_gif_of_a_long_run_leaves_steps_out(
-    model: Model, observation: Observation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recording_module, "GIF_FRAMES", 3)
-    made = recorder(store := MemoryStore(), model, observation)
-    list(made.follow(snapshot(step, steps=6) for step in range(7)))
-    with Image.open(io.BytesIO(gif(Recording.open(store)))) as animation:
-        assert animation.n_frames == 3  # type: ignore[attr-defined]
-
-
-def test_gif_of_nothing(model: Model, observation: Observation) -> None:
-    recorder(store := MemoryStore(), model, observation)
-    with pytest.raises(GradinvError, match="nothing to animate"):
-        gif(Recording.open(store))
-
-
-def test_gif_wraps_after_eight_pictures() -> None:
-    image = recording_module._mosaic(torch.zeros(9, 3, 64, 64))
-    assert image.size == (8 * 128, 2 * 128)
-    assert image.getpixel((200, 200)) == (255, 255, 255) and image.getpixel((100, 200)) == (0, 0, 0)
 
 
 def test_a_real_run_live_and_replayed(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> None:

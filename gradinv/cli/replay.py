@@ -23,11 +23,14 @@ EXAMPLES = ""
 def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     """Which run, and what of it."""
     parser.add_argument("directory", metavar="DIR", help="the folder of the run")
-    parser.add_argument("--gif", metavar="FILE", help="write the consensus over the steps as an animated GIF")
+    parser.add_argument(
+        "--gif", metavar="FILE", help="write the originals and the consensus over the steps as an animated GIF"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    from gradinv.recording import DirectoryStore, Recording, gif
+    from gradinv.animation import gif
+    from gradinv.recording import DirectoryStore, Recording
     from gradinv.types import GradinvError
 
     say = speaker(args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 import streamlit as st
@@ -15,8 +15,9 @@ from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import from_path
 from gradinv.types import GradinvError
 from gradinv.web import head, lessons, markup, shared
+from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded
-from gradinv.web.lessons import Candidate, Pool
+from gradinv.web.lessons import Attack, Candidate, Pool
 
 TOP = 3  # pictures that are shown for each of the batch
 AMONG = ("samples", "ImageNet folder")  # as the address says it too
@@ -28,15 +29,21 @@ def page() -> None:
     with guarded():
         head.lead(
             "Who was in the batch?",
-            "An attacker who has a pile of pictures need not rebuild anything. It solves the last layer’s gradient "
-            "for what the network sees in each picture of the batch, and looks up which pictures look like that to "
-            "the network.",
+            "An attacker who has a pile of pictures does not have to rebuild anything. It solves the last layer’s "
+            "gradient for what the network sees in each picture of the batch, and looks up which pictures look like "
+            "that to the network.",
         )
         choice = lessons.controls()
         texts = lessons.defences()
-        pool = _pool(choice.network)
-        if pool is not None:
+        own = lessons.brought()
+        pool = _pool(choice.network if own is None else own.model)
+        if pool is None:
+            return
+        if own is None:
             _search(choice, texts, pool)
+        else:
+            _search_own(own, choice.seed, texts, pool)
+        lessons.credits(pool)
 
 
 def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
@@ -50,21 +57,37 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
     with st.container(key="strip"):
         st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
     found = lessons.attacked(choice.network, pool.name, places, texts, choice.seed, pool)
+    asked = (choice.network, pool.name, places, texts, choice.seed, found.features)
+    _found(network, pool, found, places if shown else None, lambda: lessons.painted(*asked))
+
+
+def _search_own(own: Gradient, seed: int, texts: tuple[str, ...], pool: Pool) -> None:
+    """The same of a gradient that the visitor brought, of which nobody here knows the pictures."""
+    network, observation = shared.model(own.model), own.find(shared.visitor())
+    found = lessons.attacked_own(own.key, own.model, texts, seed, observation)
+    _found(network, pool, found, None, lambda: lessons.painted_own(own.key, own.model, texts, seed, found.features))
+
+
+def _found(
+    network: Model, pool: Pool, found: Attack, places: Sequence[int] | None, paint: Callable[[], tuple[str, ...]]
+) -> None:
+    """What the attack comes to, held against the batch's `places` in the pool where they may be seen."""
     similarity, ranked = (part.tolist() for part in pool.gallery.match(found.features, TOP))
+    spent = f"{found.seconds:.1f} s" if found.seconds >= 0.1 else "less than 0.1 s"
     st.header("What the server finds", anchor=False)
     with st.container(key="search-facts"):
         st.markdown(
             markup.facts(
                 [
                     ("searched", markup.count(len(pool.candidates), "picture")),
-                    ("time to read the gradient", f"{found.seconds:.1f} s"),
+                    ("time to read the gradient", spent),
                     ("residual of the features", markup.number(found.residual)),
                     *(
                         [
                             ("labels right", f"{lessons.right(found.labels, pool.labels(places))} of {len(places)}"),
                             ("pictures found", f"{lessons.found([row[0] for row in ranked], places)} of {len(places)}"),
                         ]
-                        if shown
+                        if places is not None
                         else []
                     ),
                 ]
@@ -79,15 +102,14 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
         bind="query-params",
         help="A network that learned from 100,000 public pictures paints a first guess. The search does without it.",
     )
-    painted = lessons.painted(choice.network, pool.name, places, texts, choice.seed, found.features) if prior else None
+    painted = paint() if prior else None
     names = [network.class_name(label) for label in found.labels.tolist()]
     with st.container(key="lineup"):
-        st.markdown(lineup(pool, names, ranked, similarity, places if shown else None, painted), unsafe_allow_html=True)
+        st.markdown(lineup(pool, names, ranked, similarity, places, painted), unsafe_allow_html=True)
     st.caption(
         f"For each picture of the batch: the class that was read, and the {TOP} pictures whose features are most "
         f"similar (cosine), the most similar one large. Nothing is optimised in pixels. {pool.counted}"
     )
-    lessons.credits(pool)
 
 
 def trust(residual: float) -> str:
@@ -131,7 +153,8 @@ def lineup(
             else ""
         )
         cards += (
-            f'<article class="gi-suspect"><h4><small>Picture {number}</small>{escape(name)}</h4>'
+            f'<article class="gi-suspect"><div class="gi-name" role="heading" aria-level="3">'
+            f"<small>Picture {number}</small>{escape(name)}</div>"
             f'<div class="gi-matches">{tiles}{guess}</div></article>'
         )
     return f'<div class="gi-lineup">{cards}</div>'

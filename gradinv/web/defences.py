@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +17,7 @@ from gradinv import figures, metrics
 from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.types import Gradients
 from gradinv.web import head, layers, lessons, markup, replay, shared
+from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded
 from gradinv.web.lessons import Attack, Pool
 from gradinv.web.markup import Row, Tile
@@ -45,6 +46,9 @@ def page() -> None:
         choice = lessons.controls()
         texts = lessons.defences()
         _notes(texts)
+        if (own := lessons.brought()) is not None:
+            _own(own, texts, choice.seed)
+            return
         pool = lessons.samples(choice.network)
         pool, places = lessons.drawn(pool, choice)
         _attacker(choice, texts, pool, places)
@@ -93,7 +97,7 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
         f"The pictures are searched among {len(pool.candidates)}. {pool.counted} Below the guesses: how similar the "
         "recovered features are to the picture’s own (cosine), and whether that picture is the best match. What is "
         "painted of the features comes from a **learned prior**, a network trained on 100,000 public pictures. The "
-        "page Live rebuilds in earnest."
+        "page Live does the whole attack."
     )
     for one, other in replay.defended():
         notes = " ".join(parse(text).note for text in other.defences)
@@ -167,7 +171,7 @@ def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
     st.markdown(
         f"Of {'one picture' if len(places) == 1 else f'{len(places)} pictures'} of the batch, shared as a batch of "
         "their own: the layers that can be solved, from the output down, and what a short search for the pixels below "
-        "them leaves to see. [Layer by layer](layers) shows how that works."
+        "them shows. [Layer by layer](layers) shows how that works."
     )
     network = shared.model(choice.network)
     rows = [_originals(pool, places, bool(st.session_state.get("truth", True)))]
@@ -190,12 +194,62 @@ def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
     st.caption(f"One seed and {layers.SEARCH} iterations, so that it is there at once; the page Live takes more.")
 
 
+# --- a gradient of one's own
+
+
+def _own(own: Gradient, texts: tuple[str, ...], seed: int) -> None:
+    """The same of a gradient that the visitor brought, of which nobody here knows the pictures."""
+    network, observation = shared.model(own.model, size=own.side), own.find(shared.visitor())
+    st.header("What the attacker still gets", anchor=False)
+    both = {
+        name: (behind, lessons.attacked_own(own.key, own.model, behind, seed, observation))
+        for name, behind in {"No defence": (), "Defended": texts}.items()
+        if name == "No defence" or texts
+    }
+    first = both["No defence"][1]
+    rows, tiles = [], []
+    for name, (behind, found) in both.items():
+        read = Counter(network.class_name(label) for label in found.labels.tolist())
+        classes = ", ".join(f"{known} ×{count}" if count > 1 else known for known, count in sorted(read.items()))
+        rows.append([name, classes, markup.number(found.residual)])
+        order, similarity = metrics.aligned(found.features, first.features)
+        uris = lessons.painted_own(own.key, own.model, behind, seed, found.features)
+        guesses = [
+            Tile(uris[one], f"{name}: guess of a learned prior", "" if found is first else f"{value:.3f}")
+            for one, value in zip(order, similarity, strict=True)
+        ]
+        tiles.append(Row(name, guesses, "learned prior"))
+    st.markdown(table(("", "Classes read", "Residual of the features"), rows), unsafe_allow_html=True)
+    st.markdown(markup.board(tiles), unsafe_allow_html=True)
+    st.caption(
+        "What is painted of the features comes from a **learned prior**, a network trained on 100,000 public pictures. "
+        "Behind a defence, below each guess: how similar the features are to those without (cosine)."
+    )
+    st.header("Where the attack stops", anchor=False)
+    rebuilt = []
+    for name, (behind, _) in both.items():
+        st.markdown(f"**{name}**")
+        way = layers.way_of(own, network, behind, seed)
+        if way is None:
+            return
+        st.markdown(way.ladder(network), unsafe_allow_html=True)
+        pictures = zip(way.rebuilt, way.classes, strict=True)
+        rebuilt.append(Row(name, [Tile(uri, f"{name}: rebuilt, read as {known}", known) for uri, known in pictures]))
+    st.markdown(markup.board(rebuilt), unsafe_allow_html=True)
+    st.caption(f"One seed and {layers.SEARCH} iterations, so that it is there at once; the page Live takes more.")
+    changed = lessons.defended(observation, texts, seed).gradients
+    _lost(*distortion(observation.gradients, changed))
+
+
 # --- the server
 
 
 def _server(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: tuple[int, ...]) -> None:
+    _lost(*_distorted(choice.network, pool.name, places, texts, choice.seed, pool))
+
+
+def _lost(by_layer: Mapping[str, Distortion], whole: Distortion) -> None:
     st.header("What the server loses", anchor=False)
-    by_layer, whole = _distorted(choice.network, pool.name, places, texts, choice.seed, pool)
     st.markdown(
         markup.facts([("relative error of the gradient", f"{whole.error:.3g}"), ("cosine", f"{whole.cosine:.4f}")]),
         unsafe_allow_html=True,
@@ -212,7 +266,7 @@ def _server(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
     )
 
 
-@st.cache_data(max_entries=256, show_spinner="The gradient is compared")
+@shared.kept(st.cache_data, lessons.of_own, max_entries=256, show_spinner="The gradient is compared")
 def _distorted(
     name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _pool: Pool
 ) -> tuple[dict[str, Distortion], Distortion]:

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import plotly.graph_objects as go
 import streamlit as st
@@ -23,9 +24,10 @@ from gradinv.models import Model
 from gradinv.network import STEM, Segment, node_shapes, parts
 from gradinv.recovery.convolution import Equations
 from gradinv.recovery.recover import recover
-from gradinv.types import SolvedNode
+from gradinv.types import Observation, Recovered, Snapshot, SolvedNode
 from gradinv.victim import observe
 from gradinv.web import head, lessons, markup, shared, solved
+from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded
 from gradinv.web.lessons import OFF
 from gradinv.web.markup import Row, Tile
@@ -57,19 +59,19 @@ class Count:
 class Seen:
     """A layer that was solved: its relative error as it is estimated and as it is, the median over the pictures; by
     picture what it holds, recovered and true; of one channel the recovered values, their mask and the true mask; and
-    the share of mask entries that are wrong."""
+    the share of mask entries that are wrong. All but the estimate is for those who have the pictures."""
 
     name: str
     shape: tuple[int, ...]
     estimated: float
-    true: float
-    found: tuple[str, ...]
-    own: tuple[str, ...]
-    channel: tuple[str, ...]
-    mask: tuple[str, ...]
-    own_mask: tuple[str, ...]
-    on: float
-    wrong: float
+    true: float = math.nan
+    found: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    channel: tuple[str, ...] = ()
+    mask: tuple[str, ...] = ()
+    own_mask: tuple[str, ...] = ()
+    on: float = math.nan
+    wrong: float = math.nan
 
     @property
     def layer(self) -> Layer:
@@ -80,7 +82,8 @@ class Seen:
 @dataclass(frozen=True)
 class Way:
     """How far a gradient was solved, the highest layer first, and in a sentence why no further; with a search below
-    that also the pictures that came of it, and their PSNR in dB and that of the best constant colours."""
+    that also the pictures that came of it, and their PSNR in dB and that of the best constant colours;
+    where nobody has the pictures, instead their `classes` as they were read."""
 
     layers: tuple[Seen, ...]
     stopped: str
@@ -88,6 +91,7 @@ class Way:
     rebuilt: tuple[str, ...] = ()
     psnr: tuple[float, ...] = ()
     baseline: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
 
     def ladder(self, network: Model) -> str:
         """HTML: a mark for each layer, and in words how far it went."""
@@ -244,16 +248,39 @@ def way(
 ) -> Way | None:
     """Solve the batch's gradient behind some defences, or take it from what was solved, and where that is asked for
     `search` for pixels below. None as long as the visitor has not asked for what takes long."""
+
+    def solve(progress: Callable[[SolvedNode], None]) -> Way:
+        candidates = [pool.candidates[place] for place in places]
+        return attack(network, candidates, pool.labels(places), texts, seed, search=search, progress=progress)
+
     key = (network.name, network.preprocessing.size, pool.name, places, texts, seed, search)
-    # What comes of a visitor's own pictures is kept in the visit only.
-    kept = _ways if pool.name == lessons.SHARED else st.session_state.setdefault("own_ways", OrderedDict())
+    return _kept(key, lessons.own(pool.name), network, len(places), texts, solve)
+
+
+def way_of(own: Gradient, network: Model, texts: tuple[str, ...], seed: int) -> Way | None:
+    """The same of a gradient that the visitor brought, and always with a search."""
+    observation = own.find(shared.visitor())
+    key = (network.name, network.preprocessing.size, own.key, (), texts, seed, True)
+    return _kept(key, True, network, own.batch_size, texts, partial(blind, network, observation, texts, seed))
+
+
+def _kept(
+    key: tuple[object, ...],
+    private: bool,
+    network: Model,
+    batch_size: int,
+    texts: tuple[str, ...],
+    solve: Callable[[Callable[[SolvedNode], None]], Way],
+) -> Way | None:
+    """What `solve` gives, or gave before; what is `private` is kept in the visit only."""
+    kept = st.session_state.setdefault("own_ways", OrderedDict()) if private else _ways
     with _guard:
         if key in kept:
             kept.move_to_end(key)
             found: Way = kept[key]
             return found
     with shared.using:
-        expected = pace.solving(network, len(places))
+        expected = pace.solving(network, batch_size)
     asked = st.session_state.get("solve")
     if expected > AT_ONCE and asked != key[:4]:
         st.info(f"Solving this takes {markup.about(expected)}.")
@@ -272,8 +299,9 @@ def way(
         told.markdown(shown, unsafe_allow_html=True)
 
     with _solving:  # one visitor after the other: each takes all of the machine
-        candidates = [pool.candidates[place] for place in places]
-        found = attack(network, candidates, pool.labels(places), texts, seed, search=search, progress=progress)
+        found = solve(progress)
+    if found.layers:
+        pace.solved(network, batch_size, found.seconds)
     told.empty()
     with _guard:
         kept[key] = found
@@ -310,14 +338,41 @@ def attack(
     seconds = sum(node.seconds for node in found.nodes)
     if not search:
         return Way(layers, found.stopped, seconds)
-    # A network of its own: hooks on one hear every thread that runs it, and this takes long.
-    own = replace(network, network=copy.deepcopy(network.network))
-    *_, last = invert(own, observation, config, recovered=found)
+    last = _search(network, observation, config, found)
     rebuilt = last.consensus[metrics.pair(last.consensus, last.labels, pixels, labels.tolist())]
     quality, baseline = (
         tuple(metrics.psnr(images, pixels).tolist()) for images in (rebuilt, metrics.constant_colour(pixels))
     )
     return Way(layers, found.stopped, seconds, figures.tiles(rebuilt), quality, baseline)
+
+
+def blind(
+    network: Model,
+    observation: Observation,
+    texts: Sequence[str],
+    seed: int,
+    progress: Callable[[SolvedNode], None] | None = None,
+) -> Way:
+    """Solve a gradient of which nobody has the pictures, behind some defences, and search for pixels below."""
+    observation = lessons.defended(observation, texts, seed)
+    read = "ilrg" if texts else "auto"
+    config = AttackConfig.preset("demo", network.name, labels=read, seeds=1, iterations=SEARCH)
+    found = recover(network, observation, config, progress=progress)
+    layers = tuple(
+        Seen(node.name, tuple(node.activation.shape[1:]), float(node.error.median())) for node in found.nodes
+    )
+    last = _search(network, observation, config, found)
+    classes = tuple(network.class_name(label) for label in last.labels)
+    seconds = sum(node.seconds for node in found.nodes)
+    return Way(layers, found.stopped, seconds, figures.tiles(last.consensus), classes=classes)
+
+
+def _search(network: Model, observation: Observation, config: AttackConfig, found: Recovered) -> Snapshot:
+    """Where a search for pixels below what was solved ends."""
+    # A network of its own: hooks on one hear every thread that runs it, and this takes long.
+    own = replace(network, network=copy.deepcopy(network.network))
+    *_, last = invert(own, observation, config, recovered=found)
+    return last
 
 
 def _seen(node: SolvedNode, found: Tensor, true: Tensor) -> Seen:
@@ -361,10 +416,10 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
         Tile(lessons.thumbnail_of(pool, place), f"Original: {title}", title)
         for place, title in zip(places, titles, strict=True)
     ]
-    numbers = f"{math.prod(seen.shape):,} numbers of each"
+    numbers = f"{math.prod(seen.shape):,} numbers of each picture"
     rows = [
         Row("Originals", originals, "only the client has them"),
-        Row("True", _tiles(seen.own, f"What {name} holds of", titles), f"{numbers}; nine channels"),
+        Row("True", _tiles(seen.own, f"What {name} holds of", titles), f"{numbers}; nine of {seen.shape[0]} channels"),
         Row("Recovered", _tiles(seen.found, f"What was recovered of {name} for", titles), "from the gradient alone"),
     ]
     with st.container(key="layer-board"):

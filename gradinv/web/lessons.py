@@ -28,12 +28,15 @@ from gradinv.models import Model
 from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
 from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
 from gradinv.sources import SAMPLES, Picture, gallery
-from gradinv.types import Observation
+from gradinv.types import GradinvError, Observation
 from gradinv.victim import final_gradient, observe
-from gradinv.web import markup, shared, uploads
+from gradinv.web import gradient, markup, shared, uploads
+from gradinv.web.gradient import Gradient
 
 NETWORKS = ("resnet18-tiny", "resnet50-tiny")
 MOST = 20  # pictures in a batch: to solve the features of more takes too long for a lesson
+MOST_BROUGHT = 48  # pictures of a gradient that a visitor brings, who may wait
+SAMPLE = ("goldfish", "tabby", "lion", "coffee")  # of whose gradient a file is there to try
 REPEATS = 4  # pictures of one class that are drawn together at most
 DRAWS = 99
 VIEWS = ("", "mirrored", "cropped", "cropped and mirrored")
@@ -49,6 +52,7 @@ STRENGTHS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Each defence's slider and its strengths, weakest first, in the order in which they are applied."""
 OFF = "off"
 SHARED = "samples"  # what the pool of the bundled photographs is called
+OWN = "own_pictures"  # in the session, and how the name of a pool begins that holds some
 
 LAYOUT = {
     "paper_bgcolor": "rgba(0,0,0,0)",
@@ -60,6 +64,16 @@ LAYOUT = {
 
 
 # --- the pictures
+
+
+def own(pool: str) -> bool:
+    """Whether a pool of that name holds a visitor's own pictures."""
+    return pool.startswith(OWN)
+
+
+def of_own(name: str, among: str, *_: object) -> bool:
+    """The same of what is asked of a network and a pool."""
+    return own(among)
 
 
 @dataclass(frozen=True)
@@ -162,7 +176,7 @@ def pixels_of(network: Model, candidates: Sequence[Candidate]) -> Tensor:
     return torch.stack([to_pixels(item.open(), network.preprocessing) for item in candidates])
 
 
-@st.cache_data(max_entries=2048, show_spinner=False)
+@shared.kept(st.cache_data, lambda pool, *_: own(pool), max_entries=2048, show_spinner=False)
 def thumbnail(pool: str, key: str, view: int, _picture: Picture) -> str:
     """A square thumbnail of a view as a data URI. Raises GradinvError for a picture that cannot be decoded."""
     return figures.tile(ImageOps.fit(seen(_picture.open(), view), (96, 96)), quality=70)
@@ -225,50 +239,70 @@ def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
     return Choice(str(network), size, repeats, int(seed), None if side is None else int(side))
 
 
-OWN = "own_pictures"  # in the session
-
-
 def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:
     """The places of the batch: those of the draw, or the visitor's own pictures, which are then among those that are
     searched. Offers to bring some."""
-    own: list[uploads.Upload] = st.session_state.setdefault(OWN, [])
+    sent: list[uploads.Upload] = st.session_state.setdefault(OWN, [])
     with st.expander("Your own pictures as the batch", icon=":material/upload:"):
         st.caption(f"{uploads.PRIVACY} Their classes are those that the network takes them for.")
-        sent = uploads.pictures("own")
-        if sent is not None:
-            added, notices = sent
-            st.session_state[OWN] = [*own, *added][:MOST]
-            if len(own) + len(added) > MOST:
+        more = uploads.pictures("own")
+        if more is not None:
+            added, notices = more
+            st.session_state[OWN] = [*sent, *added][:MOST]
+            if len(sent) + len(added) > MOST:
                 notices.append(f"A batch takes at most {MOST} pictures here; the others were left out.")
             st.session_state.own_notices = notices
             st.rerun()
         uploads.tell(st.session_state.pop("own_notices", []))
-        if own:
+        if sent:
             st.button("Remove all", key="own-remove", type="tertiary", icon=":material/delete:", on_click=_drop_own)
-    if not own:
+    if not sent:
         return pool, pool.draw(choice.size, choice.repeats, choice.seed)
-    st.caption(f"The batch is {markup.count(len(own), 'picture')} of your own; the sliders of the draw do nothing.")
-    key = (choice.network, pool.name, *(upload.id for upload in own))
+    st.caption(f"The batch is {markup.count(len(sent), 'picture')} of your own; the sliders of the draw do nothing.")
+    key = (choice.network, pool.name, *(upload.id for upload in sent))
     if st.session_state.get("own_pool", (None,))[0] != key:
-        st.session_state.own_pool = (key, _with_own(choice.network, pool, own))
+        st.session_state.own_pool = (key, _with_own(choice.network, pool, sent))
     joined: Pool = st.session_state.own_pool[1]
     return joined, tuple(range(len(pool.candidates), len(joined.candidates)))
 
 
-def _with_own(name: str, pool: Pool, own: Sequence[uploads.Upload]) -> Pool:
+def brought() -> Gradient | None:
+    """The gradient that the visitor brought, here or on the page Live, which then takes the batch's place. Offers to
+    bring one. Raises GradinvError where it is of more pictures than a lesson takes."""
+    held = gradient.held()
+    with st.expander("A gradient of your own", icon=":material/share:", expanded=held is not None):
+        if held is not None:
+            gradient.card(shared.visitor())
+        else:
+            gradient.panel(shared.model(NETWORKS[0]), SAMPLE, shared.visitor())
+    if held is not None and held.batch_size > MOST_BROUGHT:
+        raise GradinvError(
+            f"Your gradient is of {held.batch_size} pictures, and a lesson takes at most {MOST_BROUGHT}; the page Live "
+            "takes more. Remove it above to go on with a batch."
+        )
+    return held
+
+
+@st.cache_resource(max_entries=8, show_spinner="The server reads the gradient", scope="session")
+def attacked_own(key: str, name: str, texts: tuple[str, ...], seed: int, _observation: Observation) -> Attack:
+    """The attack on a gradient that the visitor brought, behind some defences."""
+    return attack(shared.model(name), defended(_observation, texts, seed))
+
+
+def _with_own(name: str, pool: Pool, sent: Sequence[uploads.Upload]) -> Pool:
     """A pool and some uploads behind it."""
     network = shared.model(name)
     size = network.preprocessing.size
     candidates = []
-    for upload in own:
+    for upload in sent:
         pixels = to_pixels(upload.picture.open(), network.preprocessing)
         label = shared.prediction(name, size, upload.id, pixels)
         picture = replace(upload.picture, key=upload.id, name=network.class_name(label))
         candidates.append(Candidate(picture, label))
     features = torch.cat([pool.gallery.features, _features(network, candidates)])
-    paths = (*pool.gallery.paths, *(pool.gallery.folder / upload.id for upload in own))
+    paths = (*pool.gallery.paths, *(pool.gallery.folder / upload.id for upload in sent))
     joined = Gallery(pool.gallery.folder, paths, features)
-    name = " ".join([pool.name, *(upload.id for upload in own)])
+    name = " ".join([OWN, pool.name, *(upload.id for upload in sent)])
     return Pool(name, (*pool.candidates, *candidates), joined)
 
 
@@ -323,7 +357,7 @@ def observed_final(network: Model, pool: Pool, places: Sequence[int]) -> Observa
     )
 
 
-@st.cache_resource(max_entries=2, show_spinner="The client computes its gradient")
+@shared.kept(st.cache_resource, of_own, max_entries=2, show_spinner="The client computes its gradient")
 def observed(name: str, among: str, places: tuple[int, ...], _pool: Pool) -> Observation:
     """What the client shares of a batch: the gradient of all layers. Kept for the last two batches, since it is as
     large as the network."""
@@ -397,7 +431,7 @@ def readings(network: Model, observation: Observation, scale: float = 1.0) -> di
     }
 
 
-@st.cache_resource(max_entries=64, show_spinner="The server reads the gradient")
+@shared.kept(st.cache_resource, of_own, max_entries=64, show_spinner="The server reads the gradient")
 def attacked(name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _pool: Pool) -> Attack:
     """The attack on a batch behind some defences, which act on the gradients of all layers together."""
     network = shared.model(name)
@@ -406,11 +440,17 @@ def attacked(name: str, among: str, places: tuple[int, ...], texts: tuple[str, .
     return attack(network, defended(observed(name, among, places, _pool), texts, seed))
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
+@shared.kept(st.cache_data, of_own, max_entries=64, show_spinner=False)
 def painted(
     name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _features: Tensor
 ) -> tuple[str, ...]:
     """What a learned prior makes of recovered features (K, D), as data URIs. What comes before tells them apart."""
+    return figures.tiles(prior.preview(shared.model(name), _features))
+
+
+@st.cache_data(max_entries=8, show_spinner=False, scope="session")
+def painted_own(key: str, name: str, texts: tuple[str, ...], seed: int, _features: Tensor) -> tuple[str, ...]:
+    """The same of a gradient that the visitor brought."""
     return figures.tiles(prior.preview(shared.model(name), _features))
 
 

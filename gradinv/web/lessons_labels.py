@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -13,9 +13,11 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from gradinv.figures import COLOURS, NEUTRAL
+from gradinv.models import Model
 from gradinv.recovery.labels import METHODS, restore_labels
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, Observation
 from gradinv.web import head, lessons, markup, shared
+from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded
 
 SURE = 0.99  # a plain method's confidence from which `auto` ends at its reading, at once
@@ -48,25 +50,48 @@ def page() -> None:
 
 
 def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
+    if (own := lessons.brought()) is not None:
+        _own(own)
+        return
     network = shared.model(choice.network)
     pool, places = lessons.drawn(pool, choice)
-    observation = lessons.observed_final(network, pool, places)
-    gradient, bias = (observation.gradients[f"{network.final}.{part}"].cpu() for part in ("weight", "bias"))
-    names = [network.class_name(label) for label in range(len(network.classes))]
     true = Counter(pool.labels(places).tolist())
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.markdown(f"**{markup.count(len(places), 'picture')} of {_classes(len(true))}** in the batch")
         shown = st.toggle("Show the truth", True, key="truth", bind="query-params")
     with st.container(key="strip"):
         st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
+    asked = (choice.network, pool.name, places)
+    observation = lessons.observed_final(network, pool, places)
+    _shown(network, observation, true if shown else None, asked, lambda method: _reading(*asked, method, pool))
+    lessons.credits(pool)
+
+
+def _own(own: Gradient) -> None:
+    """The same of a gradient that the visitor brought, of which nobody here knows the truth."""
+    network, observation = shared.model(own.model), own.find(shared.visitor())
+    st.markdown(f"**{markup.count(own.batch_size, 'picture')}** in the batch; nobody here knows of which classes.")
+    asked = (own.model, own.key)
+    _shown(network, observation, None, asked, lambda method: _reading_own(*asked, method, observation))
+
+
+def _shown(
+    network: Model,
+    observation: Observation,
+    told: Mapping[int, int] | None,
+    asked: tuple[object, ...],
+    read: Callable[[str], Reading],
+) -> None:
+    """A gradient as this page looks at it. `told`: how often each class is in the batch, None where that is not to be
+    seen or not known; `asked` tells the gradient from others; `read` gives a method's reading."""
+    gradient, bias = (observation.gradients[f"{network.final}.{part}"].cpu() for part in ("weight", "bias"))
+    names, count = [network.class_name(label) for label in range(len(network.classes))], observation.batch_size
     order = by_minimum(gradient)
-    right = sum(label in true for label in order[: len(places)])
-    told = {label: true[label] for label in true} if shown else None
     st.header("1. Each class’s minimum", anchor=False)
     left, side = st.columns([5, 3], gap="large")
     with left:
         st.plotly_chart(
-            picture(gradient, names, len(places), told),
+            picture(gradient, names, count, told),
             key="minima",
             config={"displayModeBar": False},
             alt="Heatmap of the final layer’s gradient, classes by features: the rows with the most negative minimum "
@@ -81,17 +106,18 @@ def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
         st.markdown(
             "The network’s belief $p$ lies between 0 and 1, and $y$ is 1 for the picture’s own class, else 0. "
             "So a picture pushes **only its own class’s row below zero**, and those that the network took it for "
-            f"above. *Column-minimum*, the rule of the CVPR 2021 paper, takes the {len(places)} rows "
+            f"above. *Column-minimum*, the rule of the CVPR 2021 paper, takes the {count} rows "
             "whose minimum is most negative. It cannot see a class twice."
         )
-        if shown:
+        if told is not None:
+            right = sum(label in told for label in order[:count])
             st.markdown(
-                f"Here **{right} of {len(places)}** of these rows are classes of the batch"
-                + ("." if len(true) == len(places) else f", which holds {_classes(len(true))}.")
+                f"Here **{right} of {count}** of these rows are classes of the batch"
+                + ("." if len(told) == count else f", which holds {_classes(len(told))}.")
             )
     st.header("2. All classes in that order, and the bias, which counts", anchor=False)
     st.plotly_chart(
-        bars(gradient, bias, names, len(places), told),
+        bars(gradient, bias, names, count, told),
         key="bars",
         config={"displayModeBar": False},
         alt="Bars for all classes: above the minimum of each row of the gradient, below the bias’s gradient times the "
@@ -102,8 +128,7 @@ def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
         "what the network believed already. That is how repeated classes are counted."
     )
     st.header("3. What each method reads", anchor=False)
-    _methods(choice, pool, places, names, true if shown else None)
-    lessons.credits(pool)
+    _methods(names, told, count, asked, read)
 
 
 def _classes(number: int) -> str:
@@ -111,21 +136,20 @@ def _classes(number: int) -> str:
 
 
 def _methods(
-    choice: lessons.Choice,
-    pool: lessons.Pool,
-    places: tuple[int, ...],
     names: Sequence[str],
     true: Mapping[int, int] | None,
+    count: int,
+    asked: tuple[object, ...],
+    read: Callable[[str], Reading],
 ) -> None:
-    found = {method: _reading(choice.network, pool.name, places, method, pool) for method in METHODS[1:]}
-    asked = (choice.network, pool.name, places)
+    found = {method: read(method) for method in METHODS[1:]}
     if max(reading.confidence for reading in found.values()) >= SURE or st.session_state.get("auto") == asked:
         with st.spinner("Auto tests readings"):
-            found = {"auto": _reading(choice.network, pool.name, places, "auto", pool), **found}
+            found = {"auto": read("auto"), **found}
     elif st.button("Let auto correct the readings (up to a minute)", icon=":material/search:", key="auto-ask"):
         st.session_state.auto = asked
         st.rerun()
-    st.markdown(table(found, names, true, len(places)), unsafe_allow_html=True)
+    st.markdown(table(found, names, true, count), unsafe_allow_html=True)
     if auto := found.get("auto"):
         st.markdown(
             f"**auto** took the reading of {auto.method} and is **{100 * auto.confidence:.0f} % sure**: it solves for "
@@ -139,11 +163,20 @@ def _methods(
         )
 
 
-@st.cache_data(max_entries=512, show_spinner=False)
+@shared.kept(st.cache_data, lessons.of_own, max_entries=512, show_spinner=False)
 def _reading(name: str, among: str, places: tuple[int, ...], method: str, _pool: lessons.Pool) -> Reading:
     network = shared.model(name)
+    return _read(network, lessons.observed_final(network, _pool, places), method)
+
+
+@st.cache_data(max_entries=32, show_spinner=False, scope="session")
+def _reading_own(name: str, key: str, method: str, _observation: Observation) -> Reading:
+    return _read(shared.model(name), _observation, method)
+
+
+def _read(network: Model, observation: Observation, method: str) -> Reading:
     try:
-        restored = restore_labels(network, lessons.observed_final(network, _pool, places), method)
+        restored = restore_labels(network, observation, method)
     except GradinvError as error:
         return Reading({}, 0.0, str(error))
     return Reading(Counter(restored.labels.tolist()), restored.confidence, method=restored.method)

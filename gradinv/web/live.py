@@ -64,7 +64,7 @@ def _set_up() -> None:
     if network is None:
         return
     st.header("1. The client’s gradient" if pick.shares() else "1. The client’s pictures", anchor=False)
-    batch = pick.panel(network, run.visitor())
+    batch = pick.panel(network, shared.visitor())
     st.header("2. What the server receives", anchor=False)
     texts = _defences() if not pick.shares() else ()
     received = st.container(key="received")
@@ -125,7 +125,7 @@ def _check(network: Model, batch: Batch | Gradient | None, config: AttackConfig)
     if batch is None:
         raise GradinvError("Bring a gradient first.")
     if isinstance(batch, Gradient):
-        observation = batch.find(run.visitor())
+        observation = batch.find(shared.visitor())
         with shared.using:
             bn_targets(network, observation, config)
         check_memory(network, batch.batch_size, config)
@@ -182,7 +182,7 @@ def _received(
 
 def _preview(network: Model, batch: Batch | Gradient, texts: tuple[str, ...], method: str) -> shared.Preview:
     if isinstance(batch, Gradient):
-        return gradient.preview(network.name, batch.key, method, batch.find(run.visitor()))
+        return gradient.preview(network.name, batch.key, method, batch.find(shared.visitor()))
     key = tuple((member.chosen.id, member.label) for member in batch.members)
     pixels = torch.stack([member.pixels for member in batch.members])
     return shared.preview(network.name, network.preprocessing.size, key, texts, method, pixels)
@@ -238,7 +238,7 @@ def _work(network: Model, batch: Batch | Gradient, config: AttackConfig, texts: 
     preset: str = st.session_state.preset
     if isinstance(batch, Gradient):
         facts = run.Facts(network.name, size, preset, (), classes, (), (), (), ())
-        return Inversion(load, batch.shared(run.visitor()), config, facts)
+        return Inversion(load, batch.shared(shared.visitor()), config, facts)
     pixels = torch.stack([member.pixels for member in batch.members])
     facts = run.Facts(
         model=network.name,

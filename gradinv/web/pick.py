@@ -282,7 +282,9 @@ def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> 
 
     def describe(name: str) -> str:
         picture = by_key[name]
-        told = picture.name if named[picture.name] == 1 else f"{picture.name} ({picture.title})"
+        told = picture.name
+        if named[told] > 1 and picture.title != told:
+            told += f" ({picture.title})"
         return f"![{markup.plain(told)}]({thumbnails[name]}) {told}"
 
     def sync() -> None:

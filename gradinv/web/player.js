@@ -84,7 +84,7 @@ export default function (component) {
     const panel = make("section", "panel"), board = make("div"), charts = make("div", "charts");
     const body = make("div", run.batch > 5 ? "" : "few");
     body.append(board, charts);
-    panel.append(make("h3", "", run.title), make("p", "story", run.story), body);
+    panel.append(make("h2", "", run.title), make("p", "story", run.story), body);
     const row = (name, note) => {
       const line = make("div", "row"), label = make("div", "label"), tiles = make("div", "tiles");
       label.append(make("b", "", name), make("span", "", note));

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import streamlit as st
 
-from gradinv import figures, metrics, recording
+from gradinv import animation, figures, metrics
 from gradinv.defenses import parse
 from gradinv.jobs import Inversion, JobState, Layer, Pictures, Progress, Shared, Solving, manager
 from gradinv.recording import MemoryStore, Recording
@@ -20,6 +19,7 @@ from gradinv.web import head, lessons, markup, pick, replay, server, settings, s
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
+from gradinv.web.shared import visitor
 from gradinv.web.solved import MISFIT
 
 T = TypeVar("T")
@@ -111,12 +111,6 @@ def view(job: str) -> None:
         _live(job)
 
 
-def visitor() -> str:
-    """Who this session is to the job manager; nobody can guess it."""
-    name: str = st.session_state.setdefault("visitor", secrets.token_urlsafe(16))
-    return name
-
-
 def _begin(work: Inversion) -> None:
     """Start a run and go to it. Raises GradinvError where it is not accepted."""
     st.session_state.pop("revealed", None)
@@ -128,6 +122,11 @@ def owner() -> str:
     """Who starts runs here: the browser, by the cookie that the server gave it, so that its tabs are one; where there
     is none, the session."""
     return st.context.cookies.get(server.COOKIE) or visitor()
+
+
+def _own(state: JobState) -> bool:
+    """Whether this visitor started the run: others who have its link watch, and neither stop it nor start it again."""
+    return state.owner == owner()
 
 
 def way_back() -> bool:
@@ -200,8 +199,9 @@ def _head(state: JobState) -> None:
         st.html(KEYS, unsafe_allow_javascript=True)
         # The button that began the run is far down on the page before.
         st.html(markup.TO_TOP.format(state.id), unsafe_allow_javascript=True)
+        if presenting():
+            st.html('<div class="gi-presenting"></div>')
     if presenting():
-        st.html('<div class="gi-presenting"></div>')
         st.button("Leave the presentation (P)", type="tertiary", key="present", on_click=_present, args=(False,))
         return
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
@@ -221,7 +221,8 @@ def _head(state: JobState) -> None:
                 "Copy link",
                 icon=":material/link:",
                 key="copy-link",
-                help="The page’s address is the link to this run, for as long as the server keeps it.",
+                help="The page’s address is the link to this run, for as long as the server keeps it. Whoever has it "
+                "can watch the run, and see its pictures; only you can stop it.",
             )
             st.button("Present (P)", icon=":material/present_to_all:", key="present", on_click=_present, args=(True,))
             st.button("New run", icon=":material/arrow_back:", on_click=_leave, args=(state,))
@@ -334,16 +335,19 @@ def _solved_so_far(work: Inversion, solving: Solving | None) -> list[str]:
 
 
 def _status(state: JobState, progress: Progress | None) -> None:
-    label = "Leave the queue" if state.status == "queued" else "Stop and keep the result"
-    st.button(
-        "Stopping…" if state.stopping else label,
-        icon=":material/stop:",
-        key="stop",
-        width="stretch",
-        disabled=state.stopping,
-        on_click=manager().cancel,
-        args=(state.id,),
-    )
+    if _own(state):
+        label = "Leave the queue" if state.status == "queued" else "Stop and keep the result"
+        st.button(
+            "Stopping…" if state.stopping else label,
+            icon=":material/stop:",
+            key="stop",
+            width="stretch",
+            disabled=state.stopping,
+            on_click=manager().cancel,
+            args=(state.id,),
+        )
+    else:
+        st.caption("You watch a run that somebody else has started.")
     _again(state)
     speed = progress.speed if progress is not None else None
     _facts(
@@ -358,7 +362,7 @@ def _status(state: JobState, progress: Progress | None) -> None:
 def _again(state: JobState) -> None:
     """The same batch, behind a defence or without one."""
     work, _ = _work(state)
-    if work.originals is None:
+    if work.originals is None or not _own(state):
         return
     with st.popover("The same batch, with a defence", icon=":material/shield:", width="stretch"):
         st.caption(
@@ -494,7 +498,10 @@ def _rows(
         rows.append(Row("Originals", originals, "what the client kept"))
     if layer is not None:
         held = [Tile(uri, f"What {layer.name} holds of picture {place}") for place, uri in enumerate(layer.tiles, 1)]
-        rows.append(Row(layer.name, held, f"{layer.numbers:,} numbers of each, {solved.known(layer)}; nine channels"))
+        # It may break behind its dots.
+        name = layer.name.replace(".", ".\u200b")
+        note = f"{layer.numbers:,} numbers of each picture, {solved.known(layer)}; nine of {layer.shape[0]} channels"
+        rows.append(Row(name, held, note))
     seeds = work.config.seeds
     # A single seed is its own consensus.
     whole, note = ("Consensus", CONSENSUS[work.config.registration == "lazy"]) if seeds > 1 else ("Rebuilt", ALONE)
@@ -576,7 +583,7 @@ def _finished(state: JobState) -> None:
 
 def _go_on(state: JobState, progress: Progress) -> None:
     """Of a run that was stopped, the way on."""
-    if progress.kept is None or presenting():
+    if progress.kept is None or presenting() or not _own(state):
         return
     work, _ = _work(state)
     left = progress.steps - progress.step
@@ -645,7 +652,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
         )
         st.download_button(
             "Animation (GIF)",
-            lambda: recording.gif(recorded),
+            lambda: animation.gif(recorded),
             f"{name}.gif",
             "image/gif",
             icon=":material/animation:",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import importlib
+import re
 import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
@@ -25,7 +26,22 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 COOKIE = "gradinv-visitor"
 """What the server calls a browser, so that its tabs are one visitor: a random name, forgotten when it is closed."""
 
-_FONTS = Path(st.__file__).parent / "static" / "static" / "media"
+# A presentation that is opened by its link is large from the start: else all of it would grow once the page's own mark
+# is there, which then takes the place of this one.
+_PRESENTING = b"""<script>(() => {
+  const asked = new URLSearchParams(location.search);
+  if (asked.get('present') !== '1' || !(asked.has('job') || asked.has('tour'))) return;
+  const mark = document.createElement('div');
+  mark.className = 'gi-presenting';
+  document.body.append(mark);
+  new MutationObserver((_, observer) => {
+    if (!document.querySelector('.stHtml .gi-presenting, [data-testid="stAlert"]')) return;
+    mark.remove();
+    observer.disconnect();
+  }).observe(document.body, {childList: true, subtree: true});
+})()</script>"""
+_STATIC = Path(st.__file__).parent / "static"
+_FONTS = _STATIC / "static" / "media"
 _HEADINGS = "SourceSerif*Roman*.woff2"
 
 
@@ -48,7 +64,7 @@ class Styled:
             f'<link rel="preload" href="./static/media/{font.name}" as="font" type="font/woff2" crossorigin>'.encode()
             for font in _FONTS.glob(_HEADINGS)
         )
-        self._style = b"<style>" + (ASSETS / "style.css").read_bytes() + b"</style>"
+        self._style = _PRESENTING + b"<style>" + (ASSETS / "style.css").read_bytes() + b"</style>"
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = dict(scope.get("headers", ()))
@@ -79,6 +95,23 @@ def _cookie(scope: Message, headers: Mapping[bytes, bytes]) -> bytes:
     return f"{COOKIE}={secrets.token_urlsafe(16)}; Path=/; HttpOnly; {kind}".encode()
 
 
+_prepared: dict[str, bytes] = {}  # by name, which says the content's hash too, what every page needs
+
+
+def _compressed(body: bytes) -> bytes:
+    # A few levels below the best take a third of the time and give a few percent more.
+    return gzip.compress(body, 6)
+
+
+def prepare() -> None:
+    """Compress what Streamlit's document names, all of which a browser asks for before it paints anything."""
+    document = (_STATIC / "index.html").read_text(encoding="utf-8")
+    for name in re.findall(r"\./static/((?:js|css)/[\w.-]+)", document):
+        file = _STATIC / "static" / name
+        if file.is_file():
+            _prepared[file.name] = _compressed(file.read_bytes())
+
+
 class Packed:
     """ASGI middleware that sends Streamlit's scripts and style sheets compressed, each compressed once.
 
@@ -106,12 +139,13 @@ class Packed:
                 await send(start)
                 await send({"type": "http.response.body", "body": body})
                 return
-            # A few levels below the best take a third of the time and give a few percent more.
-            packed = await asyncio.to_thread(gzip.compress, body, 6)
-            kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            name = path.rpartition("/")[2]
+            if (small := _prepared.get(name)) is None:
+                small = await asyncio.to_thread(_compressed, body)
+            kept = [(known, value) for known, value in start["headers"] if known.lower() != b"content-length"]
             told = [(b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
-            length = (b"content-length", str(len(packed)).encode())
-            self._packed[path] = {**start, "headers": [*kept, *told, length]}, packed
+            length = (b"content-length", str(len(small)).encode())
+            self._packed[path] = {**start, "headers": [*kept, *told, length]}, small
         start, packed = self._packed[path]
         await send(start)
         await send({"type": "http.response.body", "body": packed})
@@ -173,9 +207,10 @@ async def ready(app: object) -> AsyncIterator[None]:
     replay, settings, shared, pace = (importlib.import_module(f"gradinv.{name}") for name in names)
     importlib.import_module("gradinv.web.live")
 
-    def prepare() -> None:
+    def rest() -> None:
+        prepare()
         replay.prepare()
         pace.probe(shared.model(settings.MODEL, size=settings.SIZE))
 
-    threading.Thread(target=prepare, name="gradinv-ready", daemon=True).start()
+    threading.Thread(target=rest, name="gradinv-ready", daemon=True).start()
     yield

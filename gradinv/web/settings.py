@@ -21,7 +21,7 @@ MOST_SEEDS, MOST_ITERATIONS = 1024, 1_000_000
 MORE_SIZES = (64, 96, 128, 160, 224)
 PRESETS = {
     "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. "
-    "Where none can be, Matching takes its place.",
+    "Where no layer can be solved, Matching takes its place.",
     "matching": "Matching: pixels are searched for until their gradient matches, with what worked best for the bundled "
     "networks on a CPU.",
     "paper": "Paper: the constants of the CVPR 2021 paper, for large images and a GPU; on a CPU take fewer iterations.",
@@ -133,7 +133,7 @@ def panel(model: str) -> AttackConfig:
     with right:
         bn = _told("BN statistics that the attacker uses", BN, base.bn, "bn", help=TERMS["BN"])
         if base.bn_weight == 0:
-            st.caption("Below a solved layer they count nothing, unless you raise their weight.")
+            st.caption("Where layers are solved they have no effect, unless you raise their weight.")
     start = "random"
     if model in DECODERS:
         start = _told("What the attack starts from", START, base.start, "start_from")

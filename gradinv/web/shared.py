@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 import streamlit as st
 import torch
@@ -23,6 +25,7 @@ from gradinv.sources import ImageFolder, Picture, SampleSet
 from gradinv.types import GradinvError
 from gradinv.victim import observe
 
+F = TypeVar("F", bound=Callable[..., Any])
 User = Literal["page", "worker"]
 _KEPT = 2  # models for each user
 
@@ -31,6 +34,28 @@ _loading: defaultdict[tuple[User, str], threading.Lock] = defaultdict(threading.
 _guard = threading.Lock()
 using = threading.Lock()
 """Held while a page runs a network: hooks on it hear every thread that does."""
+
+
+def kept(cache: Any, private: Callable[..., bool], **options: Any) -> Callable[[F], F]:
+    """A decorator: keep what a function gives, by a `cache` of Streamlit's with these options; what comes of a
+    visitor's own pictures, as `private` says of the arguments, in the visit only."""
+
+    def decorate(function: F) -> F:
+        everybody, visit = cache(**options)(function), cache(**options, scope="session")(function)
+
+        @wraps(function)
+        def find(*args: Any) -> Any:
+            return (visit if private(*args) else everybody)(*args)
+
+        return cast(F, find)
+
+    return decorate
+
+
+def visitor() -> str:
+    """Who this session is to what is held for visitors; nobody can guess it."""
+    name: str = st.session_state.setdefault("visitor", secrets.token_urlsafe(16))
+    return name
 
 
 def model(name: str, user: User = "page", size: int | None = None) -> Model:
@@ -112,7 +137,7 @@ def prediction(name: str, size: int, upload: str, _pixels: Tensor) -> int:
         return int(model(name, size=size).predict(_pixels[None])[0])
 
 
-@st.cache_data(max_entries=4096, show_spinner=False)
+@kept(st.cache_data, lambda source, *_: source == "upload", max_entries=4096, show_spinner=False)
 def thumbnail(source: str, key: str, _picture: Picture) -> str:
     """A square thumbnail as a data URI. Raises GradinvError for a picture that cannot be decoded."""
     return figures.tile(ImageOps.fit(_picture.open(), (128, 128)), quality=70)

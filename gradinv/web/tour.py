@@ -155,9 +155,10 @@ def banner(pages: Sequence[st.Page], page: st.Page) -> None:
     if not (presenting and step is OWN):  # a run that is presented shows nothing but its pictures
         with st.container(key="tour-words"):
             st.markdown(f"**{step.title}.** {step.words}\n\n:material/visibility: {step.task}")
-    st.html(markup.TO_TOP.format(number), unsafe_allow_javascript=True)
-    if presenting:
-        st.html('<div class="gi-presenting"></div>')
+    with st.container(key="tour-scripts"):
+        st.html(markup.TO_TOP.format(number), unsafe_allow_javascript=True)
+        if presenting:
+            st.html('<div class="gi-presenting"></div>')
 
 
 def _place(number: int, title: str) -> str:

@@ -422,6 +422,16 @@ def test_a_folder_with_something_else(content: bytes, sentence: str) -> None:
         Recording.open(MemoryStore({"run.json": content}))
 
 
+def test_a_run_of_a_registration_that_is_gone_still_opens() -> None:
+    store = MemoryStore.unpack(paths.ASSETS / "runs" / "registered.zip")
+    run = json.loads(store.read("run.json"))
+    run["config"]["registration"] = "flow"
+    store.write("run.json", json.dumps(run).encode())
+    recording = Recording.open(store)
+    assert recording.run["config"]["registration"] == "flow"
+    assert recording.snapshot(recording.steps[-1]).seeds.shape[0] == run["config"]["seeds"]
+
+
 def test_a_damaged_table_or_frame(tmp_path: Path, model: Model, observation: Observation) -> None:
     complete_run(DirectoryStore(tmp_path / "a"), model, observation)
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -122,8 +122,8 @@ class AttackConfig:
     stepping: str = _option(
         "auto",
         "how a step is executed, with the same result to rounding: by autograd, by a recording of its operations, by "
-        "that with weights in the CPU library's own layout or as a CUDA graph, or by whichever is fastest here",
-        choices=("auto", "eager", "traced", "packed", "graph"),
+        "that as a CUDA graph, or by whichever is fastest here",
+        choices=("auto", "eager", "traced", "graph"),
     )
     micro_batch: int = _option(
         0,
@@ -260,6 +260,7 @@ def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
 _RETIRED = {
     ("registration", "shift"): "affine, which finds shifts as well",
     ("registration", "flow"): "affine: dense flow gained nothing over it",
+    ("stepping", "packed"): "traced, which is as fast or faster by now",
 }
 _ERRORS = {"predicted": "loss", "recovered": "logits"}
 _BOUNDARY = re.compile(r"loss|logits|auto|maxpool|layer[1-4](\.\d+(\.conv[1-3])?)?")

@@ -175,17 +175,22 @@ def test_what_older_versions_called_errors_is_read(errors: str, tmp_path: Path) 
         AttackConfig.from_dict({"errors": "x"})
 
 
-@pytest.mark.parametrize("gone", ["shift", "flow"])
-def test_a_registration_that_is_gone_says_what_replaced_it(gone: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(GradinvError, match=rf"^registration={gone} is gone; take affine.*\.$"):
-        AttackConfig.from_dict({"registration": gone})
+@pytest.mark.parametrize(
+    ("name", "gone", "now"),
+    [("registration", "shift", "affine"), ("registration", "flow", "affine"), ("stepping", "packed", "traced")],
+)
+def test_a_choice_that_is_gone_says_what_replaced_it(
+    name: str, gone: str, now: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(GradinvError, match=rf"^{name}={gone} is gone; take {now}.*\.$"):
+        AttackConfig.from_dict({name: gone})
     with pytest.raises(SystemExit):
-        main(["invert", "tabby", "--registration", gone])
-    assert f"registration={gone} is gone; take affine" in capsys.readouterr().err
+        main(["invert", "tabby", f"--{name}", gone])
+    assert f"{name}={gone} is gone; take {now}" in capsys.readouterr().err
     # What a recording says of a run that was is left as it is.
-    assert recorded({"registration": gone, "seeds": 3}) == AttackConfig(seeds=3).to_dict() | {"registration": gone}
+    assert recorded({name: gone, "seeds": 3}) == AttackConfig(seeds=3).to_dict() | {name: gone}
     with pytest.raises(GradinvError, match="There is no setting 'steps'"):
-        recorded({"registration": gone, "steps": 3})
+        recorded({name: gone, "steps": 3})
 
 
 @pytest.mark.parametrize("boundary", ["loss", "logits", "auto", "maxpool", "layer2", "layer2.1", "layer3.0.conv1"])

@@ -127,9 +127,9 @@ def test_run_json_has_every_field_of_the_design(tmp_path: Path, model: Model, ob
 
 def test_how_steps_were_executed_is_recorded(model: Model, observation: Observation) -> None:
     made = Recorder(MemoryStore(), config=CONFIG, model=model, observation=observation)
-    last = dataclasses.replace(snapshot(4), stepping="packed", parallel_seeds=2)
+    last = dataclasses.replace(snapshot(4), stepping="traced", parallel_seeds=2)
     list(made.follow(iter([snapshot(0), last])))
-    assert (made.run["environment"]["stepping"], made.run["environment"]["parallel_seeds"]) == ("packed", 2)
+    assert (made.run["environment"]["stepping"], made.run["environment"]["parallel_seeds"]) == ("traced", 2)
 
 
 def test_what_read_the_labels_is_recorded_and_replayed(model: Model, observation: Observation) -> None:

@@ -32,7 +32,7 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import conv_flop_count, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from gradinv import __version__, sources
 from gradinv.attack.boundary import settled
@@ -45,7 +45,6 @@ from gradinv.models import MODELS, Model
 from gradinv.peers import BREACHING, breaching_attack, require_breaching
 from gradinv.recovery.recover import recover
 from gradinv.stepping import MODES, Stepper, evaluate, resolve_mode
-from gradinv.tape import PACKED_CONVOLUTIONS
 from gradinv.types import GradinvError
 from gradinv.victim import observe
 
@@ -381,8 +380,6 @@ class _Counter(TorchDispatchMode):
         packet, flops = func._overloadpacket, 0
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-        elif (name := packet.__name__) in PACKED_CONVOLUTIONS:
-            flops = conv_flop_count(args[0].shape, args[1].shape, result.shape, transposed="transpose" in name)
         name = str(packet)
         if packet is torch.ops.aten.convolution_backward:
             wanted = [of for of, wanted in zip(("input", "weight"), args[-1], strict=False) if wanted]

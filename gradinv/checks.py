@@ -19,7 +19,7 @@ from gradinv.batchnorm import check_train_mode, running_statistics
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.recovery.examination import named_for
-from gradinv.stepping import PARALLEL, resolve_mode
+from gradinv.stepping import resolve_mode, side_by_side
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -141,8 +141,6 @@ def _others(names: Sequence[str]) -> str:
 _PER_OUTPUT = 7
 _PER_WEIGHT = 1.5
 _PER_MATCHED = 2
-# What stays of packed weights: once for the convolution and once for the transposed one.
-_PER_PACKED = 2
 # The part of the machine's memory that seeds side by side take at the most, unless a config asks for more.
 _PARALLEL_SHARE = 0.25
 
@@ -157,7 +155,7 @@ def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
 
     Per seed its images, what the optimiser keeps, the gradient and a snapshot; for each of the `parallel_seeds` the
     gradients with their double backward, and what one evaluation holds of the images that are in the network at a
-    time; once, packed weights. A CUDA graph keeps its evaluation's memory, and autograd, with which it is compared,
+    time. A CUDA graph keeps its evaluation's memory, and autograd, with which it is compared,
     takes as much beside it. With `boundary=auto` what is more of both that may run. Raises GradinvError where the
     network has no stage of the name that the config matches up to, and for a stepping that cannot be had here.
     """
@@ -166,14 +164,15 @@ def estimate_memory(model: Model, batch_size: int, config: AttackConfig) -> int:
 
 
 def parallel_seeds(model: Model, batch_size: int, config: AttackConfig) -> int:
-    """How many seeds a run works on at a time: what the config says, as far as there are seeds and threads; one where
-    evaluations cannot run side by side, and on a GPU, where they would take turns. Left to itself (0) also no more than
-    a quarter of the machine's memory has room for: of that which is free would make rounding depend on what else runs.
+    """How many seeds a run works on at a time: what the config says, but no more than there are seeds and threads. It
+    is one if evaluations cannot run side by side, and on a GPU, where they would take turns. Left to itself (0), it is
+    also no more than a quarter of the machine's whole memory has room for: if it followed the free memory, rounding
+    would depend on what else runs.
 
     Raises GradinvError as `estimate_memory` does.
     """
     mode = resolve_mode(config.stepping, model.device, config.iterations * config.seeds)
-    if mode not in PARALLEL or model.device.type != "cpu":
+    if not side_by_side(mode) or model.device.type != "cpu":
         return 1
     most = min(config.seeds, torch.get_num_threads())
     if config.parallel_seeds > 0:
@@ -193,8 +192,6 @@ def _estimated(model: Model, batch_size: int, config: AttackConfig, parallel: in
     mode = resolve_mode(config.stepping, model.device, config.iterations * config.seeds)
     evaluations = 2 if mode == "graph" else parallel
     held = evaluations * (held + _PER_OUTPUT * outputs_per_image(model) * together)
-    if mode == "packed":
-        held += _PER_PACKED * sum(weights.values())
     return config.seeds * _PER_SEED[config.optimiser] * image_bytes + round(4 * held)
 
 

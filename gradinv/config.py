@@ -82,9 +82,9 @@ class AttackConfig:
     group: float = _option(0.01, "weight of group consistency, α_group (Eqn 11)", least=0)
     registration: str = _option(
         "affine",
-        "how the group's images are aligned to their mean before they are averaged (Eqn 12): not at all (lazy), by a "
-        "shift, by an affine map, or by an affine map and dense flow",
-        choices=("lazy", "shift", "affine", "flow"),
+        "how the group's images are aligned to their mean before they are averaged (Eqn 12): not at all (lazy) or by "
+        "an affine map",
+        choices=("lazy", "affine"),
     )
     registration_start: float = _option(0.25, "share of the run before the first registration", least=0)
     registration_interval: float = _option(0.005, "share of the run between two registrations", least=0)
@@ -122,8 +122,8 @@ class AttackConfig:
     stepping: str = _option(
         "auto",
         "how a step is executed, with the same result to rounding: by autograd, by a recording of its operations, by "
-        "that with weights in the CPU library's own layout or as a CUDA graph, or by whichever is fastest here",
-        choices=("auto", "eager", "traced", "packed", "graph"),
+        "that as a CUDA graph, or by whichever is fastest here",
+        choices=("auto", "eager", "traced", "graph"),
     )
     micro_batch: int = _option(
         0,
@@ -153,6 +153,8 @@ class AttackConfig:
             numeric = int | float if expected is float else expected
             if not isinstance(value, numeric) or (expected is not bool and isinstance(value, bool)):
                 raise GradinvError(f"{item.name} takes a value of type {expected.__name__}, not {value!r}.")
+            if (gone := retired(item.name, value)) is not None:
+                raise GradinvError(gone)
             if choices and value not in choices:
                 raise GradinvError(f"{item.name} takes one of {', '.join(choices)}, not {value!r}.")
             if least is not None and not least <= cast(float, value) < math.inf:  # NaN is refused too
@@ -241,6 +243,25 @@ def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**since, **found, "boundary": _ERRORS[errors]}
 
 
+def retired(name: str, value: object) -> str | None:
+    """Of a choice that older versions had, the sentence that says what replaced it; None for any other value."""
+    instead = _RETIRED.get((name, str(value)))
+    return None if instead is None else f"{name}={value} is gone; take {instead}."
+
+
+def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field of a config as some version recorded it, under today's names; choices that are gone stay, so that it
+    may be one that no longer runs. Raises GradinvError for an unknown key or value."""
+    found = upgraded(settings)
+    gone = {name: value for name, value in found.items() if retired(name, value) is not None}
+    return AttackConfig.from_dict({name: found[name] for name in found if name not in gone}).to_dict() | gone
+
+
+_RETIRED = {
+    ("registration", "shift"): "affine, which finds shifts as well",
+    ("registration", "flow"): "affine: dense flow gained nothing over it",
+    ("stepping", "packed"): "traced, which is as fast or faster by now",
+}
 _ERRORS = {"predicted": "loss", "recovered": "logits"}
 _BOUNDARY = re.compile(r"loss|logits|auto|maxpool|layer[1-4](\.\d+(\.conv[1-3])?)?")
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from gradinv import __version__, metrics
 from gradinv.attack.state import RunState
-from gradinv.config import AttackConfig
+from gradinv.config import AttackConfig, recorded
 from gradinv.images import from_grid, to_grid, to_image
 from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
 from gradinv.paths import write_whole
@@ -564,7 +564,7 @@ class Recording:
             missing = {"status", "config", "model", "environment", "labels", "iterations", "metrics"} - set(run)
             if missing:
                 raise KeyError(min(missing))
-            run["config"] = AttackConfig.from_dict(run["config"]).to_dict()
+            run["config"] = recorded(run["config"])
             curves = _read_curves(store.read("curves.csv")) if "curves.csv" in store.names() else []
             return cls(store, run, curves)
         except GradinvError:

@@ -14,23 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradinv.tape import Program, Tape, can_pack
+from gradinv.tape import Program, Tape
 from gradinv.types import GradinvError
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "eager", "traced", "packed", "graph")
+MODES = ("auto", "eager", "traced", "graph")
 
-# Modes whose evaluations may run side by side: what they run holds nothing that an evaluation changes.
-PARALLEL = ("traced", "packed")
-
-# Recording and checking cost about three evaluations; each one after that takes 0.45 to 0.75 of the time.
+# Recording and checking cost about three evaluations; each one after that takes 0.5 to 0.95 of the time.
 _WORTH_RECORDING = 20
 # By how much the check lets the pixel gradient deviate from autograd's, relative to its norm. A recording of the same
-# operations should not at all; packed weights and a GPU's kernels may sum in another order.
-_TOLERANCE = {"traced": 1e-5, "packed": 1e-3, "graph": 1e-3}
+# operations should not at all; a GPU's kernels may sum in another order.
+_TOLERANCE = {"traced": 1e-5, "graph": 1e-3}
 # What the images are multiplied by before each comparison; one that agrees is enough. Rounding moves a value over a
-# ReLU's corner at times, and then the gradient differs by more: in one of 40 comparisons of resnet18-tiny, packed.
+# ReLU's corner at times, and then the gradient differs by more.
 _COMPARED = (0.75, 0.5, 0.25)
 
 
@@ -66,16 +63,15 @@ class Stepper:
     """Evaluates a function of images together with the gradient of its total.
 
     `mode` says how: `eager` is autograd, the reference; `traced` runs a recording of the first evaluation, with
-    autograd's result to the last bit; `packed` runs it with the constant weights in the layout that the CPU's library
-    computes in, with the result to rounding; `graph` replays it as a CUDA graph (not yet measured on a GPU). Before
-    that the recording is compared with autograd on other images. Where recording, packing, capture or comparison
-    fails, one sentence is logged, `mode` becomes `eager`, and so it goes on. Any thread may call it, one at a time;
-    nothing is left behind in the thread or in the function.
+    autograd's result to the last bit; `graph` replays it as a CUDA graph (not yet measured on a GPU). Before that the
+    recording is compared with autograd on other images. If recording, capture or comparison fails, one sentence is
+    logged and `mode` becomes `eager`. Any thread may call it, one at a time; nothing is left behind in the thread or in
+    the function.
     """
 
     def __init__(self, function: Function, mode: str = "auto", *, steps: int | None = None, parallel: int = 1) -> None:
-        """`auto` becomes what pays for so many evaluations (`steps`; None: many) at the first one. So many in
-        `parallel` `each` runs, as far as the mode is in PARALLEL.
+        """At the first evaluation `auto` becomes the mode that pays for `steps` of them (None: for many). `each` runs
+        `parallel` seeds at a time if the mode `side_by_side`.
 
         Raises GradinvError for an unknown mode.
         """
@@ -104,7 +100,7 @@ class Stepper:
     @property
     def parallel(self) -> int:
         """How many seeds `each` runs at a time, as the mode is now."""
-        return self._parallel if self.mode in PARALLEL else 1
+        return self._parallel if side_by_side(self.mode) else 1
 
     def each(self, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Gradient]:
         """The same for every seed's images (g, B, 3, S, S); where `stop` is set on the way, only for the first few,
@@ -112,7 +108,7 @@ class Stepper:
         seeds, group = seeds.detach(), group.detach()
         if min(self._parallel, len(seeds)) > 1 and not stop.is_set():
             program = self._ready(seeds[0], group)
-            if program is not None and self.mode in PARALLEL:
+            if program is not None and side_by_side(self.mode):
                 return self._side_by_side(program, seeds, group, stop)
         found: list[Gradient] = []
         for images in seeds:
@@ -147,7 +143,7 @@ class Stepper:
     def _prepare(self, images: Tensor, group: Tensor) -> None:
         """Records the evaluation; what the recording gives is compared where it counts, on other images, since it may
         hold a value that depends on these."""
-        tape = Tape(packed=self.mode == "packed")
+        tape = Tape()
         try:
             found = evaluate(self._function, images, group, tape)
             program = tape.program([found.gradient, found.parts, *found.raw.values(), found.distance])
@@ -181,20 +177,23 @@ class Stepper:
 
 
 def resolve_mode(mode: str, device: torch.device, steps: int | None = None) -> str:
-    """The mode itself; for `auto` a CUDA graph on a GPU, a recording on a CPU, with packed weights where its library
-    has a layout of its own, and autograd for a few steps or elsewhere.
+    """The mode itself; for `auto` a CUDA graph on a GPU, a recording on a CPU, and autograd for a few steps or
+    elsewhere.
 
-    Raises GradinvError for `graph` without a CUDA device and for `packed` where there is no such library.
+    Raises GradinvError for `graph` without a CUDA device.
     """
     if mode == "graph" and device.type != "cuda":
         raise GradinvError("stepping=graph needs a CUDA device; take auto, traced or eager.")
-    if mode == "packed" and not (device.type == "cpu" and can_pack()):
-        raise GradinvError("stepping=packed needs a CPU with oneDNN; take auto, traced or eager.")
     if mode != "auto":
         return mode
     if steps is not None and steps < _WORTH_RECORDING:
         return "eager"
-    return {"cuda": "graph", "cpu": "packed" if can_pack() else "traced"}.get(device.type, "eager")
+    return {"cuda": "graph", "cpu": "traced"}.get(device.type, "eager")
+
+
+def side_by_side(mode: str) -> bool:
+    """Whether evaluations may run at the same time: what a recording runs holds nothing that an evaluation changes."""
+    return mode == "traced"
 
 
 _setting_threads = threading.Lock()

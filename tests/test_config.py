@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from gradinv.cli import main
 from gradinv.cli.settings import config_from, settings_given
-from gradinv.config import PRESETS, PRESETS_BY_MODEL, AttackConfig
+from gradinv.config import PRESETS, PRESETS_BY_MODEL, AttackConfig, recorded
 from gradinv.models import MODELS
 from gradinv.types import GradinvError
 
@@ -172,6 +173,24 @@ def test_what_older_versions_called_errors_is_read(errors: str, tmp_path: Path) 
     assert (found.boundary, found.optimiser, found.activations, found.pooling) == (boundary, "adam", 0.0, ())
     with pytest.raises(GradinvError, match=r"^errors, which is called boundary now, took one of predicted, recovered"):
         AttackConfig.from_dict({"errors": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "now"),
+    [("registration", "shift", "affine"), ("registration", "flow", "affine"), ("stepping", "packed", "traced")],
+)
+def test_a_choice_that_is_gone_says_what_replaced_it(
+    name: str, gone: str, now: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(GradinvError, match=rf"^{name}={gone} is gone; take {now}.*\.$"):
+        AttackConfig.from_dict({name: gone})
+    with pytest.raises(SystemExit):
+        main(["invert", "tabby", f"--{name}", gone])
+    assert f"{name}={gone} is gone; take {now}" in capsys.readouterr().err
+    # What a recording says of a run that was is left as it is.
+    assert recorded({name: gone, "seeds": 3}) == AttackConfig(seeds=3).to_dict() | {name: gone}
+    with pytest.raises(GradinvError, match="There is no setting 'steps'"):
+        recorded({name: gone, "steps": 3})
 
 
 @pytest.mark.parametrize("boundary", ["loss", "logits", "auto", "maxpool", "layer2", "layer2.1", "layer3.0.conv1"])

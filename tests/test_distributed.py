@@ -116,9 +116,9 @@ def check_what_they_say_to_one_another(ranks: Ranks) -> None:
     [
         {},
         {"group": 0.1, "seeds": 7},
-        {"group": 0.1, "registration": "shift", "registration_start": 0.3, "registration_interval": 0.25},
+        {"group": 0.1, "registration": "affine", "registration_start": 0.3, "registration_interval": 0.25},
         {"group": 0.1, "registration": "affine", "registration_start": 0.0, "optimiser_step": "sign", "seeds": 5},
-        {"group": 0.1, "registration": "flow", "registration_start": 0.6, "features": 0.5, "box": True},
+        {"group": 0.1, "registration": "affine", "registration_start": 0.6, "features": 0.5, "box": True},
     ],
 )
 def check_every_snapshot(
@@ -204,7 +204,7 @@ SMALL = ["--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "-
 RUN = ["goldfish", *SMALL, "--seeds", "3", "--iterations", "16", "--every", "1", "--group", "0.1", "--noise", "0.2"]
 RUN += [
     "--registration",
-    "shift",
+    "affine",
     "--registration-start",
     "0.5",
     "--registration-interval",

@@ -283,10 +283,10 @@ def test_the_ablation_adds_one_thing_a_row() -> None:
     assert settings["+ lazy group"]["group"] == plans.GROUP_WEIGHT
     assert settings["+ registered group"]["registration"] == "affine"
     assert [row.judged for row in rows.values()] == ["seeds", "seeds", "consensus", "consensus", "seeds", "seeds"]
-    own = {row.name: row.config for row in plans.ablation_rows(AttackConfig(group=0.5, registration="shift"), 4)}
-    assert own["+ lazy group"] == AttackConfig(group=0.5, registration="lazy")
-    assert own["+ registered group"] == AttackConfig(group=0.5, registration="shift")
-    assert own["+ fidelity"] == AttackConfig(group=0.0, registration="lazy")
+    own = {row.name: row.config for row in plans.ablation_rows(AttackConfig(group=0.5, registration_start=0.5), 4)}
+    assert own["+ lazy group"] == AttackConfig(group=0.5, registration="lazy", registration_start=0.5)
+    assert own["+ registered group"] == AttackConfig(group=0.5, registration="affine", registration_start=0.5)
+    assert own["+ fidelity"] == AttackConfig(group=0.0, registration="lazy", registration_start=0.5)
     with pytest.raises(GradinvError, match=r"^The ablation's group rows need at least two seeds; set seeds to 2"):
         plans.ablation_rows(AttackConfig(seeds=1), 4)
     demo = AttackConfig.preset("demo")

@@ -126,9 +126,9 @@ def test_run_json_has_every_field_of_the_design(tmp_path: Path, model: Model, ob
 
 def test_how_steps_were_executed_is_recorded(model: Model, observation: Observation) -> None:
     made = Recorder(MemoryStore(), config=CONFIG, model=model, observation=observation)
-    last = dataclasses.replace(snapshot(4), stepping="packed", parallel_seeds=2)
+    last = dataclasses.replace(snapshot(4), stepping="traced", parallel_seeds=2)
     list(made.follow(iter([snapshot(0), last])))
-    assert (made.run["environment"]["stepping"], made.run["environment"]["parallel_seeds"]) == ("packed", 2)
+    assert (made.run["environment"]["stepping"], made.run["environment"]["parallel_seeds"]) == ("traced", 2)
 
 
 def test_what_read_the_labels_is_recorded_and_replayed(model: Model, observation: Observation) -> None:
@@ -419,6 +419,16 @@ def test_looking_into_a_folder_makes_nothing(tmp_path: Path) -> None:
 def test_a_folder_with_something_else(content: bytes, sentence: str) -> None:
     with pytest.raises(GradinvError, match=sentence):
         Recording.open(MemoryStore({"run.json": content}))
+
+
+def test_a_run_of_a_registration_that_is_gone_still_opens() -> None:
+    store = MemoryStore.unpack(paths.ASSETS / "runs" / "registered.zip")
+    run = json.loads(store.read("run.json"))
+    run["config"]["registration"] = "flow"
+    store.write("run.json", json.dumps(run).encode())
+    recording = Recording.open(store)
+    assert recording.run["config"]["registration"] == "flow"
+    assert recording.snapshot(recording.steps[-1]).seeds.shape[0] == run["config"]["seeds"]
 
 
 def test_a_damaged_table_or_frame(tmp_path: Path, model: Model, observation: Observation) -> None:

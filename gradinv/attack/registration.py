@@ -1,4 +1,4 @@
-"""Registration: how an image has to be warped so that it lies on a reference, without learned weights (Eqn 12's F).
+"""Registration: the affine map that lays an image on a reference, found without learned weights (Eqn 12's F).
 
 Everything is batched, image by image independent, and stays on the device. A displacement field u, (B, 2, H, W) in
 pixels, x before y, says where a pixel of the aligned image is looked up: aligned(x) = image(x + u(x)).
@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.types import GradinvError
-
-METHODS = ("shift", "affine", "flow")
 
 SMALLEST = 0.25
 """Pixels. A field that moves nothing further is none: resampling would blur, which alone raises PSNR."""
@@ -38,37 +36,31 @@ COARSEST_SIDE = 12  # the pyramid ends before its images get smaller
 
 BLUR = 1.0  # pixels of each level, standard deviation: what is finer is noise more than picture
 BAND = 0.12  # cycles a pixel, standard deviation of the band that phase correlation looks at
-CONTROL_POINTS = 6  # a side of flow's grid
-FLOW_MARGIN = 0.3  # what flow must explain beyond the affine map, as MARGIN
-STIFFNESS = 5e-4  # of flow's grid against neighbours that move apart, relative to the image's variance
 DAMPING = 1e-3  # of the Gauss-Newton steps, relative to the diagonal
 ROUNDS = 4  # Gauss-Newton steps a level
 
 
 @torch.no_grad()
-def align(images: Tensor, reference: Tensor, method: str) -> Tensor:
+def align(images: Tensor, reference: Tensor) -> Tensor:
     """Each of the images (B, 3, H, W), normalised or pixels, warped onto its own reference (B, 3, H, W).
 
-    By a shift, an affine map, or an affine map and dense flow. What `displacement` leaves alone comes back exactly.
+    What `displacement` leaves alone comes back exactly.
     """
-    return warp(images, displacement(images, reference, method))
+    return warp(images, displacement(images, reference))
 
 
 @torch.no_grad()
-def displacement(images: Tensor, reference: Tensor, method: str) -> Tensor:
+def displacement(images: Tensor, reference: Tensor) -> Tensor:
     """The field u (B, 2, H, W), in pixels, that lays each image (B, 3, H, W) on its reference (B, 3, H, W).
 
-    Phase correlation finds a start. From coarse to fine, Gauss-Newton then minimises the squared difference between
-    the image and gain · reference + offset within their overlap, of luma, smoothed; gain and offset free, so this
-    maximises their zero-mean normalised correlation ρ. `flow` adds the bicubic surface over a grid of control points,
-    neighbours tied together, to the affine map.
+    Phase correlation finds a start. From coarse to fine, Gauss-Newton then fits an affine map: it minimises the squared
+    difference between the image and gain · reference + offset within their overlap, of luma, smoothed. Gain and offset
+    are free, so this maximises their zero-mean normalised correlation ρ.
 
     An image keeps u = 0 unless 1 − ρ² within the overlap falls by MARGIN, by more the further it moves, and ρ reaches
-    LEAST_CORRELATION; also where it moves less than SMALLEST, is not finite, or is smaller than LEAST_SIDE.
-    Raises GradinvError for an unknown method, or shapes that differ.
+    LEAST_CORRELATION. It also does if it moves less than SMALLEST, is not finite, or is smaller than LEAST_SIDE.
+    Raises GradinvError for shapes that differ.
     """
-    if method not in METHODS:
-        raise GradinvError(f"There is no registration {method!r}; take one of {', '.join(METHODS)}.")
     if images.shape != reference.shape or images.dim() != 4 or images.shape[1] != 3:
         shapes = f"{tuple(images.shape)} and {tuple(reference.shape)}"
         raise GradinvError(f"Images and reference must both have the shape (B, 3, H, W), not {shapes}.")
@@ -83,16 +75,7 @@ def displacement(images: Tensor, reference: Tensor, method: str) -> Tensor:
 
     still = torch.zeros_like(finest.slopes)
     start = _better(finest, _phase_shift(finest)[:, :, None, None].expand_as(still), still)
-    if method == "shift":
-        found = _better(finest, _fit(pyramid[-2:], start, _constant(finest)), start)
-    else:
-        found = _better(finest, _fit(pyramid, start, _linear(finest)), start)
-    if method == "flow":
-        # Only bends what agrees already: dense flow makes any two pictures similar.
-        similar = _correlation(_look(finest.images, found), finest.reference, _overlap(found)) >= LEAST_CORRELATION
-        bent = _fit(pyramid[-2:][:1], found, _control_grid(finest), STIFFNESS)
-        bent = _better(finest, bent, found, FLOW_MARGIN)
-        found = torch.where(similar[:, None, None, None], bent, found)
+    found = _better(finest, _fit(pyramid, start), start)
     found = _better(finest, found, still, _margin(found), LEAST_CORRELATION)
 
     if found.shape[-2:] != none.shape[-2:]:
@@ -255,56 +238,33 @@ def _vertex(lines: Tensor, peaks: Tensor) -> Tensor:
     return torch.where(inner == peaks, offset.clamp(-0.5, 0.5), 0)
 
 
-def _constant(level: _Level) -> Tensor:
-    """What a shift is made of: (1, h, w)."""
-    return torch.ones_like(level.images[0])
-
-
 def _linear(level: _Level) -> Tensor:
     """What an affine map's field is made of, 1, x and y from −1 to 1: (3, h, w)."""
     height, width = level.size
-    one = _constant(level)[0]
+    one = torch.ones_like(level.images[0, 0])
     x = torch.linspace(-1, 1, width, dtype=one.dtype, device=one.device).expand(height, width)
     y = torch.linspace(-1, 1, height, dtype=one.dtype, device=one.device)[:, None].expand(height, width)
     return torch.stack([one, x, y])
 
 
-def _control_grid(level: _Level) -> Tensor:
-    """What flow is made of: the bicubic surfaces of one control point each, row by row, (CONTROL_POINTS², h, w)."""
-    count = CONTROL_POINTS**2
-    points = torch.eye(count, dtype=level.images.dtype, device=level.images.device)
-    points = points.view(count, 1, CONTROL_POINTS, CONTROL_POINTS)
-    return F.interpolate(points, level.size, mode="bicubic", align_corners=True)[:, 0]
-
-
-def _ties(like: Tensor) -> Tensor:
-    """The form whose value is the sum of squared differences between neighbouring control points, of x and y:
-    (2 K, 2 K) for K = CONTROL_POINTS²."""
-    one = torch.eye(CONTROL_POINTS, dtype=like.dtype, device=like.device)
-    step = one[1:] - one[:-1]
-    along = step.T @ step
-    both = torch.kron(along, one) + torch.kron(one, along)
-    return torch.block_diag(both, both)
-
-
-def _fit(levels: list[_Level], field: Tensor, basis: Tensor, stiffness: float = 0.0) -> Tensor:
-    """A field (B, 2, h, w) → the same plus the combination of `basis` (K, h, w) that lays the images on their
-    references best, found level by level. With `stiffness`, the basis is a control grid, whose neighbours are tied."""
-    ties = stiffness * _ties(basis) if stiffness else basis.new_zeros(2 * len(basis), 2 * len(basis))
+def _fit(levels: list[_Level], field: Tensor) -> Tensor:
+    """A field (B, 2, h, w) → the same plus the affine map that lays the images on their references best, found level by
+    level."""
+    basis = _linear(levels[-1])
     for level in levels:
         scale = basis.shape[-1] / level.size[1]
         coarse = _resize(basis[:, None], level.size)[:, 0]
-        weights = _gauss_newton(level, _resize(field, level.size) / scale, coarse, ties)
+        weights = _gauss_newton(level, _resize(field, level.size) / scale, coarse)
         field = field + scale * torch.einsum("bck,khw->bchw", weights, basis)
     return field
 
 
-def _gauss_newton(level: _Level, start: Tensor, basis: Tensor, ties: Tensor) -> Tensor:
+def _gauss_newton(level: _Level, start: Tensor, basis: Tensor) -> Tensor:
     """The weights (B, 2, K) of `basis` (K, h, w), in pixels of the level, that improve the field `start` (B, 2, h, w).
 
-    Minimises the mean over the overlap of (image(x + u) − gain · reference − offset)² plus wᵀ · ties · w. The slope is
-    the mean of the image's and the reference's, which converges in second order and halves the noise in it. Of all
-    rounds the weights of the smallest value are returned, so that no image gets worse.
+    Minimises the mean over the overlap of (image(x + u) − gain · reference − offset)². The slope is the mean of the
+    image's and the reference's, which converges in second order and halves the noise in it. Of all rounds the weights
+    of the smallest value are returned, so that no image gets worse.
     """
     count = 2 * len(basis)
     weights = start.new_zeros(len(start), 2, len(basis))
@@ -321,11 +281,9 @@ def _gauss_newton(level: _Level, start: Tensor, basis: Tensor, ties: Tensor) -> 
         gain = (image * reference * mask).sum((2, 3), keepdim=True) / variance
         difference = image - gain * reference
 
-        flat = weights.flatten(1)
         # Relative to the variance of what is seen, or an image would be moved to where it is flat.
         spread = (image.square() * mask).sum((1, 2, 3)).clamp(min=1e-6)
-        unexplained = (difference.square() * mask).sum((1, 2, 3)) / spread
-        value = unexplained + (flat @ ties * flat).sum(1)
+        value = (difference.square() * mask).sum((1, 2, 3)) / spread
         enough = (mask > 0).to(value).mean((1, 2, 3)) >= LEAST_OVERLAP
         improved = enough & (gain[:, 0, 0, 0] > 0) & (value < smallest)
         smallest = torch.where(improved, value, smallest)
@@ -339,8 +297,6 @@ def _gauss_newton(level: _Level, start: Tensor, basis: Tensor, ties: Tensor) -> 
         weighted = columns * mask.flatten(2)
         normal = weighted @ columns.transpose(1, 2)
         right = -(weighted @ difference.flatten(2).transpose(1, 2))[..., 0]
-        normal[:, :count, :count] += ties
-        right[:, :count] -= flat @ ties
         normal = normal + torch.diag_embed(DAMPING * normal.diagonal(dim1=1, dim2=2) + 1e-6)
         # solve_ex, which does not raise where one image is beyond all numbers: its weights become NaN and are not kept.
         step, _ = torch.linalg.solve_ex(normal, right[..., None])

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         type=_words,
         default=("eager", "auto"),
         metavar="S,S,…",
-        help="how a step is executed: eager, traced, packed, graph, or auto for what is fastest (default: eager,auto)",
+        help="how a step is executed: eager, traced, graph, or auto for what is fastest (default: eager,auto)",
     )
     options.add_argument(
         "--micro-batches", type=_numbers, default=(0,), metavar="N,N,…", help="images at a time, 0: all (default: 0)"

@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gradinv.config import AttackConfig, upgraded
+from gradinv.config import AttackConfig, retired, upgraded
 from gradinv.types import GradinvError
 
 
@@ -26,7 +27,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         elif isinstance(item.default, tuple):
             options |= {"type": _shares, "metavar": "S,S,…"}
         elif item.metadata["choices"]:
-            options["choices"] = item.metadata["choices"]
+            options |= {"choices": item.metadata["choices"], "type": partial(_choice, item.name)}
         else:
             options |= {"type": type(item.default), "metavar": "N" if isinstance(item.default, int) else "X"}
         group.add_argument(flag, dest=_setting(item.name), **options)
@@ -35,6 +36,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def _setting(name: str) -> str:
     # Apart from the other options, whatever a field may be called.
     return f"setting {name}"
+
+
+def _choice(name: str, text: str) -> str:
+    if (gone := retired(name, text)) is not None:
+        raise argparse.ArgumentTypeError(gone)
+    return text
 
 
 def _shares(text: str) -> tuple[float, ...]:

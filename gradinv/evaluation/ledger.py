@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradinv.config import AttackConfig
+from gradinv.config import recorded
 from gradinv.evaluation.plan import COLUMNS, Plan, Row, Values
 from gradinv.evaluation.table import GAINS, figure, summarise
 from gradinv.models import Model
@@ -55,7 +55,7 @@ class Ledger:
             known = json.loads(self._store.read("plan.json"))
             for row in known["rows"]:
                 # A setting that is newer than the evaluation has its default.
-                row["config"] = row["config"] and AttackConfig.from_dict(row["config"]).to_dict()
+                row["config"] = row["config"] and recorded(row["config"])
             # Through JSON, so that both sides are what JSON can hold.
             mine = json.loads(json.dumps(identity))
             rows = {row["name"]: row for row in known["rows"]}

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.config import AttackConfig
+from gradinv.config import FROM_PAINTING, AttackConfig
 from gradinv.models import Model
 from gradinv.network import STEM, Segment, parts, skip_of, stage_of
+from gradinv.prior import painted_from
 from gradinv.types import GradinvError, Recovered, SolvedNode
 
 USABLE = 0.5
@@ -38,11 +39,23 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
     if config.boundary != "auto":
         return replace(config, boundary=_solved(model, recovered, config.boundary).name)
     if usable and stage_of(usable[-1].name) != "layer4":
-        return replace(config, boundary=_searchable(model, usable))
+        return _from_painting(model, recovered, replace(config, boundary=_searchable(model, usable)))
     instead = matching_instead(model, config)
     if recovered.features is None:  # then there are no output errors either
         return replace(instead, boundary="loss", features=0.0, start="random")
     return instead
+
+
+def _from_painting(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
+    """What becomes of settings that start from a picture that is painted from solved activations: they need no
+    annealing from far away. Fields that differ from the `demo` preset were chosen, and stay."""
+    if config.start != "decoder" or painted_from(model, recovered) is None:
+        return config
+    usual = AttackConfig.preset("demo", model.name)
+    changes = {name: value for name, value in FROM_PAINTING.items() if getattr(config, name) == getattr(usual, name)}
+    if ("pooling" in changes) != ("tv_schedule" in changes):  # they go together
+        del changes["pooling" if "pooling" in changes else "tv_schedule"]
+    return replace(config, **changes)
 
 
 def _searchable(model: Model, usable: Sequence[SolvedNode]) -> str:

@@ -387,7 +387,7 @@ class Pictures:
     """A snapshot as a page draws it: WebP data URIs in the originals' order, the seeds' one row each.
 
     `restored` has the restored label and `psnr` the consensus's PSNR in dB of each original, None where there are none:
-    then the order is that of the labels. `distance` is that of the gradients and `activations` that of the solved
+    then the order is that of the labels. `prior` is what a learned prior painted, empty where there is none. `distance` is that of the gradients and `activations` that of the solved
     activations, the mean of the seeds', None at first and where the attack does not compare them.
     """
 
@@ -397,6 +397,7 @@ class Pictures:
     psnr: tuple[float | None, ...]
     distance: float | None
     activations: float | None = None
+    prior: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -641,6 +642,7 @@ class Inversion:
             psnr=(None,) * len(order) if own is None else tuple(metrics.psnr(consensus, own.pixels).tolist()),
             distance=metrics.mean(snapshot.distance),
             activations=metrics.mean(snapshot.terms["activations"].raw) if "activations" in snapshot.terms else None,
+            prior=() if snapshot.prior is None else figures.tiles(snapshot.prior.pixels[order]),
         )
 
 

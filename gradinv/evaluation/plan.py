@@ -139,6 +139,13 @@ COLUMNS = {
     "iip": Column("IIP %", 1),
     "known": Column("known numbers", 0),
     "known_error": Column("their error %", 2),
+    "prior_psnr": Column("PSNR painted", 2),
+    "control_psnr": Column("PSNR control", 2),
+    "prior_ssim": Column("SSIM painted", 3),
+    "control_ssim": Column("SSIM control", 3),
+    "agreement_psnr": Column("PSNR between painted and found", 2),
+    "prior_misfit": Column("misfit painted", 4),
+    "misfit": Column("misfit", 4),
     "seconds_solving": Column("s solving", 1),
     "seconds": Column("s", 1),
     "seconds_per_iteration": Column("s/iteration", 3),
@@ -343,6 +350,10 @@ def chosen_rows(rows: Sequence[Row], patterns: Sequence[str]) -> tuple[Row, ...]
 
 
 QUALITY = ("psnr", "consensus_psnr", "constant_psnr", "ssim", "consensus_ssim", "constant_ssim")
+LEARNED = (
+    *("prior_psnr", "control_psnr", "prior_ssim", "control_ssim"),
+    *("agreement_psnr", "prior_misfit", "misfit"),
+)
 PSNR_PANEL = ("PSNR in dB", ("psnr", "consensus_psnr", "constant_psnr"))
 SSIM_PANEL = ("SSIM", ("ssim", "consensus_ssim", "constant_ssim"))
 METHODS = tuple(f"labels {method}" for method in LABEL_METHODS)
@@ -378,7 +389,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "batch-size": Experiment(
         batches=8,
-        metrics=(*QUALITY, "iip", "known", "known_error", "labels", "seconds_solving", "seconds"),
+        metrics=(*QUALITY, "iip", "known", "known_error", *LEARNED, "labels", "seconds_solving", "seconds"),
         panels=(PSNR_PANEL, SSIM_PANEL, ("IIP in %", ("iip",))),
         sizes=(1, 2, 4, 8, 16, 32, 48),
     ),

@@ -387,8 +387,9 @@ class Pictures:
     """A snapshot as a page draws it: WebP data URIs in the originals' order, the seeds' one row each.
 
     `restored` has the restored label and `psnr` the consensus's PSNR in dB of each original, None where there are none:
-    then the order is that of the labels. `prior` is what a learned prior painted, empty where there is none. `distance` is that of the gradients and `activations` that of the solved
-    activations, the mean of the seeds', None at first and where the attack does not compare them.
+    then the order is that of the labels. `distance` is that of the gradients and `activations` that of the solved
+    activations, the mean of the seeds', None at first and where the attack does not compare them. `prior` is what a
+    learned prior painted beforehand, empty where there is none.
     """
 
     restored: tuple[int, ...]

@@ -215,7 +215,7 @@ def _rows(args: argparse.Namespace, config: AttackConfig, model: Model, *, sever
         "ingredients": lambda: plan.ingredient_rows(config, size),
         "batch-size": lambda: plan.size_rows(config, sizes),
         "defences": lambda: plan.defence_rows(config, size, defences),
-        "compare": lambda: plan.comparison_rows(config, size, model, several=several),
+        "compare": lambda: plan.comparison_rows(config, size, several=several),
     }
     made = rows[args.evaluation]()
     return made if args.rows is None else plan.chosen_rows(made, args.rows)

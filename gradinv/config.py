@@ -307,10 +307,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What `demo` becomes where the search starts from a picture that was painted from solved activations.
 FROM_PAINTING: dict[str, Any] = {
-    "iterations": 150,
-    "prior": 1.0,
-    "pooling": (3.0, 10.0, 0.0),
-    "tv_schedule": (0.33, 0.17, 0.08),
+    "iterations": 50,
+    "prior": 10.0,
+    "pooling": (0.0,),
+    "tv_schedule": (0.1,),
     "start_scale": 0.1,
 }
 # Where an iteration costs a third, three times as many fit in the same minutes.

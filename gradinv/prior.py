@@ -27,7 +27,9 @@ DECODERS = {
     "resnet18-tiny": "afb4f40674cff7554e6c38770695bfb593c12d85ef0053e93fabdd67a5f027f5",
 }
 # By the network's name and the node whose activations they take.
-PAINTERS: dict[str, dict[str, str]] = {}
+PAINTERS: dict[str, dict[str, str]] = {
+    "resnet18-tiny": {"layer2.1": "46ce5764842b4e1d97e2c291678345077142b777b22b2f924fc791e68b6f7950"},
+}
 TRUSTED = 0.25
 """The relative error up to which activations are painted from, as the median over the images."""
 FEATURES = "features"

@@ -4,7 +4,7 @@
 
 Run it where gradinv is installed. --train and --val are folders in ImageNet layout, as for train.py. All pictures are
 held in memory; the activations are computed on the fly. A run that was stopped goes on from its last checkpoint when
-the same command is given again.
+the same command is given again; with other --steps it is shortened or prolonged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ SSIM_WEIGHT, FEATURES_WEIGHT, LOOKED_AT = 0.2, 0.1, (STEM, "layer1")
 # Solved activations have an error: those of this share of the pictures none, else one from the first to the second.
 EXACT, NOISE = 0.3, (0.003, 0.2)
 WEIGHT_DECAY = 1e-4
-SETTINGS = ("model", "node", "steps", "batch_size", "learning_rate", "per_class", "seed")
+# What must be the same in a command that goes on with a checkpoint. With other --steps the learning rate falls as in a
+# run of so many.
+SETTINGS = ("model", "node", "batch_size", "learning_rate", "per_class", "seed")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -109,9 +109,12 @@ class AttackConfig:
     box: bool = _option(False, "clamp pixels to [0, 1] after each step")
     start: str = _option(
         "random",
-        "what a seed starts from: noise, or the picture that a learned decoder makes of the recovered features (a "
-        "prior learned from public pictures)",
+        "what a seed starts from: noise, or the picture that a learned decoder makes of the lowest solved activations, "
+        "or else of the recovered features (a prior learned from public pictures)",
         choices=("random", "decoder"),
+    )
+    prior: float = _option(
+        0.0, "weight of the squared distance of the pixels from the decoder's picture, with start=decoder", least=0
     )
     start_scale: float = _option(1.0, "standard deviation of the random start, in normalised units", least=0)
     stages: tuple[float, ...] = _option(
@@ -323,6 +326,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start_scale": 0.45,
     },
 }
+# What `demo` becomes where the search starts from a picture that was painted from the activations that it is held to.
+FROM_PAINTING: dict[str, Any] = {
+    "iterations": 50,
+    "prior": 10.0,
+    "pooling": (0.0,),
+    "tv_schedule": (0.1,),
+    "start_scale": 0.1,
+}
+# And where they are those of a node above: much is still to be found, so the annealing stays.
+FROM_ABOVE: dict[str, Any] = {"start_scale": 0.3}
 # Where an iteration costs a third, three times as many fit in the same minutes.
 PRESETS_BY_MODEL: dict[tuple[str, str], dict[str, Any]] = {
     ("matching", "resnet18-tiny"): {"iterations": 800},

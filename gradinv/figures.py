@@ -30,6 +30,7 @@ TERMS = {
     "activations": "solved activations",
     "bn": "BN statistics",
     "tv": "total variation",
+    "prior": "learned prior",
     "l2": "ℓ2 norm",
     "group": "group consistency",
 }

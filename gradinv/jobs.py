@@ -389,7 +389,8 @@ class Pictures:
 
     `restored` has the restored label and `psnr` the consensus's PSNR in dB of each original, None where there are none:
     then the order is that of the labels. `distance` is that of the gradients and `activations` that of the solved
-    activations, the mean of the seeds', None at first and where the attack does not compare them.
+    activations, the mean of the seeds', None at first and where the attack does not compare them. `prior` is what a
+    learned prior painted beforehand, empty where there is none.
     """
 
     restored: tuple[int, ...]
@@ -398,6 +399,7 @@ class Pictures:
     psnr: tuple[float | None, ...]
     distance: float | None
     activations: float | None = None
+    prior: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -644,6 +646,7 @@ class Inversion:
             psnr=(None,) * len(order) if own is None else tuple(metrics.psnr(consensus, own.pixels).tolist()),
             distance=metrics.mean(snapshot.distance),
             activations=metrics.mean(snapshot.terms["activations"].raw) if "activations" in snapshot.terms else None,
+            prior=() if snapshot.prior is None else figures.tiles(snapshot.prior.pixels[order]),
         )
 
 

@@ -1,12 +1,15 @@
-"""A prior learned from public pictures: decoders that turn recovered features into a first picture.
+"""A prior learned from public pictures: decoders that paint a picture from what was solved of it.
 
-Nothing here belongs to the paper. An attacker who uses it has pictures of the same kind as the client's; wherever it is
-used, the user is told so.
+A `Painter` takes the activations of a node that the layers' equations give, a `Decoder` the pooled features, which are
+all that is left where a changed gradient determines no layer. Nothing here belongs to the paper. An attacker who uses
+it has pictures of the same kind as the client's; wherever it is used, the user is told so.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import safetensors.torch
 import torch
@@ -14,14 +17,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradinv.models import MODELS, Model
+from gradinv.network import node_shapes
 from gradinv.paths import ASSETS
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, Recovered, SolvedNode
 
 # By the name of the network whose features they take. assets/SOURCES.md says where they come from.
 DECODERS = {
     "resnet50-tiny": "8c59f9833be1c1ddf0899e5bfe605ea4aa54e0f5b4f438dad1e8a18e7b453cff",
     "resnet18-tiny": "afb4f40674cff7554e6c38770695bfb593c12d85ef0053e93fabdd67a5f027f5",
 }
+# By the network's name and the node whose activations they take.
+PAINTERS: dict[str, dict[str, str]] = {
+    "resnet18-tiny": {"layer2.1": "46ce5764842b4e1d97e2c291678345077142b777b22b2f924fc791e68b6f7950"},
+}
+TRUSTED = 0.25
+"""The relative error up to which activations are painted from, as the median over the images."""
+FEATURES = "features"
+"""What a picture is said to be painted from where it is the pooled features."""
 SIZE = 64  # pixels a side of what a decoder paints
 
 
@@ -47,6 +59,49 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.out(x), 2).sigmoid()
 
 
+class Painter(nn.Module):
+    """Activations of a node (B, C, H, W) → pixels (B, 3, f H, f W), f = 2^n the node's stride: residual blocks of 3×3
+    convolutions at each resolution, pixel shuffles between them. Convolutions only, so that it takes maps of any size.
+    """
+
+    # By n: channels and residual blocks at each resolution, the coarsest first, the finest that of half a picture.
+    PLANS: ClassVar = {2: ((112, 48), (2, 1)), 3: ((160, 96, 48), (2, 1, 1)), 4: ((224, 128, 80, 48), (2, 1, 1, 1))}
+
+    scale: Tensor
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        widths, blocks = self.PLANS[stride.bit_length() - 1]
+        # The root mean square of each channel over the training pictures.
+        self.register_buffer("scale", torch.ones(channels))
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 1)]
+        for index, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            if index:
+                layers += [nn.Conv2d(widths[index - 1], 4 * width, 1), nn.PixelShuffle(2)]
+            layers += [_Residual(width) for _ in range(count)]
+        layers += [nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 12, 3, padding=1), nn.PixelShuffle(2)]
+        self.layers = nn.Sequential(*layers)
+        self.eval()
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """What is painted is not clamped to [0, 1]."""
+        painted: Tensor = self.layers(activations / self.scale[:, None, None])
+        return painted
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        with torch.no_grad():
+            self.second.weight.mul_(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.leaky_relu(self.first(F.leaky_relu(x, 0.1)), 0.1)
+        return x + cast(Tensor, self.second(inner))
+
+
 def has_decoder(model: Model) -> bool:
     """Whether a decoder was trained for exactly these weights, used at the size that it paints."""
     info = MODELS.get(model.name)
@@ -61,15 +116,72 @@ def load_decoder(model: Model) -> Decoder:
             f"There is no decoder for {model.name} at {model.preprocessing.size} px; only {' and '.join(DECODERS)} at "
             f"{SIZE} px have one, so start from noise (start=random)."
         )
-    path = ASSETS / "models" / f"{model.name}-decoder.safetensors"
-    if not path.is_file():
-        raise GradinvError(f"The decoder {path} is missing; reinstall or set GRADINV_ASSETS to its folder.")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != DECODERS[model.name]:
-        raise GradinvError(f"The decoder {path} is damaged (wrong sha256); restore that file.")
+    data = _read(f"{model.name}-decoder", DECODERS[model.name])
     decoder = Decoder(model.final_layer.in_features)
     decoder.load_state_dict({name: value.float() for name, value in safetensors.torch.load(data).items()})
     return decoder.requires_grad_(False).to(model.device)
+
+
+def _read(name: str, sha256: str) -> bytes:
+    path = ASSETS / "models" / f"{name}.safetensors"
+    if not path.is_file():
+        raise GradinvError(f"The decoder {path} is missing; reinstall or set GRADINV_ASSETS to its folder.")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise GradinvError(f"The decoder {path} is damaged (wrong sha256); restore that file.")
+    return data
+
+
+@dataclass(frozen=True, eq=False)
+class Painting:
+    """What a learned prior makes of each image: pixels (B, 3, S, S) in [0, 1], painted from the activations of `node`
+    or from the pooled FEATURES."""
+
+    node: str
+    pixels: Tensor
+
+
+def painted_from(model: Model, recovered: Recovered) -> SolvedNode | None:
+    """The node that a picture is painted from: the lowest that there is a painter for and that is known well enough.
+    None where there is none."""
+    info = MODELS.get(model.name)
+    if info is None or info.sha256 != model.sha256:
+        return None
+    known = PAINTERS.get(model.name, {})
+    usable = [node for node in recovered.nodes if node.name in known and float(node.error.median()) <= TRUSTED]
+    return usable[-1] if usable else None
+
+
+def load_painter(model: Model, node: str) -> Painter:
+    """The painter of a node of PAINTERS, on the model's device, frozen. Raises GradinvError where its file is bad."""
+    data = _read(f"{model.name}-painter-{node}", PAINTERS[model.name][node])
+    channels, side, _ = node_shapes(model.network, SIZE)[node]
+    painter = Painter(channels, SIZE // side)
+    painter.load_state_dict({name: value.float() for name, value in safetensors.torch.load(data).items()})
+    return painter.requires_grad_(False).to(model.device)
+
+
+@torch.no_grad()
+def paint(model: Model, node: str, activations: Tensor) -> Tensor:
+    """What the painter of a node makes of its activations (B, C, H, W): pixels (B, 3, S, S) in [0, 1]."""
+    given = activations.to(model.device, torch.float32).nan_to_num(0.0, 0.0, 0.0)
+    painter = load_painter(model, node)
+    painted = [painter(part.contiguous(memory_format=torch.channels_last)) for part in given.split(8)]
+    size = model.preprocessing.size
+    # Where the picture's side is no multiple of the node's stride, what is painted reaches beyond it.
+    return torch.cat(painted)[..., :size, :size].clamp(0, 1).contiguous()
+
+
+def painting(model: Model, recovered: Recovered) -> Painting | None:
+    """From the node that it is `painted_from`, else from the features; None where these are not known either.
+
+    Raises GradinvError where the model has no decoder.
+    """
+    if (node := painted_from(model, recovered)) is not None:
+        return Painting(node.name, paint(model, node.name, node.activation))
+    if recovered.features is None:
+        return None
+    return Painting(FEATURES, preview(model, recovered.features))
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ curves grow line by line and a torn last line is ignored. Layout of format 1:
                         consensus_psnr (the same for the consensus, in every row), <term>.raw and <term>.weighted
     frames/000120.webp  mosaic at that step, in the order of the restored labels; rows: each seed, then the consensus
     images/             original_00.png, seed0_00.png, …, consensus_00.png, lossless: the originals from the start, the
-                        reconstructions at the end. Where originals are known, number n is paired with original n.
+                        reconstructions at the end, with prior_00.png, … what a learned prior painted, where there is
+                        one. Where originals are known, number n is paired with original n.
     observation.safetensors, state.safetensors
                         while a run that can be resumed is not done: what it inverts, and where it last stood
 
@@ -42,7 +43,7 @@ from gradinv.config import AttackConfig, recorded
 from gradinv.images import from_grid, to_grid, to_image
 from gradinv.models import MODELS, Model, imagenet_classes, tiny_classes
 from gradinv.paths import write_whole
-from gradinv.types import GradinvError, Observation, Recovered, Snapshot, Term, memory_exhausted
+from gradinv.types import GradinvError, Observation, Prior, Recovered, Snapshot, Term, memory_exhausted
 
 FORMAT = 1
 OBSERVATION = "observation.safetensors"
@@ -444,6 +445,8 @@ class Recorder:
             return
         seeds = [self._paired(pixels, last.labels) for pixels in last.seeds]
         consensus = self._paired(last.consensus, last.labels)
+        if last.prior is not None:
+            self._write_prior(last, last.prior)
         for seed, pixels in enumerate(seeds):
             self._write_images(f"seed{seed}", pixels)
         self._write_images("consensus", consensus)
@@ -455,6 +458,23 @@ class Recorder:
                     "baseline": metrics.measure(metrics.constant_colour(originals), originals),
                 }
             )
+
+    def _write_prior(self, last: Snapshot, prior: Prior) -> None:
+        """What the learned prior painted alone, and how far it agrees with what was found: the PSNR between both
+        pictures, and what each leaves unexplained of what was solved or observed."""
+        painted = prior.pixels
+        if self._originals is not None and self._labels is not None:  # in the order of what was found
+            painted = painted[metrics.pair(last.consensus, last.labels, self._originals, self._labels)]
+        self._write_images("prior", painted)
+        found = {name: metrics.mean(last.terms[name].raw) for name in prior.misfit if name in last.terms}
+        self._update(
+            prior={
+                "node": prior.node,
+                "agreement_psnr": _finite(float(metrics.psnr(last.consensus, prior.pixels).mean())),
+                "misfit": {"painted": dict(prior.misfit), "found": found},
+                "metrics": None if self._originals is None else metrics.measure(painted, self._originals),
+            }
+        )
 
     def _update(self, **changes: Any) -> None:
         # A new dict each time: whoever holds the old one keeps a consistent state.

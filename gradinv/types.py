@@ -365,6 +365,17 @@ class Term:
 
 
 @dataclass(frozen=True, eq=False)
+class Prior:
+    """What a learned prior paints before the search: pixels (B, 3, H, W) in [0, 1], on the CPU, from the activations of
+    `node`, or from the pooled features where that is "features". `misfit` has the objective's terms of that picture by
+    name, before their weights: what it leaves unexplained of what was solved or observed."""
+
+    node: str
+    pixels: Tensor
+    misfit: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """A run at one step: detached, on the CPU, self-contained.
 
@@ -376,7 +387,8 @@ class Snapshot:
     [0, 1], None where nobody says.
     `features_residual` is what the recovered features leave unexplained, None where the attack does without them.
     `stepping` and `parallel_seeds` say how the steps were executed, "" where none was yet, and for how many seeds at a
-    time. `boundary` is down to where the network was solved: a node's name, "logits" or "loss".
+    time. `boundary` is down to where the network was solved: a node's name, "logits" or "loss". `prior` is what a
+    learned prior painted beforehand, None in a run without one.
     """
 
     step: int
@@ -393,6 +405,7 @@ class Snapshot:
     stepping: str = ""
     parallel_seeds: int = 1
     boundary: str = ""
+    prior: Prior | None = None
 
     @property
     def final(self) -> bool:

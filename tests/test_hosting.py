@@ -23,7 +23,7 @@ import pytest
 import streamlit as st
 
 from gradinv.models import MODELS
-from gradinv.prior import DECODERS
+from gradinv.prior import DECODERS, PAINTERS
 from gradinv.web import uploads
 from serving import served
 
@@ -144,6 +144,7 @@ def test_what_is_copied_is_let_in_and_nothing_else() -> None:
     assert all((ROOT / source).exists() and let_in(source) for source in sources)
     weights = [f"assets/models/{info.name}.safetensors" for info in MODELS.values() if info.bundled]
     weights += [f"assets/models/{name}-decoder.safetensors" for name in DECODERS]
+    weights += [f"assets/models/{name}-painter-{node}.safetensors" for name in PAINTERS for node in PAINTERS[name]]
     assert all((ROOT / path).is_file() and let_in(path) for path in weights)
     left_out = (".git/config", ".venv/bin/python", "tests/test_hosting.py", "docs/results.md", "runs/a/run.json")
     assert not [path for path in (*left_out, "gradinv/__pycache__/a.cpython-311.pyc") if let_in(path)]

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from gradinv import prior
+from gradinv.attack.inversion import invert
+from gradinv.config import PRESETS, AttackConfig
 from gradinv.images import to_pixels
 from gradinv.metrics import constant_colour, psnr, ssim
 from gradinv.models import Model, load_model
+from gradinv.network import Segment, node_shapes, parts
 from gradinv.recovery.final_layer import recover_features
 from gradinv.recovery.labels import restore_labels
 from gradinv.sources import find, gallery
-from gradinv.types import GradinvError, Preprocessing
+from gradinv.types import GradinvError, Preprocessing, Recovered, SolvedNode
 from gradinv.victim import observe
 
 NAMES = ("goldfish", "tabby", "lion", "coffee")
@@ -33,6 +37,94 @@ def test_the_preview_of_recovered_features_beats_a_constant_colour(name: str) ->
     order = [restored.tolist().index(model.class_index(picture.wnid)) for picture in pictures]
     assert psnr(found[order], originals).mean() > psnr(constant_colour(originals), originals).mean()
     assert ssim(found[order], originals).mean() > ssim(found[order[::-1]], originals).mean() + 0.05
+
+
+PAINTED = [(name, node) for name, nodes in prior.PAINTERS.items() for node in nodes]
+
+
+def held(model: Model, node: str, pixels: Tensor) -> Tensor:
+    """The true activations of a node."""
+    with torch.no_grad():
+        return Segment(model.network, node)(model.preprocessing.normalise(pixels))[node].relu()
+
+
+def as_if_solved(name: str, activation: Tensor, error: float = 0.01) -> SolvedNode:
+    return SolvedNode(name, activation, None, "exact", torch.full((len(activation),), error), 0.0, 1, 1, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("size", [64, 72, 96])
+@pytest.mark.parametrize(("name", "node"), PAINTED)
+def test_a_picture_painted_from_activations_is_that_picture_and_no_other(name: str, node: str, size: int) -> None:
+    model = load_model(name, device="cpu", image_size=size)
+    pictures = [find(gallery(model), picture) for picture in NAMES]
+    originals = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures])
+    found = prior.paint(model, node, held(model, node, originals))
+    assert found.shape == originals.shape and found.min() >= 0 and found.max() <= 1
+    assert (psnr(found, originals) > psnr(constant_colour(originals), originals) + 3).all()
+    assert (ssim(found, originals) > ssim(found.roll(1, 0), originals) + 0.2).all()
+
+
+def test_the_lowest_node_that_is_known_well_enough_is_painted_from() -> None:
+    model = load_model("resnet18-tiny", device="cpu")
+    nodes = [node for node in parts(model.network).nodes[::-1] if node in prior.PAINTERS[model.name]]
+    shapes = node_shapes(model.network, 64)
+    features = torch.rand(2, 512)
+    recovered = Recovered(torch.tensor([1, 2]), "given", 1.0, features=features)
+    assert prior.painted_from(model, recovered) is None
+    found = prior.painting(model, recovered)
+    assert found is not None and found.node == prior.FEATURES
+    assert torch.equal(found.pixels, prior.preview(model, features))
+    assert prior.painting(model, dataclasses.replace(recovered, features=None)) is None
+    solved = tuple(as_if_solved(node, torch.rand(2, *shapes[node])) for node in nodes)
+    recovered = dataclasses.replace(recovered, nodes=solved)
+    lowest = prior.painted_from(model, recovered)
+    assert lowest is not None and lowest.name == nodes[-1]
+    found = prior.painting(model, recovered)
+    assert found is not None and found.node == nodes[-1]
+    assert torch.equal(found.pixels, prior.paint(model, nodes[-1], solved[-1].activation))
+    rough = dataclasses.replace(solved[-1], error=torch.tensor([0.9, 0.9]))
+    above = prior.painted_from(model, dataclasses.replace(recovered, nodes=(*solved[:-1], rough)))
+    assert (None if above is None else above.name) == (nodes[-2] if len(nodes) > 1 else None)
+    # Of other weights nothing is known.
+    assert prior.painted_from(dataclasses.replace(model, sha256="0" * 64), recovered) is None
+
+
+def test_what_is_no_number_is_painted_as_nothing() -> None:
+    name, node = PAINTED[0]
+    model = load_model(name, device="cpu")
+    activations = torch.rand(1, *node_shapes(model.network, 64)[node])
+    activations[0, :, 0, 0] = float("nan")
+    assert prior.paint(model, node, activations).isfinite().all()
+
+
+def test_the_search_from_a_painted_picture_explains_what_was_solved() -> None:
+    """And says how far both agree; the control is the same batch from noise."""
+    name, node = PAINTED[0]
+    model = load_model(name, device="cpu")
+    pictures = [find(gallery(model), picture) for picture in NAMES[:2]]
+    originals = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures])
+    labels = torch.tensor([model.class_index(picture.wnid) for picture in pictures])
+    observation = observe(model, originals, labels)
+    solved = (as_if_solved(node, held(model, node, originals)),)
+    features = torch.rand(2, model.final_layer.in_features)
+    recovered = Recovered(labels, "given", 1.0, features=features, residual=0.0, nodes=solved)
+    config = AttackConfig.preset("demo", name, seeds=1, iterations=20)
+    learned = invert(model, observation, dataclasses.replace(config, start="decoder"), recovered=recovered)
+    first, *_, last = learned
+    assert learned.config.prior > 0 and learned.config.iterations == 20
+    assert last.prior is not None and last.prior.node == node
+    assert psnr(first.consensus, last.prior.pixels).mean() > 20  # the first picture is the painted one
+    assert last.terms["activations"].raw[0] < last.prior.misfit["activations"]
+    *_, plain = invert(model, observation, config, recovered=recovered)
+    assert plain.prior is None and "prior" not in plain.terms
+    assert psnr(last.consensus, originals).mean() > psnr(plain.consensus, originals).mean() + 0.5
+
+
+def test_no_preset_has_a_learned_prior() -> None:
+    for preset in PRESETS:
+        for name in prior.DECODERS:
+            config = AttackConfig.preset(preset, name)
+            assert (config.start, config.prior) == ("random", 0.0)
 
 
 def test_a_model_without_a_decoder(small_model: Model) -> None:

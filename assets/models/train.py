@@ -171,12 +171,18 @@ def train(options: argparse.Namespace) -> None:
 # --- pictures
 
 
-def read_all(root: Path, classes: list[str], size: int, workers: int) -> tuple[Tensor, Tensor]:
-    """All pictures of a folder as (N, 3, size, size) uint8, and their labels (N,) int64."""
+def read_all(
+    root: Path, classes: list[str], size: int, workers: int, per_class: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """All pictures of a folder, or so many of each class, as (N, 3, size, size) uint8, and their labels (N,) int64."""
     folder = ImageFolder(root)
     if unknown := sorted({item.wnid for item in folder.classes} - set(classes)):
         raise GradinvError(f"{root} has the class {unknown[0]}, which the training pictures lack; remove its folder.")
-    found = [(picture, classes.index(item.wnid)) for item in folder.classes for picture in folder.pictures(item.wnid)]
+    found = [
+        (picture, classes.index(item.wnid))
+        for item in folder.classes
+        for picture in folder.pictures(item.wnid)[:per_class]
+    ]
     if len(found) < 2:
         raise GradinvError(f"{root} holds fewer than two pictures; put them into its class folders.")
     pictures = torch.empty(len(found), 3, size, size, dtype=torch.uint8)

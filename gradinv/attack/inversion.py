@@ -18,11 +18,11 @@ from gradinv.checks import check_memory, check_observation, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
-from gradinv.prior import preview
+from gradinv.prior import painting
 from gradinv.recovery.examination import examine
 from gradinv.recovery.recover import recover
 from gradinv.stepping import Gradient, Stepper
-from gradinv.types import Observation, Recovered, Snapshot, SolvedNode, Term
+from gradinv.types import Observation, Prior, Recovered, Snapshot, SolvedNode, Term
 
 
 @torch.inference_mode(False)
@@ -69,12 +69,17 @@ def invert(
     recovered = recovered or recover(model, observation, config, labels=labels, stop=stop, progress=progress)
     observation = examine(model, observation).observation
     config = settled(model, recovered, config)
-    objective = Objective(model, observation, recovered, config)
-    run = Run(model, observation.batch_size, config, _start(model, recovered, config), ranks, objective.separable)
+    painted = painting(model, recovered) if config.start == "decoder" else None
+    start = None if painted is None else model.preprocessing.normalise(painted.pixels)
+    objective = Objective(model, observation, recovered, config, start)
+    prior = None
+    if painted is not None and start is not None:
+        prior = Prior(painted.node, painted.pixels.cpu(), objective.misfit(start))
+    run = Run(model, observation.batch_size, config, start, ranks, objective.separable)
     if resume is not None:
         run.restore(resume)
     parallel = parallel_seeds(model, observation.batch_size, replace(config, seeds=share))
-    stream = _iterate(run, objective, recovered, parallel, every, interval, stop or threading.Event(), resume)
+    stream = _iterate(run, objective, recovered, prior, parallel, every, interval, stop or threading.Event(), resume)
     return Snapshots(run, stream, recovered)
 
 
@@ -108,6 +113,7 @@ def _iterate(
     run: Run,
     objective: Objective,
     recovered: Recovered,
+    prior: Prior | None,
     parallel: int,
     every: int | None,
     interval: float | None,
@@ -119,7 +125,7 @@ def _iterate(
     started = emitted - before
     annealed: tuple[float | None, float] | None = None
     steps = run.config.iterations
-    shown = partial(_snapshot, run, recovered, parallel)
+    shown = partial(_snapshot, run, recovered, prior, parallel)
 
     yield shown(begun, time.perf_counter() - started)
     done: _Done | None = None
@@ -161,15 +167,14 @@ def _evaluations(run: Run, annealed: tuple[float | None, float]) -> int:
     return sum(lengths) * run.config.seeds
 
 
-def _start(model: Model, recovered: Recovered, config: AttackConfig) -> Tensor | None:
-    """The normalised picture (B, 3, S, S) that every seed's noise is added to, or None for noise alone."""
-    if config.start == "random" or recovered.features is None:
-        return None
-    return model.preprocessing.normalise(preview(model, recovered.features))
-
-
 def _snapshot(
-    run: Run, recovered: Recovered, parallel: int, step: int, seconds: float, done: _Done | None = None
+    run: Run,
+    recovered: Recovered,
+    prior: Prior | None,
+    parallel: int,
+    step: int,
+    seconds: float,
+    done: _Done | None = None,
 ) -> Snapshot:
     full = run.gather()
     preprocessing = run.model.preprocessing
@@ -189,6 +194,7 @@ def _snapshot(
         stepping="" if done is None else done.stepper.mode,
         parallel_seeds=parallel if done is None else done.stepper.parallel,
         boundary=run.config.boundary,
+        prior=prior,
     )
 
 

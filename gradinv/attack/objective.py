@@ -27,6 +27,7 @@ from gradinv.attack.terms import (
     cosine_distance,
     feature_distance,
     group_distance,
+    prior_distance,
     squared_norm,
 )
 from gradinv.batchnorm import batch_statistics, forward_mode, inferred_statistics, running_statistics
@@ -45,8 +46,16 @@ class Objective:
     gives `LossTerms`. `weights` are the terms', by name.
     """
 
-    def __init__(self, model: Model, observation: Observation, recovered: Recovered, config: AttackConfig) -> None:
-        """config: with a boundary that is not auto (see `settled`). Raises GradinvError where the observation lacks
+    def __init__(
+        self,
+        model: Model,
+        observation: Observation,
+        recovered: Recovered,
+        config: AttackConfig,
+        painted: Tensor | None = None,
+    ) -> None:
+        """config: with a boundary that is not auto (see `settled`); painted: the normalised images (B, 3, S, S) of a
+        learned prior, where there is one. Raises GradinvError where the observation lacks
         what the config asks for, or what it needs is not solved."""
         self._model = model
         self._config = config
@@ -73,11 +82,11 @@ class Objective:
         self._parameters = {name: model.network.get_parameter(name) for name in self._target}
         self.weights: dict[str, float] = {}
         self._terms: dict[str, Term] = {}
-        self._collect(model, observation, recovered)
+        self._collect(model, observation, recovered, painted)
         if not self._terms:
             raise GradinvError("Every term of the objective has weight 0, so there is nothing to optimise.")
 
-    def _collect(self, model: Model, observation: Observation, recovered: Recovered) -> None:
+    def _collect(self, model: Model, observation: Observation, recovered: Recovered, painted: Tensor | None) -> None:
         """Take the terms whose weight is not zero. Of these a term holds no more than it needs: with the objective
         itself, both would outlive the run."""
         config = self._config
@@ -95,6 +104,8 @@ class Objective:
             self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))
         variation = TV_FORMS[config.tv_form]
         self._add("tv", config.tv, lambda e: variation(e.images, model.preprocessing, config))
+        if painted is not None:
+            self._add("prior", config.prior, lambda e: prior_distance(e.images, painted, model.preprocessing))
         self._add("l2", config.l2, lambda e: vector_norm(e.images))
         self._add("group", config.group if config.seeds > 1 else 0, lambda e: group_distance(e.images, e.group))
 
@@ -106,7 +117,7 @@ class Objective:
     @property
     def separable(self) -> bool:
         """Whether the objective is a sum over images: its terms give a number for each of them."""
-        return set(self._terms) <= {"activations", "tv"} and (
+        return set(self._terms) <= {"activations", "tv", "prior"} and (
             "tv" not in self._terms or self._config.tv_form == "smooth"
         )
 
@@ -118,6 +129,12 @@ class Objective:
         if "tv" in self.weights:
             other.weights = {**self.weights, "tv": self._config.tv * variation}
         return other
+
+    def misfit(self, images: Tensor) -> dict[str, float]:
+        """What normalised images (B, 3, S, S) leave unexplained, by the terms that compare them with what was solved or
+        observed, before their weights."""
+        found = self(images, images).raw
+        return {name: float(found[name]) for name in ("activations", "features", "gradient") if name in found}
 
     def evaluate(self, images: Tensor, group: Tensor) -> Evaluation:
         """One forward pass, and where gradients are matched one backward pass, over normalised images (B, 3, S, S).

@@ -198,6 +198,12 @@ def smooth_variation(images: Tensor, preprocessing: Preprocessing, config: Attac
     return total / images[0].numel()
 
 
+def prior_distance(images: Tensor, painted: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """The mean squared difference of the pixels in [0, 1], of normalised images (B, 3, H, W) each: (B,)."""
+    std = torch.tensor(preprocessing.std, dtype=images.dtype, device=images.device).view(3, 1, 1)
+    return ((images - painted) * std).square().mean((1, 2, 3))
+
+
 def group_distance(images: Tensor, group: Tensor) -> Tensor:
     """‖x̂ − E(x̂_{g∈G})‖₂ (Eqn 11), normalised images against the group's, (B, 3, H, W) each; a scalar."""
     return vector_norm(images - group)

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         command=name,
         model=args.model if args.model != "auto" else model.name,
         imagenet=str(folder),
-        rows=_rows(args, config, model, several="seeds" in settings and config.seeds > 1),
+        rows=_rows(args, config, several="seeds" in settings and config.seeds > 1),
         batches=experiment.batches if args.batches is None else args.batches,
         seed=config.seed,
         half=args.half,
@@ -201,7 +201,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise GradinvError(f"--defences does not go with {args.evaluation}; it has none.")
 
 
-def _rows(args: argparse.Namespace, config: AttackConfig, model: Model, *, several: bool) -> tuple[Row, ...]:
+def _rows(args: argparse.Namespace, config: AttackConfig, *, several: bool) -> tuple[Row, ...]:
     from gradinv.evaluation import plan
 
     sizes = plan.EXPERIMENTS[args.evaluation].sizes if args.sizes is None else args.sizes
@@ -215,7 +215,7 @@ def _rows(args: argparse.Namespace, config: AttackConfig, model: Model, *, sever
         "ingredients": lambda: plan.ingredient_rows(config, size),
         "batch-size": lambda: plan.size_rows(config, sizes),
         "defences": lambda: plan.defence_rows(config, size, defences),
-        "compare": lambda: plan.comparison_rows(config, size, model, several=several),
+        "compare": lambda: plan.comparison_rows(config, size, several=several),
     }
     made = rows[args.evaluation]()
     return made if args.rows is None else plan.chosen_rows(made, args.rows)

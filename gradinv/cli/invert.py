@@ -181,6 +181,7 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
     _describe_labels(say, task, first, recovered.notes)
     if resumed is None:
         _describe_layers(say, recovered, first, solved)
+        _describe_prior(say, first)
     out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
     baseline = (
         None if task.pixels is None else float(metrics.psnr(metrics.constant_colour(task.pixels), task.pixels).mean())
@@ -415,6 +416,18 @@ def _describe_labels(say: Callable[[str], None], task: _Run, first: Snapshot, no
     if first.features_residual is not None:
         left = percent(first.features_residual)
         say(f"Recovered features leave {left} of the final layer's gradient unexplained.")
+
+
+def _describe_prior(say: Callable[[str], None], first: Snapshot) -> None:
+    """That a learned prior is used, and what it painted from."""
+    from gradinv.prior import FEATURES
+
+    if first.prior is not None:
+        source = "the recovered features" if first.prior.node == FEATURES else f"the activations of {first.prior.node}"
+        say(
+            f"A learned prior (--start decoder): a network that learned from public pictures painted a picture from "
+            f"{source}, which the search starts from."
+        )
 
 
 def _describe_layers(say: Callable[[str], None], recovered: Recovered, first: Snapshot, seconds: float) -> None:

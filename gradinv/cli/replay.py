@@ -65,6 +65,9 @@ def report(say: Callable[[str], None], recording: Recording) -> None:
     if terms := _term_table(recording):
         say(terms)
         say("")
+    if prior := run.get("prior"):
+        say(_prior(prior))
+        say("")
     each = run["seconds_per_iteration"]
     memory = run["peak_memory_mb"]
     say(
@@ -73,6 +76,22 @@ def report(say: Callable[[str], None], recording: Recording) -> None:
         + ("" if memory is None else f", at most {memory / 1000:.2f} GB of memory")
         + f"; {len(recording.steps)} steps recorded"
     )
+
+
+def _prior(prior: dict[str, Any]) -> str:
+    """What the learned prior painted alone, beside what was found from there."""
+    from gradinv import metrics
+    from gradinv.prior import FEATURES
+
+    source = "the features" if prior["node"] == FEATURES else f"the activations of {prior['node']}"
+    parts = [f"A learned prior painted the first picture from {source} (images/prior_….png)"]
+    if prior["metrics"] is not None:
+        quality = (metrics.mean(prior["metrics"][name]) for name in ("psnr", "ssim"))
+        parts.append("alone it has a PSNR of {} dB and an SSIM of {}".format(*map(figure, quality, (2, 3))))
+    parts.append(f"what was found agrees with it to {figure(prior['agreement_psnr'], 2)} dB")
+    painted, found = prior["misfit"]["painted"], prior["misfit"]["found"]
+    parts += [f"misfit ({name}): {figure(painted[name], 4)} painted, {figure(found[name], 4)} found" for name in found]
+    return "; ".join(parts) + "."
 
 
 def _image_table(recording: Recording) -> str:

@@ -99,6 +99,25 @@ class Bench:
             pictures.append(left[label].pop())
         return Batch(tuple(pictures), torch.tensor(labels))
 
+    def others(self, batch: Batch) -> list[Picture]:
+        """For each picture of the batch one of the same class that is not in it: the next by file name.
+
+        Raises GradinvError where a class has none.
+        """
+        drawn = {picture.key for picture in batch.pictures}
+        found = []
+        for picture, label in zip(batch.pictures, batch.labels.tolist(), strict=True):
+            files = self.files(label)
+            place = next(index for index, file in enumerate(files) if file.key == picture.key)
+            after = [file for file in (*files[place + 1 :], *files[:place]) if file.key not in drawn]
+            if not after:
+                raise GradinvError(
+                    f"{self.folder.root} has no picture of {picture.wnid} beside those of the batch, which the learned "
+                    "prior is checked on; take a folder with more pictures."
+                )
+            found.append(after[0])
+        return found
+
     def pixels(self, batch: Batch) -> Tensor:
         """Decoded: (B, 3, S, S) in [0, 1]."""
         return torch.stack([to_pixels(picture.open(), self.model.preprocessing) for picture in batch.pictures])

@@ -21,13 +21,16 @@ from gradinv.attack.objective import Objective
 from gradinv.config import AttackConfig
 from gradinv.evaluation.bench import Batch, Bench
 from gradinv.evaluation.plan import TIMING, Row, Values
+from gradinv.images import to_pixels
 from gradinv.models import Model
+from gradinv.network import Segment
 from gradinv.peers import PeerResult, Stopped, breaching_attack
+from gradinv.prior import FEATURES, paint
 from gradinv.recovery.labels import METHODS as LABEL_METHODS
 from gradinv.recovery.labels import restore_labels
 from gradinv.recovery.recover import recover
 from gradinv.stepping import resolve_mode
-from gradinv.types import GradinvError, Observation, Snapshot
+from gradinv.types import GradinvError, Observation, Prior, Snapshot
 from gradinv.victim import final_gradient, observe
 
 TIMED_ITERATIONS, TIMED_ROUNDS = 12, 2
@@ -103,6 +106,8 @@ def inversion_task(bench: Bench, row: Row, number: int) -> Values:
         return _measure_peer(bench, row, config, observation, pixels, batch.labels)
     last, run = _run(bench, observation, config)
     restored = torch.tensor(last.labels)
+    if last.prior is not None:
+        run = {**run, **_prior(bench, last, last.prior, batch, pixels)}
     values = {**_quality(bench, last.seeds, last.consensus, restored, observation, pixels, batch.labels), **run}
     if bench.plan.command == "batch-size":
         paired = last.consensus[metrics.pair(last.consensus, restored.tolist(), pixels, batch.labels.tolist())]
@@ -151,7 +156,30 @@ def _run(bench: Bench, observation: Observation, config: AttackConfig) -> tuple[
         node = next((node for node in snapshots.recovered.nodes if node.name == last.boundary), None)
         values["known"] = 0.0 if node is None else float(node.activation[0].numel())
         values["known_error"] = None if node is None else 100 * float(node.error.median())
+    if last.prior is not None:
+        values["agreement_psnr"] = float(metrics.psnr(last.consensus, last.prior.pixels).mean())
+        for name in ("activations", "features", "gradient"):
+            if name in last.prior.misfit and name in last.terms:
+                values["prior_misfit"] = _finite(last.prior.misfit[name])
+                values["misfit"] = metrics.mean(last.terms[name].raw)
+                break
     return last, values
+
+
+def _prior(bench: Bench, last: Snapshot, prior: Prior, batch: Batch, pixels: Tensor) -> Values:
+    """How good the picture is that the learned prior paints alone, and as a control the one that it paints of another
+    picture of the same class, one that is not in the batch, known exactly: what the prior would imagine."""
+    order = metrics.pair(prior.pixels, last.labels, pixels, batch.labels.tolist())
+    painted = metrics.measure(prior.pixels[order], pixels, ("psnr", "ssim"))
+    values = {f"prior_{name}": metrics.mean(column) for name, column in painted.items()}
+    if prior.node == FEATURES:
+        return values
+    others = torch.stack([to_pixels(picture.open(), bench.model.preprocessing) for picture in bench.others(batch)])
+    normalised = bench.model.preprocessing.normalise(others.to(bench.model.device))
+    with torch.no_grad():
+        held = Segment(bench.model.network, prior.node)(normalised)[prior.node].relu()
+    control = metrics.measure(paint(bench.model, prior.node, held).cpu(), pixels, ("psnr", "ssim"))
+    return {**values, **{f"control_{name}": metrics.mean(column) for name, column in control.items()}}
 
 
 def _quality(

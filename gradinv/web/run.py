@@ -65,6 +65,7 @@ if (!window.gradinvKeys) {
 
 CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
 ALONE = "from the gradient"
+PAINTED = "a guess that a network learned from public pictures; below it what explains the gradient"
 PSNR_ALT = {
     True: "PSNR of each seed and of the consensus by step, beside that of the best constant colour",
     False: "PSNR by step, beside that of the best constant colour",
@@ -527,6 +528,11 @@ def _rows(
         Tile(uri, f"Reconstruction of {name}", name, text, None if hidden else mark)
         for uri, name, text, mark in zip(pictures.consensus, names, notes, right, strict=True)
     ]
+    if pictures.prior:
+        painted = [
+            Tile(uri, f"Painted by the learned prior: {name}") for uri, name in zip(pictures.prior, names, strict=True)
+        ]
+        rows.append(Row("Learned prior", painted, PAINTED))
     rows.append(Row(whole, consensus, note))
     for seed, uris in enumerate(pictures.seeds if seeds > 1 else ()):
         tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
@@ -716,7 +722,10 @@ def _scrub(state: JobState, hidden: bool) -> None:
     if not presenting():
         _ladder(work, last.solving)
         layer = _chosen_layer(state, last.solving)
-    _board(state, last.pictures if step == last.step else work.pictures(recorded.snapshot(step)), hidden, layer)
+    shown = last.pictures
+    if step != last.step:
+        shown = replace(work.pictures(recorded.snapshot(step)), prior=last.pictures.prior)
+    _board(state, shown, hidden, layer)
 
 
 def _chosen_layer(state: JobState, solving: Solving) -> Layer | None:

@@ -33,9 +33,10 @@ BN = {
     "none": "None: the attack does without.",
 }
 START = {
-    "random": "Random: each seed starts from noise, as in the paper.",
-    "decoder": "Decoder: each seed starts from a first guess, painted from the recovered features by a network that "
-    "learned from 100,000 public pictures. This is a learned prior, which the paper’s attack does not have.",
+    "random": "Without the learned prior: each seed starts from noise, as in the paper.",
+    "decoder": "With the learned prior: each seed starts from a picture that a network painted from the lowest solved "
+    "layer, or else from the recovered features. It learned that from public pictures, which the paper’s attacker does "
+    "not have. What it painted is shown beside what the search makes of it.",
 }
 _SHORT = ("bn", "tv")
 # Have widgets of their own, with these keys ("start" is the button).

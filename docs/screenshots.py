@@ -50,8 +50,8 @@ class Camera:
         self.browser, self.folder, self.most = browser, folder, most
         folder.mkdir(parents=True, exist_ok=True)
 
-    def open(self, url: str, width: int = 1280, scheme: str = "light") -> Page:
-        """A page that has been drawn completely. Nothing moves by itself in it."""
+    def open(self, url: str, width: int = 1280, scheme: str = "light", like: Page | None = None) -> Page:
+        """A page that has been drawn completely, of the same visitor as another. Nothing moves by itself in it."""
         height, scale = SIZES[width]
         page = self.browser.new_page(
             viewport={"width": width, "height": height},
@@ -59,6 +59,7 @@ class Camera:
             device_scale_factor=scale,
             has_touch=width < 640,
             reduced_motion="reduce",
+            storage_state=None if like is None else like.context.storage_state(),
         )
         page.set_default_timeout(HOUR)
         page.add_init_script(WATCH)
@@ -116,7 +117,7 @@ def live(camera: Camera, address: str, settings: str, names: set[str]) -> Iterat
     first.get_by_text(REBUILT).wait_for()
     first.get_by_role("button", name="Rebuild the pictures").click()
     first.wait_for_url("**job=**")
-    pages = {look: camera.open(first.url, *look) for look in LOOKS}
+    pages = {look: camera.open(first.url, *look, like=first) for look in LOOKS}
     first.close()
     for name in LIVE[1:]:
         for look, page in pages.items():

@@ -28,7 +28,6 @@ from gradinv.attack.objective import Objective
 from gradinv.attack.state import Run
 from gradinv.checks import check_memory, parallel_seeds
 from gradinv.config import AttackConfig
-from gradinv.images import to_pixels
 from gradinv.models import Model
 from gradinv.recovery.recover import recover
 from gradinv.stepping import Stepper, resolve_mode
@@ -182,7 +181,7 @@ def pictures(model: Model, batch_size: int) -> tuple[Tensor, Tensor]:
     gallery = sources.gallery(model) or sources.gallery()  # a user's network may know none of the classes
     if not 1 <= batch_size <= 4 * len(gallery):
         raise GradinvError(f"Batches of 1 to {4 * len(gallery)} pictures can be measured, not of {batch_size}.")
-    upright = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in gallery[:batch_size]])
+    upright = sources.pixels_of(gallery[:batch_size], model.preprocessing)
     pixels = torch.cat([upright, *(upright.flip(sides) for sides in ((3,), (2,), (2, 3)))])[:batch_size]
     return pixels, torch.arange(batch_size) % len(model.classes)
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module may import from the layers below its own, and from its own as long as nothing goes in circles.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"gradinv", "gradinv.names", "gradinv.types", "gradinv.paths"}),
+    frozenset({"gradinv", "gradinv.names", "gradinv.types", "gradinv.paths", "gradinv.downloads"}),
     frozenset({"gradinv.config", "gradinv.images"}),
     frozenset({"gradinv.models"}),
     frozenset({"gradinv.batchnorm", "gradinv.network"}),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from gradinv.cli.say import figure, listed, speaker, table
+from gradinv.cli.say import figure, listed, numbers, speaker, table
 
 HELP = "measure how fast an iteration is on this machine"
 EXAMPLES = """\
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         ("--parallel-seeds", (0,), "seeds at a time, 0: as many as a run takes (default: 0)"),
     )
     for flag, default, help in lists:
-        options.add_argument(flag, type=_numbers, default=default, metavar="N,N,…", help=help)
+        options.add_argument(flag, type=partial(numbers, kind=int), default=default, metavar="N,N,…", help=help)
     options.add_argument(
         "--stepping",
         type=lambda text: tuple(word.strip() for word in text.split(",") if word.strip()),
@@ -77,13 +78,6 @@ class _Gone(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         flag = self.option_strings[0]
         parser.error(f"{flag} is gone: {GONE[flag]}")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(",") if number.strip())
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"numbers separated by commas are expected, not {text!r}") from error
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradinv.downloads import cache_folder
 from gradinv.images import SUFFIXES, to_pixels
-from gradinv.models import Model, cache_folder
+from gradinv.models import Model
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import RecoveredFeatures, recover_features
 from gradinv.recovery.labels import RestoredLabels, restore_labels

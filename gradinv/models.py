@@ -25,6 +25,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from gradinv.downloads import cache_folder, download
 from gradinv.names import prefixes
 from gradinv.paths import ASSETS
 from gradinv.types import GradinvError, Preprocessing
@@ -369,15 +370,6 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def cache_folder(name: str) -> Path:
-    """The folder of that name under GRADINV_CACHE, or else under this platform's cache folder."""
-    if chosen := os.environ.get("GRADINV_CACHE"):
-        return Path(chosen).expanduser() / name
-    import pooch  # slow to import
-
-    return Path(pooch.os_cache("gradinv")) / name
-
-
 def fitted_file(name: str) -> Path:
     """Where a named headless model lies once its final layer was fitted."""
     return cache_folder("models") / f"{name}.safetensors"
@@ -500,7 +492,7 @@ def _moco_file(progress: Callable[[int, int | None], None] | None) -> Path:
         raise GradinvError(f"The address in GRADINV_MOCO_URL must begin with https:// or http://, not be {url!r}.")
     path = cache_folder("models") / MOCO_URL.rsplit("/", 1)[-1]
     instead = f"try again later or put the file at {path}"
-    download = partial(_download_moco, progress=progress)
+    fetch = partial(_download_moco, progress=progress)
     try:
         if path.is_file():
             with path.open("rb") as file:
@@ -508,7 +500,7 @@ def _moco_file(progress: Callable[[int, int | None], None] | None) -> Path:
                     return path
             path.unlink()
         # Pooch knows whole hashes only, so the downloader compares what is known of this one.
-        return Path(pooch.retrieve(url, None, path.name, path.parent, downloader=download))
+        return Path(pooch.retrieve(url, None, path.name, path.parent, downloader=fetch))
     except requests.HTTPError as error:
         raise GradinvError(f"The MoCo v2 backbone could not be downloaded ({error}); {instead}.") from error
     except requests.RequestException as error:
@@ -527,24 +519,11 @@ def _moco_file(progress: Callable[[int, int | None], None] | None) -> Path:
 
 def _download_moco(url: str, output: str, _: Any, *, progress: Callable[[int, int | None], None] | None = None) -> None:
     """Pooch's downloader, but one that raises ValueError for what is too large or not what was published."""
-    import requests
-
-    digest = hashlib.md5(usedforsecurity=False)
-    received = 0
-    with requests.get(url, stream=True, timeout=(10, 30)) as answer:
-        answer.raise_for_status()
-        stated = answer.headers.get("Content-Length", "")
-        with open(output, "wb") as file:
-            for part in answer.iter_content(1 << 20):
-                received += len(part)
-                if received > _MOCO_MOST:
-                    raise ValueError(f"{url} has more than {_MOCO_MOST} bytes")
-                digest.update(part)
-                file.write(part)
-                if progress is not None:
-                    progress(received, int(stated) if stated.isdecimal() else None)
-    if not digest.hexdigest().startswith(_MOCO_MD5):
-        raise ValueError(f"{url} has the md5 {digest.hexdigest()}")
+    download(url, output, _MOCO_MOST, progress)
+    with open(output, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if not found.startswith(_MOCO_MD5):
+        raise ValueError(f"{url} has the md5 {found}")
 
 
 def _from_file(path: Path, image_size: int | None, like: Preprocessing | None = None) -> Model:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import json
 import os
 import random
 import re
@@ -18,61 +19,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
+import torch
 from PIL import Image
+from torch import Tensor
 
-from gradinv.images import MAX_BYTES, SUFFIXES, decode
+from gradinv.downloads import cache_folder, download
+from gradinv.images import MAX_BYTES, SUFFIXES, decode, to_pixels
 from gradinv.models import ImageClass, Model, imagenet_classes
 from gradinv.paths import ASSETS
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, Preprocessing
 
 SAMPLES_URL = "https://raw.githubusercontent.com/EliSchwartz/imagenet-sample-images/master/"
 """Where the public ImageNet sample set is published; GRADINV_SAMPLES_URL names another place."""
-
-EVERYDAY: dict[str, tuple[tuple[int, int], ...]] = {
-    "fish": ((0, 6), (389, 397)),
-    "bird": ((7, 24), (80, 100), (127, 146)),
-    "newt": ((25, 29),),
-    "frog": ((30, 32),),
-    "turtle": ((33, 37),),
-    "lizard": ((38, 48),),
-    "crocodile": ((49, 50),),
-    "snake": ((52, 68),),
-    "spider": ((72, 77),),
-    "crab": ((118, 121), (125, 125)),
-    "dog": ((151, 268), (273, 275)),
-    "wolf": ((269, 272),),
-    "fox": ((277, 280),),
-    "cat": ((281, 293),),
-    "bear": ((294, 297), (388, 388)),
-    "beetle": ((300, 307),),
-    "insect": ((300, 326),),
-    "butterfly": ((321, 326),),
-    "rabbit": ((330, 332),),
-    "rodent": ((333, 338),),
-    "horse": ((339, 339),),
-    "pig": ((341, 343),),
-    "cow": ((345, 347),),
-    "sheep": ((348, 349),),
-    "antelope": ((351, 353),),
-    "ape": ((365, 369),),
-    "monkey": ((365, 384),),
-    "lemur": ((383, 384),),
-    "elephant": ((385, 386),),
-    "panda": ((387, 388),),
-    "aeroplane": ((404, 404), (895, 895)),
-    "boat": ((472, 472), (484, 484), (554, 554), (576, 576), (625, 625), (814, 814), (871, 871), (914, 914)),
-    "car": ((436, 436), (468, 468), (511, 511), (609, 609), (627, 627), (656, 656), (661, 661), (751, 751), (817, 817)),
-    "taxi": ((468, 468),),
-    "truck": ((555, 555), (569, 569), (675, 675), (717, 717), (864, 864), (867, 867)),
-    "rocket": ((744, 744), (812, 812)),
-    "food": ((924, 939), (943, 943), (945, 945), (947, 957), (959, 965)),
-    "fruit": ((948, 957),),
-    "drink": ((966, 967), (969, 969)),
-    "coffee": ((967, 967),),
-    "flower": ((985, 986),),
-}
-"""Everyday words, each with the classes that it is one for: from the first to the last in ImageNet's order, which has
-kindred classes beside each other."""
 
 _KINDS = f"picture ({', '.join(SUFFIXES)})"
 _WNID = re.compile(r"n\d{8}")
@@ -307,7 +265,7 @@ class SampleSet:
 
         Raises GradinvError where the address, of `base_url` or GRADINV_SAMPLES_URL, is not one of the web.
         """
-        self.cache = Path(cache).expanduser() if cache else _default_cache()
+        self.cache = Path(cache).expanduser() if cache else cache_folder("imagenet-samples")
         self.base_url = (base_url or os.environ.get("GRADINV_SAMPLES_URL") or SAMPLES_URL).rstrip("/") + "/"
         if urlsplit(self.base_url).scheme not in ("http", "https"):
             raise GradinvError(
@@ -337,15 +295,14 @@ class SampleSet:
         import pooch  # slow to import, and needed by nobody who stays offline
         import requests
 
-        pooch.get_logger().setLevel(
-            "WARNING"
-        )  # what it has to say otherwise would go between the lines of a progress bar
+        # What it has to say otherwise would go between the lines of a progress bar.
+        pooch.get_logger().setLevel("WARNING")
         host, instead = urlsplit(self.base_url).netloc, "try again later or take pictures of the gallery"
         url = self.base_url + quote(file)
-        download = partial(_download, size=size)
+        fetch = partial(_download, size=size)
         try:
             with self._fetching:
-                return Path(pooch.retrieve(url, f"sha256:{sha256}", file, self.cache, downloader=download))
+                return Path(pooch.retrieve(url, f"sha256:{sha256}", file, self.cache, downloader=fetch))
         except requests.HTTPError as error:
             raise GradinvError(f"{host} does not give out {file} ({error}); {instead}.") from error
         except requests.RequestException as error:
@@ -358,29 +315,10 @@ class SampleSet:
             raise GradinvError(f"{file} arrived from {host} with other contents than expected; {instead}.") from error
 
 
-def _default_cache() -> Path:
-    if chosen := os.environ.get("GRADINV_CACHE"):
-        return Path(chosen).expanduser() / "imagenet-samples"
-    import pooch
-
-    return Path(pooch.os_cache("gradinv")) / "imagenet-samples"
-
-
 def _download(url: str, output: str, _: Any, *, size: int) -> None:
-    """Pooch's downloader, but one that stops at the size that is expected: the server may send anything."""
-    import requests
-
-    with requests.get(url, stream=True, timeout=(10, 30)) as answer:
-        answer.raise_for_status()
-        received = 0
-        with open(output, "wb") as file:
-            for part in answer.iter_content(1 << 16):
-                received += len(part)
-                if received > size:
-                    break
-                file.write(part)
-    if received != size:
-        raise ValueError(f"{url} has {'more than' if received > size else 'only'} {min(received, size)} bytes")
+    """Pooch's downloader, but one that takes the size that is expected and no other."""
+    if (received := download(url, output, size)) != size:
+        raise ValueError(f"{url} has only {received} bytes")
 
 
 # --- over all sources
@@ -389,6 +327,14 @@ def _download(url: str, output: str, _: Any, *, size: int) -> None:
 def known(pictures: Iterable[Picture], model: Model) -> list[Picture]:
     """Those whose class the model knows."""
     return [picture for picture in pictures if picture.wnid and model.class_index(picture.wnid) is not None]
+
+
+def pixels_of(pictures: Iterable[Picture], preprocessing: Preprocessing) -> Tensor:
+    """The pictures' pixels (B, 3, S, S) in [0, 1], of the side that the preprocessing makes.
+
+    Raises GradinvError for one that cannot be decoded.
+    """
+    return torch.stack([to_pixels(picture.open(), preprocessing) for picture in pictures])
 
 
 def search(pictures: Iterable[Picture], text: str) -> list[Picture]:
@@ -429,7 +375,9 @@ def everyday(wnid: str) -> str:
 def _everyday() -> dict[str, str]:
     classes = imagenet_classes()
     words: dict[str, list[str]] = {}
-    for word, ranges in EVERYDAY.items():
+    # By word the first and last of the classes that it names.
+    named = json.loads((ASSETS / "everyday-names.json").read_text(encoding="utf-8"))
+    for word, ranges in named.items():
         for first, last in ranges:
             for item in classes[first : last + 1]:
                 words.setdefault(item.wnid, []).append(word)

@@ -13,24 +13,30 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module may import from the layers below its own, and from its own as long as nothing goes in circles.
-LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"gradinv", "gradinv.names", "gradinv.types", "gradinv.paths"}),
-    frozenset({"gradinv.config", "gradinv.images"}),
-    frozenset({"gradinv.models"}),
-    frozenset({"gradinv.batchnorm", "gradinv.network"}),
-    frozenset({"gradinv.recovery"}),
-    frozenset(
-        f"gradinv.{name}"
-        for name in (
-            *("attack", "checks", "defenses", "distributed", "gallery", "metrics", "prior", "sources", "stepping"),
-            *("tape", "victim"),
-        )
-    ),
-    frozenset(
-        f"gradinv.{name}" for name in ("benchmark", "evaluation", "figures", "jobs", "pace", "peers", "recording")
-    ),
-    frozenset({"gradinv.cli", "gradinv.web"}),
-    frozenset({"gradinv.__main__", "app"}),
+LAYERS: tuple[frozenset[str], ...] = tuple(
+    frozenset(f"gradinv.{name}" if name not in ("gradinv", "app") else name for name in names.split())
+    for names in (
+        "gradinv names paths downloads",
+        "types",
+        "config images",
+        "models",
+        "network",
+        "batchnorm prior",
+        "recovery",  # what the gradient says without a search
+        "tape",
+        "stepping distributed",  # how a step is executed
+        "attack checks",  # what is searched for
+        "victim defenses",  # the client
+        "sources",
+        "gallery",
+        "metrics",  # what only the audience sees
+        "figures pace peers",
+        "recording",
+        "animation benchmark evaluation jobs",
+        "cli",
+        "web __main__",
+        "app",
+    )
 )
 
 # Each in one layer.

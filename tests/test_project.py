@@ -114,7 +114,7 @@ def test_assets_are_those_that_are_listed() -> None:
     listed = dict(re.findall(r"^\| `(\S+)` \| ([0-9a-f]{64}) \|$", (ASSETS / "SOURCES.md").read_text(), re.MULTILINE))
     with (ASSETS / "samples" / "samples.csv").open(newline="", encoding="utf-8") as file:
         listed |= {f"samples/{row['file']}": row["sha256"] for row in csv.DictReader(file)}
-    ours = {".py", ".md", ".css", ".svg"}  # made for this project, and edited now and then
+    ours = {".py", ".md", ".css", ".svg", ".json"}  # made for this project, and edited now and then
     files = [path for path in ASSETS.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     found = {path.relative_to(ASSETS).as_posix(): sha256(path) for path in files if path.suffix not in ours}
     assert found == listed

@@ -134,7 +134,7 @@ def _iterate(
             annealed = wanted
             judged = objective.annealed(*annealed)
             stepper = Stepper(judged, run.config.stepping, steps=_evaluations(run, annealed), parallel=parallel)
-        found = run.step(step - 1, stepper, stop)  # evaluate (Eqns 3, 9–12) and move the images
+        found = run.step(step - 1, stepper, stop)  # evaluate (Eqns 1–3, 9–12), step, noise, project
         if found is None:
             yield shown(step - 1, time.perf_counter() - started, done)
             return

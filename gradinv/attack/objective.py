@@ -13,7 +13,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from gradinv.attack import micro_batch
 from gradinv.attack.boundary import FEATURES, boundary_of
@@ -27,6 +26,7 @@ from gradinv.attack.terms import (
     cosine_distance,
     feature_distance,
     group_distance,
+    image_norm,
     prior_distance,
     squared_norm,
 )
@@ -103,10 +103,11 @@ class Objective:
             distance = BN_FORMS[config.bn_form]
             self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))
         variation = TV_FORMS[config.tv_form]
+        # R_fidelity = α_tv R_TV + α_ℓ2 R_ℓ2 + α_BN R_BN (Eqn 9), here and above
         self._add("tv", config.tv, lambda e: variation(e.images, model.preprocessing, config))
         if painted is not None:
             self._add("prior", config.prior, lambda e: prior_distance(e.images, painted, model.preprocessing))
-        self._add("l2", config.l2, lambda e: vector_norm(e.images))
+        self._add("l2", config.l2, lambda e: image_norm(e.images))
         self._add("group", config.group if config.seeds > 1 else 0, lambda e: group_distance(e.images, e.group))
 
     def _add(self, name: str, weight: float, term: Term) -> None:

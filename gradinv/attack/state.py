@@ -158,7 +158,8 @@ class Run:
             self._optimiser.enter(upsample(self._optimiser.images, stage.side))
         trial = self._optimiser.trial.requires_grad_()
         full = upsample(trial, self.model.preprocessing.size)
-        found = stepper.each(full.detach(), self._drawn_to(step, stage), stop)
+        # Evaluate: the objective and its gradient with respect to the images (Eqns 1–3, 9–12).
+        found = stepper.each(full.detach(), self.group_target(step, stage), stop)
         complete = len(found) == len(full)
         if complete:
             values = torch.stack([one.parts for one in found])
@@ -173,12 +174,13 @@ class Run:
                 f"The objective stopped being finite at iteration {step + 1}; "
                 "take a lower learning rate or other weights."
             )
+        # Step, then x̂ ← x̂ + λ(t) α_n η, then project onto the pixels' range.
         rate = learning_rate(step, config)
         self._optimiser.step(gradient, values, rate, self._noise(rate, trial))
         return found
 
     def _noise(self, rate: float, images: Tensor) -> Tensor | None:
-        """The pixel noise of a step with that learning rate, none with L-BFGS."""
+        """The pixel noise λ(t) α_n η, η ~ N(0, 1), of a step with the learning rate λ(t); none with L-BFGS."""
         if self.config.noise == 0 or self.config.optimiser != "adam":
             return None
         noise = [self._normal(index, tuple(own.shape)) for index, own in enumerate(images)]
@@ -191,7 +193,7 @@ class Run:
             registration = self.config.registration if begun else "lazy"
             return consensus(self.full_size(), registration, count=self.config.seeds, ranks=self.ranks)
 
-    def _drawn_to(self, step: int, stage: Stage) -> Tensor:
+    def group_target(self, step: int, stage: Stage) -> Tensor:
         """E(x̂_{g∈G}) of Eqn 11: the plain mean of this step, or the registered mean (Eqn 12), renewed at intervals.
         L-BFGS compares values from step to step, so for it the objective stays the same throughout a stage."""
         config = self.config

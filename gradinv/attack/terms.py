@@ -124,7 +124,7 @@ def activation_distance(nodes: Mapping[str, Tensor], known: Mapping[str, KnownAc
 
 
 def bn_distance(means: Mapping[str, Tensor], variances: Mapping[str, Tensor], target: BatchNormStatistics) -> Tensor:
-    """Σ_l ‖μ_l(x̂) − BN_l(mean)‖₂ + Σ_l ‖σ²_l(x̂) − BN_l(var)‖₂ (Eqn 10); a scalar."""
+    """R_BN (Eqn 10): Σ_l ‖μ_l(x̂) − BN_l(mean)‖₂ + Σ_l ‖σ²_l(x̂) − BN_l(var)‖₂; a scalar."""
     parts = [vector_norm(mean - target.mean[name]) for name, mean in means.items()]
     parts += [vector_norm(var - target.var[name]) for name, var in variances.items()]
     return torch.stack(parts).sum()
@@ -150,7 +150,8 @@ def relative_bn_distance(
 
 
 def paper_variation(images: Tensor, _: Preprocessing | None = None, __: AttackConfig | None = None) -> Tensor:
-    """The sum of the ℓ2 norms of the four difference maps (right, down, both diagonals) of (B, 3, H, W); a scalar."""
+    """R_TV (Eqn 9): the sum of the ℓ2 norms of the four difference maps (right, down, both diagonals) of (B, 3, H, W);
+    a scalar."""
     maps = (
         images[..., :, 1:] - images[..., :, :-1],
         images[..., 1:, :] - images[..., :-1, :],
@@ -204,8 +205,13 @@ def prior_distance(images: Tensor, painted: Tensor, preprocessing: Preprocessing
     return ((images - painted) * std).square().mean((1, 2, 3))
 
 
+def image_norm(images: Tensor) -> Tensor:
+    """R_ℓ2 (Eqn 9): ‖x̂‖₂ of normalised images (B, 3, H, W); a scalar."""
+    return vector_norm(images)
+
+
 def group_distance(images: Tensor, group: Tensor) -> Tensor:
-    """‖x̂ − E(x̂_{g∈G})‖₂ (Eqn 11), normalised images against the group's, (B, 3, H, W) each; a scalar."""
+    """R_group (Eqn 11): ‖x̂ − E(x̂_{g∈G})‖₂, normalised images against the group's, (B, 3, H, W) each; a scalar."""
     return vector_norm(images - group)
 
 

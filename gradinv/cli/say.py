@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradinv.types import SolvedNode
@@ -59,6 +59,14 @@ def aligned(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[int] 
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
     return "  ".join(filled).rstrip()
+
+
+def numbers(text: str, kind: type[int] | type[float] = float) -> tuple[Any, ...]:
+    """The values of an option that takes several, separated by commas."""
+    try:
+        return tuple(kind(number) for number in text.split(",") if number.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"numbers separated by commas are expected, not {text!r}") from error
 
 
 def listed(words: Sequence[str], last: str) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gradinv.cli.say import numbers
 from gradinv.config import AttackConfig, retired, upgraded
 from gradinv.types import GradinvError
 
@@ -25,7 +26,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if isinstance(item.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(item.default, tuple):
-            options |= {"type": _shares, "metavar": "S,S,…"}
+            options |= {"type": numbers, "metavar": "S,S,…"}
         elif item.metadata["choices"]:
             options |= {"choices": item.metadata["choices"], "type": partial(_choice, item.name)}
         else:
@@ -42,13 +43,6 @@ def _choice(name: str, text: str) -> str:
     if (gone := retired(name, text)) is not None:
         raise argparse.ArgumentTypeError(gone)
     return text
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(share) for share in text.split(",") if share.strip())
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"numbers separated by commas are expected, not {text!r}") from error
 
 
 def settings_given(args: argparse.Namespace) -> dict[str, Any]:

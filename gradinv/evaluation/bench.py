@@ -12,9 +12,8 @@ from torch import Tensor
 
 from gradinv.evaluation.plan import Plan, Row, classes_of, defences_of
 from gradinv.gallery import Gallery, Progress
-from gradinv.images import to_pixels
 from gradinv.models import Model
-from gradinv.sources import ImageFolder, Picture
+from gradinv.sources import ImageFolder, Picture, pixels_of
 from gradinv.types import GradinvError, Observation
 
 
@@ -120,7 +119,7 @@ class Bench:
 
     def pixels(self, batch: Batch) -> Tensor:
         """Decoded: (B, 3, S, S) in [0, 1]."""
-        return torch.stack([to_pixels(picture.open(), self.model.preprocessing) for picture in batch.pictures])
+        return pixels_of(batch.pictures, self.model.preprocessing)
 
     def defend(self, observation: Observation, row: Row, batch: int) -> Observation:
         """The observation behind the row's defence; each batch has its own noise."""

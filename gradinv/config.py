@@ -305,8 +305,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start_scale": 0.45,
     },
 }
-# What `demo` becomes where the search starts from a picture that was painted from the activations that it is held to, by
-# their stage: the higher it lies, the less it says of the pixels, and the more the search is drawn to the picture.
+# What `demo` becomes where the search starts from a picture that was painted from the activations that it is held to,
+# by their stage: the higher it lies, the less it says of the pixels, and the more the search is drawn to the picture.
 FROM_PAINTING: dict[str, dict[str, Any]] = {
     "layer1": {
         "iterations": 150,

@@ -54,7 +54,7 @@ def _from_painting(model: Model, recovered: Recovered, config: AttackConfig) -> 
     if painted is None:
         return config
     usual = AttackConfig.preset("demo", model.name)
-    new = FROM_PAINTING if painted.name == config.boundary else FROM_ABOVE
+    new = FROM_PAINTING[stage_of(painted.name)] if painted.name == config.boundary else FROM_ABOVE
     changes = {name: value for name, value in new.items() if getattr(config, name) == getattr(usual, name)}
     if ("pooling" in changes) != ("tv_schedule" in changes):  # they go together
         del changes["pooling" if "pooling" in changes else "tv_schedule"]

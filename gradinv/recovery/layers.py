@@ -160,7 +160,7 @@ class _Way:
         # All cotangents are proportional to what the final layer's equations give, which is no more exact than this.
         self._floor = (pooled.sigma.norm(dim=1) / pooled.features.norm(dim=1)).clamp(min=_ROUNDING)
         top = last_gate(block, gradients, pooled, height, width)
-        return mended_by_bias(top, self._gradient(f"{block.units[-1].bn_name}.bias"))[0]
+        return self._mended_by(top, f"{block.units[-1].bn_name}.bias")
 
     def _pooled(self, positions: int) -> Pooled:
         """F by least squares of s AᵀF = K ∇W, not clamped, with what the residual says of its precision."""
@@ -232,7 +232,11 @@ class _Way:
         """Go through the ReLU of the node that was solved."""
         self._gate = gate(self._pulled(step, shape), solution, _CROSSTALK * self._floor)
         if step.bias is not None:
-            self._gate, _ = mended_by_bias(self._gate, self._gradient(step.bias))
+            self._gate = self._mended_by(self._gate, step.bias)
+
+    def _mended_by(self, found: Gate, bias: str) -> Gate:
+        """A gate with its mask mended by the gradient of a bias, as it is where the client does not train that."""
+        return mended_by_bias(found, self._gradient(bias))[0] if bias in self._observation.gradients else found
 
     def _take(self, step: _Step, mended: Gate) -> None:
         """Go on with a gate of which some masks were set right."""

@@ -32,6 +32,7 @@ from gradinv.defenses import parse
 from gradinv.gallery import Gallery
 from gradinv.images import SUFFIXES, decode, to_pixels
 from gradinv.models import Model, load_backbone, load_model, save_fitted
+from gradinv.network import Segment
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import rounding
 from gradinv.recovery.labels import MISREAD, restore_labels
@@ -117,6 +118,23 @@ def test_a_rounded_gradient_tells_its_labels(
         restored = restore_labels(model, observation)
         assert_right(restored.labels, count)
         assert restored.confidence > 0.9 and restored.fit is not None and not restored.notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_layers_of_a_rounded_gradient_are_as_exact_as_they_say(
+    model: Model, pictures: Tensor, shared: Callable[..., Observation], dtype: torch.dtype
+) -> None:
+    """Rounding is not taken for wrong entries of a mask, of which each one costs per cents."""
+    rounded = mapped(shared(2), lambda gradient: gradient.to(dtype))
+    found = recover(model, rounded, AttackConfig(boundary="layer3", labels="auto"))
+    nodes = [node.name for node in found.nodes]
+    with torch.no_grad():
+        truth = Segment(model.network, nodes[0], nodes)(model.preprocessing.normalise(pictures[:2]))
+    order = [LABELS.index(label) for label in found.labels.tolist()]
+    for node in found.nodes:
+        true = truth[node.name].relu()[order].flatten(1)
+        error = (node.activation.flatten(1) - true).norm(dim=1) / true.norm(dim=1)
+        assert (error <= 3 * node.error).all() and float(node.error.max()) < 0.01, node.name
 
 
 def test_the_rounding_of_a_format_is_that_of_its_numbers() -> None:

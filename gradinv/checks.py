@@ -18,6 +18,7 @@ from gradinv.attack.optimiser import HISTORY
 from gradinv.batchnorm import check_train_mode, running_statistics
 from gradinv.config import AttackConfig
 from gradinv.models import Model
+from gradinv.names import listed_of
 from gradinv.recovery.examination import named_for
 from gradinv.stepping import resolve_mode, side_by_side
 from gradinv.types import MODES, BatchNormStatistics, GradinvError, Observation
@@ -74,11 +75,6 @@ def _check_origin(model: Model, observation: Observation) -> None:
             f"{model.name} takes mean {_short(ours_at.mean)} and std {_short(ours_at.std)}; load it with those of the "
             "observation (--mean and --std)."
         )
-    if theirs_at.resize != ours_at.resize:
-        raise GradinvError(
-            f"The observation's preprocessing ({theirs_at}) is not the model's ({ours_at}); take that of the loaded "
-            "model."
-        )
 
 
 def _short(values: Sequence[float]) -> str:
@@ -88,6 +84,11 @@ def _short(values: Sequence[float]) -> str:
 def _check_gradients(model: Model, gradients: Mapping[str, Tensor]) -> None:
     """Of layers that the client does not train there is none."""
     expected = dict(model.network.named_parameters())
+    if (count := listed_of(gradients)) is not None:  # the place of each was not taken for a name
+        raise GradinvError(
+            f"The list holds {count} gradients and {model.name} has {len(expected)} parameters; give one for each in "
+            "their order, None for what does not train, or give them by name."
+        )
     if unknown := [name for name in gradients if name not in expected]:
         raise GradinvError(
             f"The observation holds a gradient of {unknown[0]}{_others(unknown)}, which {model.name} does not have; "

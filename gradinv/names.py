@@ -9,6 +9,20 @@ WRAPPERS = ("module", "_orig_mod", "_module", "model", "network", "net")
 """What DataParallel, torch.compile, Opacus and people's own classes call the network that they wrap."""
 
 _NUMBERED = re.compile(r"\.\d+\.(weight|bias)$")
+_PLACE = re.compile(r"(\d+)\.of\.(\d+)")
+
+
+def place_of(index: int, count: int) -> str:
+    """The name of what has no name but its place in a list of so many; also where some in the list are left out, the
+    names tell how many there are."""
+    return f"{index}.of.{count}"
+
+
+def listed_of(names: Collection[str]) -> int | None:
+    """How long the list is whose places these are; None where they are names."""
+    found = [_PLACE.fullmatch(name) for name in names]
+    counts = {int(place[2]) for place in found if place is not None}
+    return counts.pop() if len(counts) == 1 and all(found) else None
 
 
 def prefixes(names: Collection[str], left: int = 2) -> Iterator[str]:
@@ -30,10 +44,12 @@ def wrapper(names: Collection[str]) -> str:
 
 def matched(names: Collection[str], expected: Collection[str]) -> Mapping[str, str] | None:
     """Each name as the expected ones have it: without a prefix, without the place in a Sequential of a head's only
-    layer with parameters (fc.1.weight → fc.weight), by its number where all are numbers in the order of the expected
-    ones, or with their prefix. None where some name has no counterpart."""
-    if names and all(name.isdecimal() and int(name) < len(expected) for name in names):
-        ordered = list(expected)
+    layer with parameters (fc.1.weight → fc.weight), by its place where all are places in a list as long as the expected
+    ones or plain numbers, or with their prefix. None where some name has no counterpart."""
+    ordered = list(expected)
+    if listed_of(names) == len(ordered):
+        return {name: ordered[int(name.partition(".")[0])] for name in names}
+    if names and all(name.isdecimal() and int(name) < len(ordered) for name in names):
         return {name: ordered[int(name)] for name in names}
     known = set(expected)
 

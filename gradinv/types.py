@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gradinv.names import wrapper
+from gradinv.names import place_of, wrapper
 from gradinv.paths import write_whole
 
 
@@ -144,7 +144,7 @@ class Observation:
                 raise GradinvError(f"The observation's {field} is a {type(value).__name__}; give the model's own.")
         given = self.gradients
         if isinstance(given, list | tuple):
-            given = {str(place): value for place, value in enumerate(given)}
+            given = {place_of(index, len(given)): value for index, value in enumerate(given)}
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
             raise GradinvError(
                 "Gradients are given by their parameter's name, or as a list in the parameters' order, not as "
@@ -342,6 +342,7 @@ class Recovered:
     by `scale`. They are None where the config asks for none or the final layer does not determine them. All images go
     in the labels' order. `nodes` are the solved ones, the highest first, `stopped` says in a sentence why there are no
     more. `notes` are sentences on what the gradient was found to be where it is not what the observation says.
+    `label_smoothing` is ε of the client's labels, (1 − ε) y + ε/N, told or solved for.
     """
 
     labels: Tensor
@@ -354,6 +355,7 @@ class Recovered:
     nodes: tuple[SolvedNode, ...] = ()
     stopped: str = ""
     notes: tuple[str, ...] = ()
+    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from gradinv import cli, models
 from gradinv.attack.inversion import invert
+from gradinv.attack.objective import Objective
 from gradinv.batchnorm import running_statistics
 from gradinv.checks import check_observation
 from gradinv.config import AttackConfig
@@ -31,12 +32,13 @@ from gradinv.defenses import parse
 from gradinv.gallery import Gallery
 from gradinv.images import SUFFIXES, decode, to_pixels
 from gradinv.models import Model, load_backbone, load_model, save_fitted
+from gradinv.network import Segment
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import rounding
 from gradinv.recovery.labels import MISREAD, restore_labels
 from gradinv.recovery.recover import recover
 from gradinv.sources import ImageFolder, gallery
-from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
+from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, Recovered
 from gradinv.victim import observe
 
 LABELS = (3, 17, 17, 60, 111, 150, 198, 42)
@@ -116,6 +118,23 @@ def test_a_rounded_gradient_tells_its_labels(
         restored = restore_labels(model, observation)
         assert_right(restored.labels, count)
         assert restored.confidence > 0.9 and restored.fit is not None and not restored.notes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_layers_of_a_rounded_gradient_are_as_exact_as_they_say(
+    model: Model, pictures: Tensor, shared: Callable[..., Observation], dtype: torch.dtype
+) -> None:
+    """Rounding is not taken for wrong entries of a mask, of which each one costs per cents."""
+    rounded = mapped(shared(2), lambda gradient: gradient.to(dtype))
+    found = recover(model, rounded, AttackConfig(boundary="layer3", labels="auto"))
+    nodes = [node.name for node in found.nodes]
+    with torch.no_grad():
+        truth = Segment(model.network, nodes[0], nodes)(model.preprocessing.normalise(pictures[:2]))
+    order = [LABELS.index(label) for label in found.labels.tolist()]
+    for node in found.nodes:
+        true = truth[node.name].relu()[order].flatten(1)
+        error = (node.activation.flatten(1) - true).norm(dim=1) / true.norm(dim=1)
+        assert (error <= 3 * node.error).all() and float(node.error.max()) < 0.01, node.name
 
 
 def test_the_rounding_of_a_format_is_that_of_its_numbers() -> None:
@@ -208,6 +227,28 @@ def test_label_smoothing_is_solved_for_or_told(
             assert restored.fit.smoothing == pytest.approx(smoothing, rel=1e-3)
         assert restored.notes == (f"The client's labels are smoothed, by ε = {smoothing:g}; that was solved for.",)
         assert torch.allclose(restored.fit.errors.sum(1), torch.zeros(count).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("smoothing", [0.1, 0.0])
+def test_matching_at_the_loss_predicts_smoothed_labels(
+    model: Model, pictures: Tensor, shared: Callable[..., Observation], smoothing: float, told: bool
+) -> None:
+    """At the client's own pictures the two gradients are the same."""
+    observation = mapped(shared(2, label_smoothing=smoothing), lambda gradient: 3 * gradient)
+    observation = observation if told else replace(observation, label_smoothing=0.0)
+    config = AttackConfig(boundary="loss", labels="auto", gradient=1.0, match="l2", bn_weight=0, tv=0, l2=0, group=0)
+    found = recover(model, observation, config)
+    assert found.label_smoothing == pytest.approx(smoothing, abs=1e-4)
+    order = [LABELS.index(label) for label in found.labels.tolist()]
+    images = model.preprocessing.normalise(pictures[order])
+
+    def distance(recovered: Recovered) -> float:
+        return float(Objective(model, observation, recovered, config)(images, images).total.detach())
+
+    size = sum(float(gradient.norm()) for gradient in observation.gradients.values())
+    assert distance(found) < 1e-3 * size
+    assert distance(replace(found, label_smoothing=smoothing + 0.1)) > 0.05 * size
 
 
 def test_the_layers_below_smoothed_labels_are_as_exact(model: Model, shared: Callable[..., Observation]) -> None:
@@ -448,6 +489,21 @@ def test_gradients_in_the_order_of_the_parameters(
         check_observation(model, made(plain, values[::-1]))
 
 
+def test_a_list_that_is_not_as_long_as_the_parameters_is_no_client_that_froze_the_last(
+    model: Model, shared: Callable[..., Observation], tmp_path: Path
+) -> None:
+    plain = shared(2)
+    values = [plain.gradients[name] for name, _ in model.network.named_parameters()]
+    for wrong in (values[:-1], values[:1], [*values, values[-1]], [*values[:-2], None]):
+        made(plain, wrong).save(tmp_path / "o.safetensors")
+        for own in (made(plain, wrong), Observation.load(tmp_path / "o.safetensors")):
+            with pytest.raises(GradinvError, match=f"The list holds {len(wrong)} gradients and .* has 62 parameters"):
+                check_observation(model, own)
+    frozen = made(plain, [*values[:-2], None, None])
+    check_observation(model, frozen)
+    assert_the_same(examine(model, frozen).observation, without(plain, "fc"), 0)
+
+
 @pytest.mark.parametrize("count", [np.int64(2), np.array(2), torch.tensor(2), np.uint8(2)], ids=repr)
 def test_batch_sizes_of_other_kinds(shared: Callable[..., Observation], count: object) -> None:
     plain = shared(2)
@@ -577,6 +633,13 @@ def test_the_normalisation_of_a_fitted_network_is_kept(state: dict[str, Tensor],
     assert load_model(str(tmp_path / "fitted.safetensors"), device="cpu").preprocessing.std == (0.5, 0.5, 0.5)
 
 
+def test_how_pictures_were_made_smaller_does_not_matter(model: Model, shared: Callable[..., Observation]) -> None:
+    observation = replace(shared(2), preprocessing=replace(model.preprocessing, resize=99))
+    check_observation(model, observation)
+    *_, last = invert(model, observation, ONCE)
+    assert_right(last.labels, 2)
+
+
 @pytest.mark.parametrize("text", ["half", "[0.5]", '{"r": 1}', "[0.5, 0.5, NaN]"])
 def test_a_normalisation_in_the_metadata_that_is_none(state: dict[str, Tensor], tmp_path: Path, text: str) -> None:
     path = own_weights(state, tmp_path / "own.safetensors", {"mean": text})
@@ -630,13 +693,27 @@ def test_frozen_layers_are_absent_and_the_others_are_solved(
     assert_right(found.labels, 2)
     (note,) = found.notes
     assert "30 of 62 parameters are absent" in note and ("30 zero throughout" in note) == (lacking is zeroed)
-    assert "of layer2.1.bn2.bias is absent, so no layer below layer3.0.conv1 is solved" in found.stopped
+    assert "of layer2.1.conv2.weight is absent, so no layer below layer2.1 is solved" in found.stopped
     count = len(found.nodes)
-    assert [node.name for node in found.nodes] == [node.name for node in whole.nodes][:count] and count == 7
+    assert [node.name for node in found.nodes] == [node.name for node in whole.nodes][:count] and count == 8
     for own, expected in zip(found.nodes, whole.nodes, strict=False):
         assert torch.equal(own.activation, expected.activation)
     *_, last = stream
-    assert last.boundary == "layer3.0.conv1"
+    assert last.boundary == "layer2.1"
+
+
+def test_batch_normalisation_that_does_not_train_hides_no_layer(
+    model: Model, shared: Callable[..., Observation]
+) -> None:
+    """Nor do its biases alone, whose gradients only mend masks."""
+    norms = [name for name, module in model.network.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    config = AttackConfig(boundary="layer3", labels="auto")
+    whole = recover(model, shared(2), config)
+    for lacking in (without(shared(2), *norms), without(shared(2), *(f"{name}.bias" for name in norms))):
+        found = recover(model, lacking, config)
+        assert not found.stopped and len(found.nodes) == len(whole.nodes) == 4
+        for own, expected in zip(found.nodes, whole.nodes, strict=True):
+            torch.testing.assert_close(own.activation, expected.activation, rtol=1e-4, atol=1e-4)
 
 
 def test_none_in_the_place_of_a_gradient_is_absent(model: Model, shared: Callable[..., Observation]) -> None:

@@ -66,7 +66,7 @@ def test_the_sample_is_a_gradient_of_the_pictures(observation: Observation, mode
 def test_the_example_is_that_of_the_readme_and_makes_what_it_says(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert gradient.EXAMPLE in (ROOT / "docs" / "gradients.md").read_text(encoding="utf-8")
+    assert gradient.EXAMPLE in (ROOT / "docs" / "your-own-gradient.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(gradient.EXAMPLE, {"pixels": torch.rand(2, 3, 64, 64), "labels": torch.tensor([3, 5])})
     check_observation(model, Observation.load("mine.safetensors"))
@@ -149,6 +149,7 @@ def test_a_gradient_is_accepted_with_what_it_says_of_itself(file: bytes, model: 
         "mode": "eval",
         "leaks": (False, False),
         "notes": (),
+        "update": False,
     }
     assert list(found.shared("ada").find().gradients) == [name for name, _ in model.network.named_parameters()]
 
@@ -210,8 +211,8 @@ BAD: dict[str, tuple[Callable[[Observation], Observation], str]] = {
     "words": (lambda o: dataclasses.replace(o, batch_size="two"), "batch size must be a whole number"),  # type: ignore[arg-type]
     "mode": (lambda o: dataclasses.replace(o, mode="x"), "forward mode must be eval or train"),
     "size": (
-        lambda o: dataclasses.replace(o, preprocessing=dataclasses.replace(o.preprocessing, size=32)),
-        "is not of the 64-px pictures that resnet18-tiny takes here",
+        lambda o: dataclasses.replace(o, preprocessing=dataclasses.replace(o.preprocessing, size=512)),
+        "is of 512-px pictures, and resnet18-tiny takes 8 to 256 px here",
     ),
     "scale": (
         lambda o: dataclasses.replace(o, preprocessing=dataclasses.replace(o.preprocessing, std=(1.0, 1.0, 1.0))),
@@ -389,4 +390,29 @@ def test_what_a_gradient_is_found_to_be_is_said_and_an_update_is_refused(
     updated = bring(visit(source="gradient", model="resnet18-tiny"), observation.negated().pack())
     assert not updated.exception and not updated.error and updated.button(key="start").disabled
     (said_of_it,) = (item.value for item in updated.warning)
-    assert said_of_it.startswith("This is an update, not a gradient")
+    assert said_of_it == gradient.IS_UPDATE
+    # The same file once more, now as what it is.
+    updated.toggle(key="gradient_negated").set_value(True).run()
+    bring(updated, observation.negated().pack())
+    assert not updated.exception and not updated.error and not updated.warning
+    assert "a weight update, whose negative is the mean gradient" in text(updated)
+    assert "2 labels read from the gradient alone" in text(updated) and not updated.button(key="start").disabled
+    assert "--update" in next(item.value for item in updated.code if "gradinv invert" in item.value)
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_a_gradient_of_another_size_is_accepted(side: int, model: Model) -> None:
+    pixels, labels = torch.rand(2, 3, side, side), torch.tensor([1, 2])
+    given = observe(model.at(side), pixels, labels)
+    app = bring(visit(source="gradient", model="resnet18-tiny"), given.pack())
+    assert not app.exception and not app.error and not app.warning
+    assert f"of {side} × {side} px on resnet18-tiny" in text(app) and not app.button(key="start").disabled
+    assert "2 labels read from the gradient alone" in text(app)
+    app.number_input(key="seeds").set_value(1).run()
+    app.number_input(key="iterations").set_value(1).run()
+    app.button(key="start").click().run()
+    assert not app.exception and not app.error
+    job = app.query_params["job"][-1] if isinstance(app.query_params["job"], list) else app.query_params["job"]
+    assert manager().wait(job, lambda state: state.finished, PATIENCE)
+    app.run()
+    assert not app.exception and not app.error and "**Finished** after 1 of 1 iteration" in text(app)

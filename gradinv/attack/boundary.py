@@ -153,11 +153,13 @@ def _whole(model: Model, recovered: Recovered, config: AttackConfig) -> Boundary
     count, labels = len(recovered.labels), recovered.labels.to(model.device)
     # The client's own rescaling multiplies each gradient that is compared with its (clipping, for one).
     factor = recovered.scale / count
+    smoothing = recovered.label_smoothing
 
     def predicted(values: Mapping[str, Tensor], part: slice) -> Mapping[str, Tensor]:
-        """s (softmax(z) − y) / K: the paper's, where s = 1."""
+        """s (softmax(z) − (1 − ε) y − ε/N) / K: the paper's, where s = 1 and ε = 0."""
         logits = values[LOGITS]
-        return {LOGITS: (logits.softmax(1) - F.one_hot(labels[part], logits.shape[1])) * factor}
+        given = (1 - smoothing) * F.one_hot(labels[part], logits.shape[1]) + smoothing / logits.shape[1]
+        return {LOGITS: (logits.softmax(1) - given) * factor}
 
     def known(_: Mapping[str, Tensor], part: slice) -> Mapping[str, Tensor]:
         """s A / K."""

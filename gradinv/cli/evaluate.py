@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradinv.cli.invert import signals_set
 from gradinv.cli.say import complain, figure, speaker, table
+from gradinv.cli.task import add_normalisation
 
 if TYPE_CHECKING:
     from gradinv.config import AttackConfig
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
     )
     running.add_argument("--image-size", type=int, metavar="PX", help="side of the images (default: the model's own)")
     running.add_argument("--device", default="auto", help="cpu, cuda, … (default: %(default)s)")
+    add_normalisation(running)
     running.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that share the CPU (default: %(default)s)"
     )
@@ -130,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         raise GradinvError("Which pictures? Name a folder in ImageNet layout with --imagenet DIR.")
     if args.workers < 1:
         raise GradinvError(f"--workers takes a number of processes of at least 1, not {args.workers}.")
-    model = load_model(args.model, device=args.device, image_size=args.image_size)
+    model = load_model(args.model, device=args.device, image_size=args.image_size, mean=args.mean, std=args.std)
     preset = args.preset or ("matching" if name in ABOUT_MATCHING else "demo")
     config = config_from(preset, model.name, settings)
     plan = Plan(
@@ -142,6 +144,8 @@ def run(args: argparse.Namespace) -> int:
         seed=config.seed,
         half=args.half,
         image_size=args.image_size,
+        mean=args.mean,
+        std=args.std,
         device=str(model.device),
         lpips=args.lpips,
     )

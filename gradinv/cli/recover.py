@@ -19,7 +19,6 @@ from gradinv.cli.task import Task, add_client, add_network, begin, describe, des
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradinv.config import AttackConfig
     from gradinv.types import Recovered, SolvedNode
 
 
@@ -123,30 +122,22 @@ def _recover(say: Callable[[str], None], task: Task, rows: _Rows, stop: threadin
     import torch
 
     from gradinv.recovery.recover import recover
-    from gradinv.types import GradinvError
 
-    model, observation, config = task.model, task.observation, task.config
     given = None if task.given is None else torch.tensor(task.given)
 
-    def limited(boundary: str) -> AttackConfig:
-        return replace(config, boundary=boundary)
+    def told(first: Recovered) -> None:
+        rows.restored = first.labels.tolist()
+        describe_labels(say, task, rows.restored, first.method, first.confidence, first.notes)
+        if first.residual is not None:
+            left, factor = _share(first.residual), f"{first.scale:.4g}"
+            say(
+                f"The final layer is solved but for {left} of its gradient; the client's own factor in that is "
+                f"{factor}."
+            )
 
-    try:
-        first = recover(model, observation, limited("logits" if config.needs_features else "loss"), labels=given)
-    except GradinvError:
-        first = recover(model, observation, limited("loss"), labels=given)  # why there is no more is said below
-    restored = first.labels.tolist()
-    describe_labels(say, task, restored, first.method, first.confidence, first.notes)
-    if first.residual is not None:
-        left, factor = _share(first.residual), f"{first.scale:.4g}"
-        say(f"The final layer is solved but for {left} of its gradient; the client's own factor in that is {factor}.")
-    rows.restored = restored
-    if config.boundary in ("loss", "logits") and (first.residual is not None or config.boundary == "loss"):
-        return first
-    if not stop.is_set():
-        first = recover(model, observation, config, labels=given, stop=stop, progress=rows.show)
+    found = recover(task.model, task.observation, task.config, labels=given, stop=stop, progress=rows.show, told=told)
     # A layer that was left half-way gives another reason.
-    return replace(first, stopped="The way down was stopped.") if stop.is_set() else first
+    return replace(found, stopped="The way down was stopped.") if stop.is_set() else found
 
 
 class _Rows:

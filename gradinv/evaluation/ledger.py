@@ -52,7 +52,8 @@ class Ledger:
 
     def _check(self, identity: Mapping[str, Any]) -> None:
         try:
-            known = json.loads(self._store.read("plan.json"))
+            # Older evaluations knew no other normalisation than the network's own.
+            known = {"mean": None, "std": None, **json.loads(self._store.read("plan.json"))}
             for row in known["rows"]:
                 # A setting that is newer than the evaluation has its default.
                 row["config"] = row["config"] and recorded(row["config"])

@@ -14,7 +14,7 @@ from typing import Any
 from gradinv import peers
 from gradinv.config import AttackConfig
 from gradinv.defenses import Defence, parse_all
-from gradinv.models import Model
+from gradinv.models import Model, Moments, load_model
 from gradinv.recovery.labels import METHODS as LABEL_METHODS
 from gradinv.types import GradinvError
 
@@ -73,6 +73,8 @@ class Plan:
     seed: int = 0
     half: str = "report"
     image_size: int | None = None
+    mean: Moments = None
+    std: Moments = None
     device: str = "auto"
     lpips: bool = False
 
@@ -91,6 +93,10 @@ class Plan:
             defences_of(row.defence)
         if len({row.name for row in self.rows}) < len(self.rows):
             raise GradinvError("Each size and each defence is measured once; name none of them twice.")
+
+    def load(self) -> Model:
+        """The network that is measured. Raises GradinvError as `load_model` does."""
+        return load_model(self.model, device=self.device, image_size=self.image_size, mean=self.mean, std=self.std)
 
     @property
     def tasks(self) -> list[tuple[Row, int]]:

@@ -22,7 +22,7 @@ from gradinv.evaluation.ledger import Ledger
 from gradinv.evaluation.plan import Plan, Row, Values
 from gradinv.evaluation.tasks import TASKS
 from gradinv.gallery import Progress
-from gradinv.models import Model, load_model
+from gradinv.models import Model
 from gradinv.peers import Stopped
 from gradinv.types import GradinvError, memory_exhausted
 
@@ -125,7 +125,7 @@ def _start_worker(plan: Plan, threads: int, ending: Event) -> None:
     torch.set_num_threads(threads)
     # Of an event, only `is_set` is asked.
     stop = cast(threading.Event, ending)
-    _bench = Bench(plan, load_model(plan.model, device=plan.device, image_size=plan.image_size), stop)
+    _bench = Bench(plan, plan.load(), stop)
 
 
 def _end_with_parent() -> None:

@@ -208,6 +208,11 @@ class FinalLayer:
         other.smoothing, other._solved_for = about, True
         return other
 
+    @property
+    def solves_smoothing(self) -> bool:
+        """Whether the smoothing of the labels is an unknown."""
+        return self._solved_for
+
     def _smoothed(self, given: Tensor) -> Tensor:
         """The client's labels from one-hot ones (B, N), or from none."""
         return _smoothed(given, self.smoothing)

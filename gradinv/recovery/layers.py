@@ -25,7 +25,7 @@ from gradinv.recovery.convolution import (
     mended_by_residual,
     solve_input,
 )
-from gradinv.recovery.final_layer import Fit
+from gradinv.recovery.final_layer import COMPUTED, Fit, rounding
 from gradinv.recovery.last_block import Pooled, Unsolved, last_gate
 from gradinv.types import Observation, SolvedNode
 
@@ -157,9 +157,10 @@ class _Way:
         gradients = {f"{unit.name}.weight": self._gradient(f"{unit.name}.weight") for unit in block.units[-2:]}
         pooled = self._pooled(height * width)
         # All cotangents are proportional to what the final layer's equations give, which is no more exact than this.
-        self._floor = (pooled.sigma.norm(dim=1) / pooled.features.norm(dim=1)).clamp(min=_ROUNDING)
+        least = max(_ROUNDING, rounding(self._observation.gradients[f"{self._model.final}.weight"]))
+        self._floor = (pooled.sigma.norm(dim=1) / pooled.features.norm(dim=1)).clamp(min=least)
         top = last_gate(block, gradients, pooled, height, width)
-        return mended_by_bias(top, self._gradient(f"{block.units[-1].bn_name}.bias"))[0]
+        return self._mended_by(top, f"{block.units[-1].bn_name}.bias")
 
     def _pooled(self, positions: int) -> Pooled:
         """F by least squares of s AᵀF = K ∇W, not clamped, with what the residual says of its precision."""
@@ -231,7 +232,15 @@ class _Way:
         """Go through the ReLU of the node that was solved."""
         self._gate = gate(self._pulled(step, shape), solution, _CROSSTALK * self._floor)
         if step.bias is not None:
-            self._gate, _ = mended_by_bias(self._gate, self._gradient(step.bias))
+            self._gate = self._mended_by(self._gate, step.bias)
+
+    def _mended_by(self, found: Gate, bias: str) -> Gate:
+        """A gate with its mask mended by the gradient of a bias; as it is where the client does not train that, and
+        where that is rounded so coarsely that the rounding would be taken for wrong entries."""
+        given = self._observation.gradients.get(bias)
+        if given is None or rounding(given) > COMPUTED:
+            return found
+        return mended_by_bias(found, self._gradient(bias))[0]
 
     def _take(self, step: _Step, mended: Gate) -> None:
         """Go on with a gate of which some masks were set right."""

@@ -29,14 +29,17 @@ def recover(
     labels: Tensor | None = None,
     stop: threading.Event | None = None,
     progress: Callable[[SolvedNode], None] | None = None,
+    told: Callable[[Recovered], None] | None = None,
 ) -> Recovered:
     """Read the labels, solve the final layer where the config needs it, then the layers below as far as they go.
 
     How far is `config.boundary`: "loss" solves nothing but the labels (and the features where a term needs them),
     "logits" the final layer, "auto" as many layers as the gradient determines, a node's name down to that node.
     `labels` (B,) are taken as they are where they are given, as they have to be of a client that does not train its
-    final layer. The gradient is taken for what it is found to be (`examine`). `progress` is called with each node as it
-    is solved; `stop` ends the way down there. Raises GradinvError where the labels cannot be read, or the final layer
+    final layer. The gradient is taken for what it is found to be (`examine`). `told` is
+    called once with the labels and, where it is solved, the final layer, before the layers below, which may take
+    minutes, or before it is said that there are none; `progress` is called with each node as it is solved; `stop` ends
+    the way down there. Raises GradinvError where the labels cannot be read, or the final layer
     cannot be solved though the config needs it.
     """
     examined = examine(model, observation)
@@ -47,32 +50,38 @@ def recover(
     # The client's rescaling is known wherever the labels were tested by it.
     scale = 1.0 if restored.fit is None else restored.fit.scale
     notes = (*examined.notes, *restored.notes)
-    found = Recovered(restored.labels, restored.method, restored.confidence, scale=scale, notes=notes)
+    smoothing = observation.label_smoothing if restored.fit is None else restored.fit.smoothing
+    found = Recovered(
+        restored.labels, restored.method, restored.confidence, scale=scale, notes=notes, label_smoothing=smoothing
+    )
+    told = told or (lambda _: None)
     if not config.needs_features:
+        told(found)
         return found
     try:
         layer = FinalLayer(model, observation)
     except GradinvError as error:
+        told(found)
         if config.boundary != "auto":
             also = "features to 0 and " if config.features > 0 else ""
             raise GradinvError(f"{str(error).rstrip('.')}; set {also}boundary to loss.") from error
         return replace(found, stopped=str(error))
     fit = restored.fit or layer.fit(restored.labels.cpu())
-    nodes: tuple[SolvedNode, ...] = ()
-    stopped = ""
     if config.needs_layers:
         fit = layer.refined(fit, restored.labels.cpu())
-        nodes, stopped = _layers(model, observation, config, fit, stop, progress)
     device = model.device
-    return replace(
+    found = replace(
         found,
         features=fit.features.float().to(device),
         errors=fit.errors.float().to(device),
         residual=fit.residual,
         scale=fit.scale,
-        nodes=nodes,
-        stopped=stopped,
     )
+    told(found)
+    if not config.needs_layers:
+        return found
+    nodes, stopped = _layers(model, observation, config, fit, stop, progress)
+    return replace(found, nodes=nodes, stopped=stopped)
 
 
 def _given(model: Model, observation: Observation, labels: Tensor) -> RestoredLabels:
@@ -88,7 +97,7 @@ def _given(model: Model, observation: Observation, labels: Tensor) -> RestoredLa
 
 def _reach(model: Model, observation: Observation) -> tuple[str | None, str]:
     """The lowest node that is solved of gradients that are there, None where none is, and the first that lacks on the
-    way down ("" where all are there)."""
+    way down ("" where all are there). Those of batch normalisation may lack: they only mend masks."""
     blocks = parts(model.network).blocks
     lowest = None
     for index in range(len(blocks) - 1, -1, -1):
@@ -96,12 +105,9 @@ def _reach(model: Model, observation: Observation) -> tuple[str | None, str]:
         for place in range(len(block.units) - 1, -1, -1):
             needed = [f"{block.units[place].name}.weight"]
             if place == len(block.units) - 1 and index == len(blocks) - 1:
-                needed += [f"{block.units[place - 1].name}.weight", f"{block.units[place].bn_name}.bias"]
+                needed += [f"{block.units[place - 1].name}.weight"]
             if place == 0 and block.shortcut is not None:
                 needed.append(f"{block.shortcut.name}.weight")
-            above = block.units[place - 1] if place else None if below is None else below.units[-1]
-            if above is not None:
-                needed.append(f"{above.bn_name}.bias")
             if lacks := [name for name in needed if name not in observation.gradients]:
                 return lowest, lacks[0]
             lowest = block.units[place - 1].name if place else STEM if below is None else below.name

@@ -16,7 +16,7 @@ def line(network: Model, batch: Batch | Gradient, defences: Sequence[str], prese
     """The command that does what the page would; a picture or a gradient that was brought is named as its file was."""
     words = ["gradinv", "invert"]
     if isinstance(batch, Gradient):
-        words += ["--observation", batch.name]
+        words += ["--observation", batch.name, *(["--update"] if batch.update else [])]
     else:
         words += [_name(member.chosen) for member in batch.members]
         files = [member for member in batch.members if member.chosen.source == "upload"]

@@ -20,16 +20,17 @@ from gradinv.checks import check_observation
 from gradinv.jobs import Limits, Shared, manager
 from gradinv.models import MODELS, Model
 from gradinv.recovery.examination import Examined, examine
-from gradinv.recovery.labels import restore_labels
+from gradinv.recovery.labels import UPDATE, restore_labels
 from gradinv.sources import find, gallery
 from gradinv.types import GradinvError, Observation
 from gradinv.victim import observe
 from gradinv.web import markup, shared, uploads
 
 LARGEST = 256  # pictures in a batch, more than any limit of memory lets pass on a small machine
+SMALLEST, LARGEST_SIDE = 8, 256  # pixels of a picture's side on the bundled networks
 NAME = 60  # letters of a file's name that are shown
 
-# As docs/gradients.md has it.
+# As docs/your-own-gradient.md has it.
 EXAMPLE = """\
 from torch.nn.functional import cross_entropy
 from gradinv.models import load_model
@@ -42,6 +43,11 @@ loss.backward()
 gradients = {name: p.grad for name, p in model.network.named_parameters()}
 Observation(gradients, len(pixels), model.preprocessing, model.name, model.sha256).save("mine.safetensors")
 """
+
+IS_UPDATE = (
+    "This is a weight update, not a gradient: its negative is what explains the final layer. Switch on below that "
+    "it is one, and bring the file again."
+)
 
 STATISTICS = {
     (False, False): "It carries no BN statistics, so the attack has those stored in the weights (approx) or none.",
@@ -68,6 +74,7 @@ class Gradient:
     mode: str
     leaks: tuple[bool, bool]  # the batch's own BN statistics, the running ones
     notes: tuple[str, ...] = ()  # what it was found to be, where the file says otherwise
+    update: bool = False  # whether the file holds a weight update, of which the negative is the gradient
 
     def find(self, visitor: str) -> Observation:
         """The gradient itself. Raises GradinvError where it is not held any more."""
@@ -157,24 +164,25 @@ class Shelf:
 _shelf = Shelf()
 
 
-def accept(data: bytes, name: str, visitor: str) -> Gradient:
-    """A visitor's file → what it is, with the gradient held. Raises GradinvError, one sentence, for all else."""
+def accept(data: bytes, name: str, visitor: str, *, update: bool = False) -> Gradient:
+    """A visitor's file, or an `update` of weights, → what it is, with the gradient held. Raises GradinvError, one
+    sentence, for all else."""
     limits = manager().limits
     if len(data) > limits.gradient:
         raise GradinvError(f"{name} has more than the {megabytes(limits.gradient)} that a gradient may have here.")
-    key = hashlib.sha256(data).hexdigest()
-    examined = _shelf.put(key, visitor, len(data), limits, partial(_checked, data, name))
+    key = hashlib.sha256(data).hexdigest() + ("-negated" if update else "")
+    examined = _shelf.put(key, visitor, len(data), limits, partial(_checked, data, name, update))
     observation = examined.observation
     leaks = observation.bn is not None, observation.running is not None
     side, mode = observation.preprocessing.size, observation.mode
     return Gradient(
-        key, name, len(data), observation.model_name, observation.batch_size, side, mode, leaks, examined.notes
+        key, name, len(data), observation.model_name, observation.batch_size, side, mode, leaks, examined.notes, update
     )
 
 
-def read(data: bytes, name: str, visitor: str) -> Gradient:
+def read(data: bytes, name: str, visitor: str, *, update: bool = False) -> Gradient:
     """As `accept`, once its labels could be read: what that shows of the gradient is in the notes."""
-    brought = accept(data, name, visitor)
+    brought = accept(data, name, visitor, update=update)
     try:
         found = preview(brought.model, brought.key, "auto", brought.find(visitor))
     except GradinvError:
@@ -183,8 +191,10 @@ def read(data: bytes, name: str, visitor: str) -> Gradient:
     return replace(brought, notes=(*brought.notes, *found.notes))
 
 
-def _checked(data: bytes, name: str) -> Examined:
+def _checked(data: bytes, name: str, update: bool) -> Examined:
     observation = Observation.unpack(data, name)
+    if update:
+        observation = observation.negated()
     info = MODELS.get(observation.model_name)
     if info is None:
         raise GradinvError(
@@ -197,12 +207,13 @@ def _checked(data: bytes, name: str) -> Examined:
     most = min(LARGEST, info.classes)
     if isinstance(count, int) and count > most:
         raise GradinvError(f"{name} is of more than the {most} pictures that a batch may have here on {info.name}.")
-    if side != info.size:
+    if side != info.size and not (info.bundled and SMALLEST <= side <= LARGEST_SIDE):
+        taken = f"{SMALLEST} to {LARGEST_SIDE}" if info.bundled else str(info.size)
         raise GradinvError(
-            f"{name} is not of the {info.size}-px pictures that {info.name} takes here; the command line takes any "
+            f"{name} is of {side}-px pictures, and {info.name} takes {taken} px here; the command line takes any "
             "size: gradinv invert --observation FILE."
         )
-    network = shared.model(info.name)
+    network = shared.model(info.name, size=side)
     with shared.using:
         check_observation(network, observation)
         examined = examine(network, observation)
@@ -216,7 +227,7 @@ def _checked(data: bytes, name: str) -> Examined:
 @st.cache_data(max_entries=64, show_spinner=False)
 def preview(name: str, key: str, method: str, _observation: Observation) -> shared.Preview:
     """A gradient's layer norms and the labels that a method restores from it. Raises GradinvError where it cannot."""
-    found = restore_labels(shared.model(name), _observation, method)
+    found = restore_labels(shared.model(name, size=_observation.preprocessing.size), _observation, method)
     norms = figures.layer_norms(_observation)
     return shared.Preview(norms, tuple(found.labels.tolist()), found.method, found.confidence, found.notes)
 
@@ -251,10 +262,11 @@ def card(visitor: str) -> None:
     if brought is None:
         st.info("No gradient yet. Bring one below, or take the sample.")
         return
+    what = "a weight update, whose negative is the mean gradient" if brought.update else "the mean gradient"
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="gradient"):
         pictures = markup.count(brought.batch_size, "picture")
         st.markdown(
-            f":material/share: **{markup.plain(brought.name)}**, {megabytes(brought.size)}: the mean gradient of "
+            f":material/share: **{markup.plain(brought.name)}**, {megabytes(brought.size)}: {what} of "
             f"{pictures} of {brought.side} × {brought.side} px on {brought.model}, taken in {brought.mode} mode. "
             f"{STATISTICS[brought.leaks]} Nobody here has the pictures, so nothing can be compared with them."
         )
@@ -280,13 +292,19 @@ def panel(network: Model, pictures: Sequence[str], visitor: str) -> None:
     uploads.keep_in_memory()
     turn = st.session_state.setdefault("gradient_turn", 0)
     file = st.file_uploader(
-        f"A gradient (.safetensors, at most {most} MB, of at most {LARGEST} pictures, at the network’s own size)",
+        f"A gradient (.safetensors, at most {most} MB, of at most {LARGEST} pictures)",
         "safetensors",
         key=f"gradient_{turn}",
         max_upload_size=most,
     )
     if notice := st.session_state.pop("gradient_notice", None):
         st.warning(markup.plain(notice))
+    if "gradient_update" in st.session_state:
+        st.toggle(
+            "What I bring is a weight update: its negative is inverted",
+            key="gradient_negated",
+            help="A client of federated averaging shares −η times the gradient, as the change of its weights.",
+        )
     st.caption(
         "It stays in this server’s memory for as long as the page and its run need it, and is never written to its "
         "disk. The file names its network, and holds neither pictures nor labels."
@@ -314,8 +332,12 @@ def _take(file: UploadedFile, visitor: str) -> None:
     )
     try:
         with st.spinner("Reading the gradient"):
-            st.session_state.gradient = read(file.getvalue(), name or "The file", visitor)
+            turned = bool(st.session_state.get("gradient_negated"))
+            st.session_state.gradient = read(file.getvalue(), name or "The file", visitor, update=turned)
     except GradinvError as error:
+        if str(error) == UPDATE:
+            st.session_state.gradient_update = True
+            error = GradinvError(IS_UPDATE)
         st.session_state.gradient_notice = shorten(str(error), 400, placeholder="…")
     finally:
         uploads.let_go(file)

@@ -27,7 +27,8 @@ LAYERS: tuple[frozenset[str], ...] = (
         )
     ),
     frozenset(
-        f"gradinv.{name}" for name in ("benchmark", "evaluation", "figures", "jobs", "pace", "peers", "recording")
+        f"gradinv.{name}"
+        for name in ("animation", "benchmark", "evaluation", "figures", "jobs", "pace", "peers", "recording")
     ),
     frozenset({"gradinv.cli", "gradinv.web"}),
     frozenset({"gradinv.__main__", "app"}),

@@ -722,12 +722,11 @@ def solved(recovered: Recovered) -> dict[str, Any]:
 def _check_truth(originals: Tensor | None, labels: Sequence[int] | None, observation: Observation) -> None:
     if (originals is None) != (labels is None):
         raise GradinvError("Originals and their true labels are recorded together; give both or neither.")
-    if originals is not None and labels is not None:
-        if not len(originals) == len(labels) == observation.batch_size:
-            raise GradinvError(
-                f"The observation is of {observation.batch_size} images, but {len(originals)} originals "
-                f"with {len(labels)} labels are given."
-            )
+    if originals is not None and labels is not None and not len(originals) == len(labels) == observation.batch_size:
+        raise GradinvError(
+            f"The observation is of {observation.batch_size} images, but {len(originals)} originals "
+            f"with {len(labels)} labels are given."
+        )
 
 
 def _setting(

@@ -210,19 +210,11 @@ class Recorder:
         resumed: Resumption | None = None,
         recovered: Recovered | None = None,
     ) -> None:
-        if (originals is None) != (labels is None):
-            raise GradinvError("Originals and their true labels are recorded together; give both or neither.")
-        if originals is not None and labels is not None:
-            if not len(originals) == len(labels) == observation.batch_size:
-                raise GradinvError(
-                    f"The observation is of {observation.batch_size} images, but {len(originals)} originals "
-                    f"with {len(labels)} labels are given."
-                )
-            originals = originals.detach().cpu()
+        _check_truth(originals, labels, observation)
         self._store = store
         self._config = config
         self._device = model.device
-        self._originals = originals
+        self._originals = None if originals is None else originals.detach().cpu()
         self._labels = [int(label) for label in labels] if labels is not None else None
         self._columns: list[str] = []
         self._last: Snapshot | None = None
@@ -232,29 +224,7 @@ class Recorder:
         self._spent = 0.0
         self.curves: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {
-            "format": FORMAT,
-            "status": "running",
-            "config": config.to_dict(),
-            "every": every,
-            "model": {
-                "name": model.name,
-                "weights": weights or model.name,
-                "sha256": model.sha256,
-                "accuracy": model.accuracy,
-                "image_size": model.preprocessing.size,
-            },
-            "client": {
-                "batch_size": observation.batch_size,
-                "mode": observation.mode,
-                "defences": list(defences),
-            },
-            "environment": {
-                "gradinv": __version__,
-                "torch": torch.__version__,
-                "device": str(model.device),
-                "threads": torch.get_num_threads(),
-                "ranks": ranks,
-            },
+            **_setting(config, model, observation, every, defences, weights or model.name, ranks),
             "labels": {"true": self._labels, "restored": None, "method": config.labels, "confidence": None},
             **({} if recovered is None else {"recovered": solved(recovered)}),
             "iterations": {"done": 0, "total": config.iterations},
@@ -271,7 +241,7 @@ class Recorder:
             store.write(OBSERVATION, observation.pack())
             self._save_state()
         if originals is not None:
-            self._write_images("original", originals)
+            self._write_images("original", originals.detach().cpu())
         # Last: a folder with it is a run, and has all that it takes to go on.
         self._update()
 
@@ -725,6 +695,49 @@ def solved(recovered: Recovered) -> dict[str, Any]:
         "stopped": recovered.stopped,
         "notes": list(recovered.notes),
         "seconds": sum(node.seconds for node in recovered.nodes),
+    }
+
+
+def _check_truth(originals: Tensor | None, labels: Sequence[int] | None, observation: Observation) -> None:
+    if (originals is None) != (labels is None):
+        raise GradinvError("Originals and their true labels are recorded together; give both or neither.")
+    if originals is not None and labels is not None and not len(originals) == len(labels) == observation.batch_size:
+        raise GradinvError(
+            f"The observation is of {observation.batch_size} images, but {len(originals)} originals "
+            f"with {len(labels)} labels are given."
+        )
+
+
+def _setting(
+    config: AttackConfig,
+    model: Model,
+    observation: Observation,
+    every: int | None,
+    defences: Sequence[str],
+    weights: str,
+    ranks: int,
+) -> dict[str, Any]:
+    """What run.json says of a run before it begins."""
+    return {
+        "format": FORMAT,
+        "status": "running",
+        "config": config.to_dict(),
+        "every": every,
+        "model": {
+            "name": model.name,
+            "weights": weights,
+            "sha256": model.sha256,
+            "accuracy": model.accuracy,
+            "image_size": model.preprocessing.size,
+        },
+        "client": {"batch_size": observation.batch_size, "mode": observation.mode, "defences": list(defences)},
+        "environment": {
+            "gradinv": __version__,
+            "torch": torch.__version__,
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+            "ranks": ranks,
+        },
     }
 
 

@@ -8,11 +8,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradinv.cli.invert import signals_set
-from gradinv.cli.say import complain, figure, speaker, table
+from gradinv.cli.say import complain, figure, numbers, speaker, table
 from gradinv.cli.task import add_normalisation
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         "--batch-size", type=int, metavar="K", help=f"pictures a batch, where it is fixed (default: {BATCH_SIZE})"
     )
     options.add_argument(
-        "--sizes", type=_sizes, metavar="K,K,…", help="the batch sizes of labels, identify and batch-size"
+        "--sizes",
+        type=partial(numbers, kind=int),
+        metavar="K,K,…",
+        help="the batch sizes of labels, identify and batch-size",
     )
     options.add_argument(
         "--defences",
@@ -106,13 +110,6 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
         from gradinv.cli.settings import add_settings
 
         add_settings(parser)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(",") if size.strip())
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"batch sizes separated by commas are expected, not {text!r}") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -157,25 +154,7 @@ def run(args: argparse.Namespace) -> int:
     stop = threading.Event()
     with signals_set(stop) as received:
         _measure(ledger, model, args.workers, stop)
-    result = ledger.write()
-    note = ledger.draw()
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        say(_heading(result))
-        say("")
-        say(results_table(result, experiment.metrics))
-        if gains := gains_table(result):
-            say("")
-            say(gains)
-        for row in result["rows"] if name == "defences" else ():
-            say(f"{row['defence']}: {' '.join(row['notes'])}")
-        say("")
-    if note:
-        say(note)
-    for row, batch in ledger.missing:
-        if sentence := ledger.errors.get((row.name, batch)):
-            say(f"{row.name}, batch {batch}: {sentence}")
+    _report(args, ledger, experiment.metrics)
     left = len(ledger.missing)
     if left and received:
         done = len(plan.tasks) - left
@@ -187,6 +166,30 @@ def run(args: argparse.Namespace) -> int:
     if left:
         return complain(f"{left} of {len(plan.tasks)} parts failed; the same command tries them again.", 1)
     return 0
+
+
+def _report(args: argparse.Namespace, ledger: Ledger, columns: Sequence[str]) -> None:
+    """Write and print the result, and what could not be measured."""
+    say = speaker(args)
+    result = ledger.write()
+    note = ledger.draw()
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        say(_heading(result))
+        say("")
+        say(results_table(result, columns))
+        if gains := gains_table(result):
+            say("")
+            say(gains)
+        for row in result["rows"] if args.evaluation == "defences" else ():
+            say(f"{row['defence']}: {' '.join(row['notes'])}")
+        say("")
+    if note:
+        say(note)
+    for row, batch in ledger.missing:
+        if sentence := ledger.errors.get((row.name, batch)):
+            say(f"{row.name}, batch {batch}: {sentence}")
 
 
 def _check_options(args: argparse.Namespace) -> None:

@@ -104,14 +104,8 @@ def _fit(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]
         raise GradinvError("--val names the folder that is fitted to; name another, or leave --val out.")
 
     with _Bar("B") as bar:
-        backbone = load_backbone(
-            args.model,
-            device=args.device,
-            image_size=args.image_size,
-            mean=args.mean,
-            std=args.std,
-            progress=bar.to,
-        )
+        shape: dict[str, Any] = {"image_size": args.image_size, "mean": args.mean, "std": args.std}
+        backbone = load_backbone(args.model, device=args.device, **shape, progress=bar.to)
     model, size = backbone.model, backbone.model.preprocessing.size
     say(f"{model.name}: {model.final_layer.in_features} features at {size} × {size} px, on {model.device}")
     pictures = _features(model, folder, say)
@@ -125,47 +119,21 @@ def _fit(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]
     say(f"{counts['fitted']} pictures of {len(fitted.wnids)} classes to fit, {counts['held_out']} to measure")
 
     with _Bar("pass", args.epochs) as bar:
-        weight, bias, passes = fit(
-            fitted.features,
-            fitted.labels,
-            len(fitted.wnids),
-            epochs=args.epochs,
-            decay=args.decay,
-            device=model.device,
-            progress=bar.to,
-        )
+        found: dict[str, Any] = {"epochs": args.epochs, "decay": args.decay, "device": model.device, "progress": bar.to}
+        weight, bias, passes = fit(fitted.features, fitted.labels, len(fitted.wnids), **found)
     accuracy = {"fitted": fitted.accuracy(weight, bias), "held_out": held_out.accuracy(weight, bias)}
     how = {"pictures": counts, "accuracy": accuracy, "decay": args.decay, "passes": passes, "seed": args.seed}
-    save_fitted(
-        target,
-        backbone,
-        weight,
-        bias,
-        fitted.wnids,
-        accuracy["held_out"],
-        fit=json.dumps(how),
-        gradinv=__version__,
-    )
+    layer = weight, bias, fitted.wnids, accuracy["held_out"]
+    save_fitted(target, backbone, *layer, fit=json.dumps(how), gradinv=__version__)
     seconds = time.perf_counter() - started
     say(
         f"Top-1 {accuracy['held_out']:.1f} % of the held-out pictures, {accuracy['fitted']:.1f} % of those that it was "
         f"fitted to; {passes} passes, {seconds:.0f} s"
     )
     say(f"The network is in {target}; attack it with --model {target if args.out else args.model}.")
-    return {
-        "format": 1,
-        "file": str(target),
-        "backbone": {
-            "name": model.name,
-            "arch": backbone.arch,
-            "origin": backbone.origin,
-            "sha256": model.sha256,
-            "image_size": size,
-        },
-        "classes": len(fitted.wnids),
-        **how,
-        "seconds": round(seconds, 1),
-    }
+    origin = {"name": model.name, "arch": backbone.arch, "origin": backbone.origin, "sha256": model.sha256}
+    told = {"file": str(target), "backbone": {**origin, "image_size": size}, "classes": len(fitted.wnids)}
+    return {"format": 1, **told, **how, "seconds": round(seconds, 1)}
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from gradinv import prior
+from gradinv.attack.boundary import settled
 from gradinv.attack.inversion import invert
-from gradinv.config import PRESETS, AttackConfig
+from gradinv.config import FROM_ABOVE, FROM_PAINTING, PRESETS, AttackConfig
 from gradinv.images import to_pixels
 from gradinv.metrics import constant_colour, psnr, ssim
 from gradinv.models import Model, load_model
 from gradinv.network import Segment, node_shapes, parts
+from gradinv.recording import DirectoryStore, Recorder, Recording
 from gradinv.recovery.final_layer import recover_features
 from gradinv.recovery.labels import restore_labels
 from gradinv.sources import find, gallery
@@ -118,6 +120,60 @@ def test_the_search_from_a_painted_picture_explains_what_was_solved() -> None:
     *_, plain = invert(model, observation, config, recovered=recovered)
     assert plain.prior is None and "prior" not in plain.terms
     assert psnr(last.consensus, originals).mean() > psnr(plain.consensus, originals).mean() + 0.5
+
+
+def test_settings_follow_where_the_picture_is_painted_from_and_what_was_chosen_stays() -> None:
+    model = load_model("resnet18-tiny", device="cpu")
+    shapes = node_shapes(model.network, 64)
+    painted, below = (as_if_solved(node, torch.rand(2, *shapes[node])) for node in ("layer2.1", "layer2.0.conv1"))
+    recovered = Recovered(torch.tensor([1, 2]), "given", 1.0, features=torch.rand(2, 512), residual=0.0)
+    config = AttackConfig.preset("demo", model.name, start="decoder")
+    own = settled(model, dataclasses.replace(recovered, nodes=(painted,)), config)
+    assert own == dataclasses.replace(config, boundary="layer2.1", **FROM_PAINTING["layer2"])
+    above = settled(model, dataclasses.replace(recovered, nodes=(painted, below)), config)
+    assert above == dataclasses.replace(config, boundary="layer2.0.conv1", **FROM_ABOVE)
+    chosen = dataclasses.replace(config, iterations=77, pooling=(1.0,) * 5)
+    found = settled(model, dataclasses.replace(recovered, nodes=(painted,)), chosen)
+    assert (found.iterations, found.pooling, found.tv_schedule) == (77, (1.0,) * 5, config.tv_schedule)
+    without = dataclasses.replace(config, start="random")
+    assert settled(model, dataclasses.replace(recovered, nodes=(painted,)), without) == dataclasses.replace(
+        without, boundary="layer2.1"
+    )
+
+
+def test_a_run_keeps_what_was_painted_in_the_originals_order(tmp_path: Path) -> None:
+    name, node = PAINTED[0]
+    model = load_model(name, device="cpu")
+    pictures = [find(gallery(model), picture) for picture in NAMES[:2]]
+    originals = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures])
+    labels = [model.class_index(picture.wnid) for picture in pictures]
+    observation = observe(model, originals, torch.tensor(labels))
+    turned = originals.flip(0)  # restored in another order
+    recovered = Recovered(
+        torch.tensor(labels[::-1]),
+        *("given", 1.0),
+        features=torch.rand(2, model.final_layer.in_features),
+        residual=0.0,
+        nodes=(as_if_solved(node, held(model, node, turned)),),
+    )
+    config = AttackConfig.preset("demo", name, seeds=1, iterations=2, start="decoder")
+    recorder = Recorder(
+        DirectoryStore(tmp_path),
+        config=config,
+        model=model,
+        observation=observation,
+        originals=originals,
+        labels=labels,
+    )
+    *_, last = recorder.follow(invert(model, observation, config, recovered=recovered))
+    recording = Recording.open(tmp_path)
+    kept, found = recording.images("prior"), recording.run["prior"]
+    assert kept is not None and last.prior is not None
+    assert (kept - last.prior.pixels.flip(0)).abs().max() < 1 / 255
+    assert found["node"] == node
+    assert found["metrics"]["psnr"] == pytest.approx(psnr(last.prior.pixels.flip(0), originals).tolist(), abs=0.01)
+    assert found["agreement_psnr"] == pytest.approx(float(psnr(last.consensus, last.prior.pixels).mean()))
+    assert set(found["misfit"]["painted"]) == set(found["misfit"]["found"]) == {"activations"}
 
 
 def test_no_preset_has_a_learned_prior() -> None:

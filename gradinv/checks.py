@@ -86,8 +86,8 @@ def _check_gradients(model: Model, gradients: Mapping[str, Tensor]) -> None:
     expected = dict(model.network.named_parameters())
     if (count := listed_of(gradients)) is not None:  # the place of each was not taken for a name
         raise GradinvError(
-            f"The list holds {count} gradients and {model.name} has {len(expected)} parameters; give one for each in "
-            "their order, None for what does not train, or give them by name."
+            f"The list holds {_counted(count, 'gradient')} and {model.name} has {len(expected)} parameters; give one "
+            "for each in their order, None for what does not train, or give them by name."
         )
     if unknown := [name for name in gradients if name not in expected]:
         raise GradinvError(

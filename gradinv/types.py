@@ -297,6 +297,12 @@ def _tensor(what: str, value: object) -> Tensor:
         return torch.tensor(value)
     if not isinstance(value, Tensor):
         raise GradinvError(f"The {what} is {value!r:.40}; a tensor is expected.")
+    if value.is_meta:
+        raise GradinvError(
+            f"The {what} is on the meta device, where it has no numbers; give the one that was computed."
+        )
+    if value.layout != torch.strided:
+        value = value.to_dense()
     return value.clone() if value.is_inference() else value.detach()
 
 

@@ -32,7 +32,7 @@ from gradinv.defenses import parse
 from gradinv.gallery import Gallery
 from gradinv.images import SUFFIXES, decode, to_pixels
 from gradinv.models import Model, load_backbone, load_model, save_fitted
-from gradinv.network import Segment
+from gradinv.network import Segment, parts
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import rounding
 from gradinv.recovery.labels import MISREAD, restore_labels
@@ -120,6 +120,20 @@ def test_a_rounded_gradient_tells_its_labels(
         assert restored.confidence > 0.9 and restored.fit is not None and not restored.notes
 
 
+def errors_of(model: Model, pictures: Tensor, found: Recovered) -> dict[str, Tensor]:
+    """Of each solved node the true relative error over the stated one, of each image."""
+    nodes = list(parts(model.network).nodes)
+    with torch.no_grad():
+        truth = Segment(model.network, nodes[-1], nodes)(model.preprocessing.normalise(pictures))
+    order = [LABELS.index(label) for label in found.labels.tolist()]
+    true = {node.name: truth[node.name].relu()[order].flatten(1) for node in found.nodes}
+    return {
+        node.name: (node.activation.flatten(1) - true[node.name]).norm(dim=1)
+        / (true[node.name].norm(dim=1) * node.error)
+        for node in found.nodes
+    }
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_layers_of_a_rounded_gradient_are_as_exact_as_they_say(
     model: Model, pictures: Tensor, shared: Callable[..., Observation], dtype: torch.dtype
@@ -127,14 +141,23 @@ def test_the_layers_of_a_rounded_gradient_are_as_exact_as_they_say(
     """Rounding is not taken for wrong entries of a mask, of which each one costs per cents."""
     rounded = mapped(shared(2), lambda gradient: gradient.to(dtype))
     found = recover(model, rounded, AttackConfig(boundary="layer3", labels="auto"))
-    nodes = [node.name for node in found.nodes]
-    with torch.no_grad():
-        truth = Segment(model.network, nodes[0], nodes)(model.preprocessing.normalise(pictures[:2]))
-    order = [LABELS.index(label) for label in found.labels.tolist()]
-    for node in found.nodes:
-        true = truth[node.name].relu()[order].flatten(1)
-        error = (node.activation.flatten(1) - true).norm(dim=1) / true.norm(dim=1)
-        assert (error <= 3 * node.error).all() and float(node.error.max()) < 0.01, node.name
+    assert max(float(node.error.max()) for node in found.nodes) < 0.01
+    assert all((share <= 3).all() for share in errors_of(model, pictures[:2], found).values())
+
+
+@pytest.mark.parametrize("text", ["noise:1e-3", "noise:1e-2"])
+def test_layers_behind_noise_are_as_exact_as_they_say(
+    model: Model, pictures: Tensor, shared: Callable[..., Observation], text: str
+) -> None:
+    """What is left unexplained may be much more: it is noise, of which far more equations than unknowns average most
+    out. A node is called solved up to an error of a half, and below one of a tenth nothing is."""
+    for count in (1, 2):
+        observation = parse(text)(shared(count))
+        labels = torch.tensor(LABELS[:count])
+        found = recover(model, observation, AttackConfig(boundary="auto", labels="auto"), labels=labels)
+        assert found.nodes and float(found.nodes[-1].error.median()) < 0.5
+        assert all(float(node.error.median()) <= 0.1 for node in found.nodes[:-1])
+        assert all(float(share.median()) <= 1.5 for share in errors_of(model, pictures[:count], found).values())
 
 
 def test_the_rounding_of_a_format_is_that_of_its_numbers() -> None:
@@ -227,6 +250,17 @@ def test_label_smoothing_is_solved_for_or_told(
             assert restored.fit.smoothing == pytest.approx(smoothing, rel=1e-3)
         assert restored.notes == (f"The client's labels are smoothed, by ε = {smoothing:g}; that was solved for.",)
         assert torch.allclose(restored.fit.errors.sum(1), torch.zeros(count).double(), atol=1e-6)
+
+
+def test_strong_smoothing_of_eight_pictures_is_solved_for(model: Model) -> None:
+    """Of these no reading has every label right."""
+    chosen = gallery(model)[12:20]
+    pixels = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in chosen])
+    labels = torch.tensor([model.class_index(picture.wnid or "") for picture in chosen])
+    observation = replace(observe(model, pixels, labels, label_smoothing=0.3), label_smoothing=0.0)
+    restored = restore_labels(model, observation)
+    assert sorted(restored.labels.tolist()) == sorted(labels.tolist()) and restored.fit is not None
+    assert restored.fit.smoothing == pytest.approx(0.3, rel=1e-3)
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -497,11 +531,19 @@ def test_a_list_that_is_not_as_long_as_the_parameters_is_no_client_that_froze_th
     for wrong in (values[:-1], values[:1], [*values, values[-1]], [*values[:-2], None]):
         made(plain, wrong).save(tmp_path / "o.safetensors")
         for own in (made(plain, wrong), Observation.load(tmp_path / "o.safetensors")):
-            with pytest.raises(GradinvError, match=f"The list holds {len(wrong)} gradients and .* has 62 parameters"):
+            with pytest.raises(GradinvError, match=rf"The list holds {len(wrong)} gradients? and .* has 62 parameters"):
                 check_observation(model, own)
     frozen = made(plain, [*values[:-2], None, None])
     check_observation(model, frozen)
     assert_the_same(examine(model, frozen).observation, without(plain, "fc"), 0)
+
+
+def test_a_sparse_gradient_is_taken_and_one_without_numbers_refused(shared: Callable[..., Observation]) -> None:
+    plain = shared(2)
+    changed = {**plain.gradients, "fc.weight": plain.gradients["fc.weight"].to_sparse()}
+    assert_the_same(made(plain, changed), plain, 0)
+    with pytest.raises(GradinvError, match=r"gradient of fc\.weight is on the meta device"):
+        made(plain, {"fc.weight": torch.ones(2, 2, device="meta")})
 
 
 @pytest.mark.parametrize("count", [np.int64(2), np.array(2), torch.tensor(2), np.uint8(2)], ids=repr)

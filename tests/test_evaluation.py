@@ -802,6 +802,25 @@ def test_no_batches_are_refused(
     assert capsys.readouterr().err == "gradinv: At least one batch has to be measured, not 0.\n"
 
 
+def test_a_network_with_another_normalisation_is_measured_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path / "tiny", ["n01443537", "n01629819"], side=32)
+    monkeypatch.chdir(tmp_path)
+    args = ["evaluate", "labels", "--imagenet", "tiny", "--model", "resnet18-tiny", "--device", "cpu", "--image-size"]
+    args += ["32", "--sizes", "1", "--batches", "1", "--rows", "K=1 distinct", "--out", "out", "--json"]
+    assert cli.main([*args, "--mean", "0.5", "--std", "0.5,0.5,0.5"]) == 0
+    capsys.readouterr()
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["mean"] == 0.5 and plan["std"] == [0.5, 0.5, 0.5]
+    assert cli.main(args) == 2
+    assert "out holds another evaluation (" in capsys.readouterr().err
+    # As it was kept before there was a choice.
+    kept = {name: value for name, value in plan.items() if name not in ("mean", "std")}
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(kept))
+    assert cli.main(args) == 0
+
+
 @pytest.mark.slow
 def test_several_processes_measure_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

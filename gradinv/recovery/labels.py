@@ -356,7 +356,7 @@ def _search(layer: FinalLayer, tried: Mapping[str, Tensor], evidence: Tensor, or
         # Of a few images a single wrong label leaves as much unexplained as noise does, and moves take no time.
         # Where ε is solved for the gradient has the form of one that nothing changed.
         changed = min(known[0] for known in tested.values()) > _CHANGED
-        if count > 4 and changed and not layer.solves_smoothing:
+        if count > 4 and changed and not (layer.solves_smoothing and count <= _QUICK):
             return
         while len(tested) < most:
             open_moves = (

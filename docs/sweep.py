@@ -43,10 +43,10 @@ def measure(task: tuple[str, str, int, int, str, dict]) -> dict:
     import torch
 
     from gradinv.attack.inversion import invert
+    from gradinv.client import observe
     from gradinv.config import AttackConfig
     from gradinv.metrics import constant_colour, pair, psnr, ssim
     from gradinv.models import load_model
-    from gradinv.victim import observe
 
     name, folder, size, batch, setting, changes = task
     torch.set_num_threads(1)

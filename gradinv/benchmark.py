@@ -27,12 +27,12 @@ from gradinv.attack.boundary import settled
 from gradinv.attack.objective import Objective
 from gradinv.attack.state import Run
 from gradinv.checks import check_memory, parallel_seeds
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.recovery.recover import recover
 from gradinv.stepping import Stepper, resolve_mode
 from gradinv.types import GradinvError
-from gradinv.victim import observe
 
 WARM_UP = 3
 """Iterations before anything is timed: a step is recorded and compared in the first."""

@@ -25,6 +25,7 @@ from gradinv import figures, metrics, pace
 from gradinv.attack.inversion import invert
 from gradinv.attack.state import RunState
 from gradinv.checks import check_memory
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse_all
 from gradinv.models import Model
@@ -32,7 +33,6 @@ from gradinv.network import Segment, parts
 from gradinv.pace import MEASURABLE, Pace
 from gradinv.recording import MemoryStore, Recorder, Recording, Resumption, thinned
 from gradinv.types import GradinvError, Observation, Recovered, Snapshot, SolvedNode, memory_exhausted
-from gradinv.victim import observe
 
 log = logging.getLogger(__name__)
 

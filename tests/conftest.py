@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from gradinv.attack.objective import Objective
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import ImageClass, Model
 from gradinv.recovery.final_layer import FinalLayer
 from gradinv.types import Observation, Preprocessing, Recovered
-from gradinv.victim import observe
 
 SIZE = 8
 CLASSES = 6

@@ -27,6 +27,7 @@ from gradinv.attack.inversion import invert
 from gradinv.attack.objective import Objective
 from gradinv.batchnorm import running_statistics
 from gradinv.checks import check_observation
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse
 from gradinv.gallery import Gallery
@@ -39,7 +40,6 @@ from gradinv.recovery.labels import MISREAD, restore_labels
 from gradinv.recovery.recover import recover
 from gradinv.sources import ImageFolder, gallery
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, Recovered
-from gradinv.victim import observe
 
 LABELS = (3, 17, 17, 60, 111, 150, 198, 42)
 

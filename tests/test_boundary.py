@@ -23,13 +23,13 @@ from gradinv.attack.optimiser import HISTORY, LBFGS
 from gradinv.attack.state import RunState
 from gradinv.attack.terms import KnownActivations, activation_distance, smooth_variation
 from gradinv.checks import estimate_memory
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.defenses import clip
 from gradinv.models import ImageClass, Model
 from gradinv.network import Segment, parts
 from gradinv.stepping import evaluate
 from gradinv.types import GradinvError, Observation, Preprocessing, Recovered, SolvedNode
-from gradinv.victim import observe
 
 SIZE, CLASSES = 32, 5
 NODES = ("maxpool", "layer1.0", "layer2.0.conv1", "layer2.0")

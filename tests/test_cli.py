@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 import gradinv
-from gradinv import cli, metrics, victim
+from gradinv import cli, client, metrics
 from gradinv.attack import inversion, state
 from gradinv.cli.invert import signals_set
 from gradinv.cli.settings import config_from, settings_given
@@ -478,13 +478,13 @@ def test_exact_statistics_are_shared_and_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = []
-    observe = victim.observe
+    observe = client.observe
 
     def watched(*args: Any, share_bn: bool = False, **options: Any) -> Any:
         shared.append(share_bn)
         return observe(*args, share_bn=share_bn, **options)
 
-    monkeypatch.setattr(victim, "observe", watched)
+    monkeypatch.setattr(client, "observe", watched)
     assert cli.main(["invert", "lion", "tabby", *QUICK, "--bn", "exact", "--out", "run"]) == 0
     assert "The client also shares the exact batch-normalisation statistics" in capsys.readouterr().out
     assert cli.main(["invert", "lion", *QUICK, "--bn", "approx", "--out", "other"]) == 0
@@ -854,7 +854,7 @@ def test_an_unexpected_error_before_the_run(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(victim, "observe", broken)
+    monkeypatch.setattr(client, "observe", broken)
     assert cli.main(["invert", "lion", *QUICK]) == 1
     assert one_sentence(capsys.readouterr().err) == (
         "Unexpected ZeroDivisionError: no reason given (--debug shows where)."
@@ -865,14 +865,14 @@ def test_interrupted_before_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(victim, "observe", interrupted)
+    monkeypatch.setattr(client, "observe", interrupted)
     assert cli.main(["invert", "lion", *QUICK]) == 130
     assert one_sentence(capsys.readouterr().err) == "Interrupted; nothing was kept."
     assert not Path("runs").exists()
 
 
 def test_a_gradient_that_is_not_finite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    observe = victim.observe
+    observe = client.observe
 
     def poisoned(*args: Any, **options: Any) -> Any:
         observation = observe(*args, **options)
@@ -881,7 +881,7 @@ def test_a_gradient_that_is_not_finite(monkeypatch: pytest.MonkeyPatch, capsys: 
             observation, gradients={**observation.gradients, first: observation.gradients[first] * float("nan")}
         )
 
-    monkeypatch.setattr(victim, "observe", poisoned)
+    monkeypatch.setattr(client, "observe", poisoned)
     assert "not finite" in fails(capsys, "invert", "lion", *QUICK)
     assert not Path("runs").exists()
 

@@ -10,6 +10,7 @@ import torch
 from scipy import integrate, stats
 
 from gradinv import defenses
+from gradinv.client import observe
 from gradinv.defenses import (
     DESCRIPTION,
     add_noise,
@@ -23,7 +24,6 @@ from gradinv.defenses import (
     quantise,
 )
 from gradinv.types import GradinvError, Observation
-from gradinv.victim import observe
 
 
 @pytest.fixture

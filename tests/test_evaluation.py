@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import gradinv
 from gradinv import cli, models, peers
+from gradinv.client import final_gradient, observe
 from gradinv.config import AttackConfig
 from gradinv.evaluation import plan as plans
 from gradinv.evaluation import running, table, tasks
@@ -38,7 +39,6 @@ from gradinv.models import Model
 from gradinv.peers import PeerResult
 from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError
-from gradinv.victim import final_gradient, observe
 
 PATIENCE = 900.0  # seconds after which something hangs; nothing depends on how fast it is
 QUICK = AttackConfig(seeds=2, iterations=2, learning_rate=0.05)

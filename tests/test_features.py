@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gradinv.client import observe
 from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, recover_features
 from gradinv.types import GradinvError, Observation
-from gradinv.victim import observe
 
 
 def true_features(model, pixels):

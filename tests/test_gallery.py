@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv import gallery as module
+from gradinv.client import observe
 from gradinv.gallery import Gallery, identify, pooled
 from gradinv.images import to_pixels
 from gradinv.models import Model
 from gradinv.sources import ImageFolder, from_path
 from gradinv.types import GradinvError
-from gradinv.victim import observe
 
 
 def picture(path: Path, seed: int, side: int = 20) -> Path:

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from gradinv import jobs
 from gradinv.checks import check_observation
+from gradinv.client import observe
 from gradinv.jobs import Limits, manager
 from gradinv.models import Model, load_model
 from gradinv.recording import Recording
 from gradinv.types import BatchNormStatistics, GradinvError, Observation
-from gradinv.victim import observe
 from gradinv.web import gradient, run, shared
 from gradinv.web.gradient import Shelf
 

@@ -14,13 +14,13 @@ from PIL import Image
 
 from gradinv import cli, gallery, sources
 from gradinv.cli import identify
+from gradinv.client import observe
 from gradinv.images import to_pixels
 from gradinv.models import Model, load_model
 from gradinv.paths import ASSETS
 from gradinv.recovery.labels import RestoredLabels
 from gradinv.sources import from_path
 from gradinv.types import Observation
-from gradinv.victim import observe
 
 OWN = ("n00000001/05.JPEG", "n00000002/02.JPEG", "mine/12.JPEG")  # in the order of their labels
 LABELS = (17, 3, 150)

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "tape",
         "stepping distributed",  # how a step is executed
         "attack checks",  # what is searched for
-        "victim defenses",  # the client
+        "client defenses",  # who shares the gradient
         "sources",
         "gallery",
         "metrics",  # what only the audience sees
@@ -102,8 +102,8 @@ def test_no_import_goes_in_circles(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith(("gradinv.attack", "gradinv.recovery"))])
-def test_the_attack_does_not_see_victim_metrics_or_sources(module: str) -> None:
-    assert not below(module, IMPORTS) & {"gradinv.victim", "gradinv.metrics", "gradinv.sources"}
+def test_the_attack_does_not_see_client_metrics_or_sources(module: str) -> None:
+    assert not below(module, IMPORTS) & {"gradinv.client", "gradinv.metrics", "gradinv.sources"}
 
 
 def test_streamlit_stays_in_the_web_package_and_the_app() -> None:

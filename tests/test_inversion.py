@@ -14,11 +14,11 @@ from gradinv.attack.inversion import invert
 from gradinv.attack.optimiser import upsample
 from gradinv.attack.state import RunState, Stage, learning_rate, stage_plan
 from gradinv.checks import estimate_memory
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.metrics import constant_colour, pair, psnr
 from gradinv.stepping import resolve_mode
 from gradinv.types import BatchNormStatistics, GradinvError
-from gradinv.victim import observe
 
 CONFIG = dataclasses.replace(PLAIN, seeds=2, iterations=60, optimiser_step="sign", box=True)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gradinv.client import observe
 from gradinv.recovery.labels import METHODS, bias_corrected, column_minimum, ilrg, llg, restore_labels
 from gradinv.types import GradinvError, Observation
-from gradinv.victim import observe
 
 
 def pictures(count, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.recovery.recover import recover
 from gradinv.sources import find, gallery
-from gradinv.victim import observe
 from gradinv.web import layers, lessons, shared
 from gradinv.web.layers import Count
 from gradinv.web.lessons import Candidate

@@ -15,13 +15,13 @@ from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
 from gradinv import metrics, sources
+from gradinv.client import observe
 from gradinv.defenses import clip, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.gallery import Gallery, pooled
 from gradinv.models import Model
 from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import Picture
 from gradinv.types import GradinvError
-from gradinv.victim import observe
 from gradinv.web import batch, defences, gradient, lessons, lessons_labels, markup, replay, shared
 from gradinv.web.lessons import Candidate, Pool
 from gradinv.web.uploads import Upload

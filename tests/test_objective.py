@@ -29,10 +29,10 @@ from gradinv.batchnorm import (
     running_statistics,
     samples_per_layer,
 )
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.types import BatchNormStatistics, GradinvError, Preprocessing
-from gradinv.victim import observe
 
 
 def test_l2_distance_is_a_sum_of_norms_that_are_not_squared():

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gradinv import peers
+from gradinv.client import observe
 from gradinv.models import Model
 from gradinv.types import GradinvError
-from gradinv.victim import observe
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("breaching") is None, reason="needs the package breaching (pip install 'gradinv[compare]')"
@@ -140,7 +140,7 @@ def test_the_real_attacks_run_and_come_closer(
     assert torch.equal(last.pixels, again.pixels)
     assert last.seconds_per_iteration is not None and last.seconds_per_iteration > 0
     assert capsys.readouterr().out == ""
-    # The victim's network is not changed, and gradients are matched (by the second one's weights, BN comes first).
+    # The client's network is not changed, and gradients are matched (by the second one's weights, BN comes first).
     assert all(torch.equal(value, before[key]) for key, value in small_model.network.state_dict().items())
     if name == "invertinggradients":
         assert distance(last.pixels) < 0.5 * distance(first.pixels)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradinv import prior
 from gradinv.attack.boundary import settled
 from gradinv.attack.inversion import invert
+from gradinv.client import observe
 from gradinv.config import FROM_ABOVE, FROM_PAINTING, PRESETS, AttackConfig
 from gradinv.images import to_pixels
 from gradinv.metrics import constant_colour, psnr, ssim
@@ -22,7 +23,6 @@ from gradinv.recovery.final_layer import recover_features
 from gradinv.recovery.labels import restore_labels
 from gradinv.sources import find, gallery
 from gradinv.types import GradinvError, Preprocessing, Recovered, SolvedNode
-from gradinv.victim import observe
 
 NAMES = ("goldfish", "tabby", "lion", "coffee")
 

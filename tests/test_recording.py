@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from gradinv import __version__, metrics, paths
 from gradinv import recording as recording_module
 from gradinv.attack.inversion import Snapshots, invert
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import ImageClass, Model
 from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, Resumption, thinned
 from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term
-from gradinv.victim import observe
 
 SIDE = 16
 CONFIG = AttackConfig(seeds=2, iterations=4)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from gradinv import cli
+from gradinv.client import observe
 from gradinv.images import to_pixels
 from gradinv.models import Model, load_model
 from gradinv.network import Segment, parts
 from gradinv.sources import find, gallery
 from gradinv.types import Observation
-from gradinv.victim import observe
 
 TINY = ["--model", "resnet18-tiny", "--device", "cpu"]
 SHALLOW = ["--boundary", "layer4.0.conv1"]  # three layers take less than a second

@@ -24,6 +24,7 @@ from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
 from gradinv.attack.inversion import invert
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.images import from_grid
 from gradinv.models import Model, tiny_classes
@@ -31,7 +32,6 @@ from gradinv.paths import ASSETS
 from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording
 from gradinv.sources import Credit, find, gallery
 from gradinv.types import GradinvError
-from gradinv.victim import observe
 from gradinv.web import markup, replay
 
 BUNDLED = sorted((ASSETS / "runs").glob("*.zip"))

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_map_only
 
 from gradinv import stepping, tape
 from gradinv.attack.objective import Objective
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.stepping import Gradient, LossTerms, Stepper, evaluate, resolve_mode
 from gradinv.types import GradinvError
-from gradinv.victim import observe
 
 # Every term, so that none is left out by its weight.
 ALL_TERMS = {"features": 0.5, "bn": "exact", "bn_weight": 0.02, "tv": 0.2, "l2": 0.1, "group": 0.1, "gradient": 1.0}

@@ -142,10 +142,10 @@ def begin(args: argparse.Namespace, configure: Callable[[str], AttackConfig], sa
     """
     import torch
 
+    from gradinv.client import observe
     from gradinv.defenses import parse_all
     from gradinv.models import load_model
     from gradinv.types import GradinvError
-    from gradinv.victim import observe
 
     pixels, labels, given = None, None, None
     if args.observation is not None:

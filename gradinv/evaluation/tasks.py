@@ -18,6 +18,7 @@ from torch import Tensor
 from gradinv import gallery, metrics
 from gradinv.attack.inversion import invert
 from gradinv.attack.objective import Objective
+from gradinv.client import final_gradient, observe
 from gradinv.config import AttackConfig
 from gradinv.evaluation.bench import Batch, Bench
 from gradinv.evaluation.plan import TIMING, Row, Values
@@ -31,7 +32,6 @@ from gradinv.recovery.labels import restore_labels
 from gradinv.recovery.recover import recover
 from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError, Observation, Prior, Snapshot
-from gradinv.victim import final_gradient, observe
 
 TIMED_ITERATIONS, TIMED_ROUNDS = 12, 2
 """Each attack of the comparison is timed over the second half of so many iterations, all in turn, so many times."""

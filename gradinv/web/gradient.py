@@ -17,13 +17,13 @@ from streamlit.typing import UploadedFile
 
 from gradinv import figures
 from gradinv.checks import check_observation
+from gradinv.client import observe
 from gradinv.jobs import Limits, Shared, manager
 from gradinv.models import MODELS, Model
 from gradinv.recovery.examination import Examined, examine
 from gradinv.recovery.labels import UPDATE, restore_labels
 from gradinv.sources import find, gallery
 from gradinv.types import GradinvError, Observation
-from gradinv.victim import observe
 from gradinv.web import markup, shared, uploads
 
 LARGEST = 256  # pictures in a batch, more than any limit of memory lets pass on a small machine

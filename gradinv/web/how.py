@@ -15,6 +15,7 @@ from gradinv import figures
 from gradinv.attack.consensus import consensus
 from gradinv.attack.terms import bn_distance, l2_distance, paper_variation
 from gradinv.batchnorm import batch_statistics, running_statistics
+from gradinv.client import observe
 from gradinv.gallery import pooled
 from gradinv.images import to_pixels
 from gradinv.metrics import ssim
@@ -23,7 +24,6 @@ from gradinv.prior import preview
 from gradinv.recovery.final_layer import recover_features
 from gradinv.recovery.labels import restore_labels
 from gradinv.sources import Credit, find, gallery
-from gradinv.victim import observe
 from gradinv.web import head, live, markup, pick, settings
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile

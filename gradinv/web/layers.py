@@ -18,6 +18,7 @@ from torch import Tensor
 from gradinv import figures, metrics, pace
 from gradinv.attack.inversion import invert
 from gradinv.cli.say import AS_GOOD_AS_EXACT, percent
+from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.jobs import Layer, Solving
 from gradinv.models import Model
@@ -25,7 +26,6 @@ from gradinv.network import STEM, Segment, node_shapes, parts
 from gradinv.recovery.convolution import Equations
 from gradinv.recovery.recover import recover
 from gradinv.types import Observation, Recovered, Snapshot, SolvedNode
-from gradinv.victim import observe
 from gradinv.web import head, lessons, markup, shared, solved
 from gradinv.web.gradient import Gradient
 from gradinv.web.guard import guarded

@@ -21,6 +21,7 @@ from streamlit.delta_generator import DeltaGenerator
 from torch import Tensor
 
 from gradinv import figures, prior
+from gradinv.client import final_gradient, observe
 from gradinv.defenses import parse_all
 from gradinv.gallery import Gallery, pooled
 from gradinv.images import to_pixels
@@ -29,7 +30,6 @@ from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
 from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
 from gradinv.sources import SAMPLES, Picture, gallery
 from gradinv.types import GradinvError, Observation
-from gradinv.victim import final_gradient, observe
 from gradinv.web import gradient, markup, shared, uploads
 from gradinv.web.gradient import Gradient
 

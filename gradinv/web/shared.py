@@ -17,13 +17,13 @@ from PIL import ImageOps
 from torch import Tensor
 
 from gradinv import figures
+from gradinv.client import observe
 from gradinv.defenses import parse_all
 from gradinv.images import to_pixels
 from gradinv.models import MODELS, Model, load_model
 from gradinv.recovery.labels import METHODS, restore_labels
 from gradinv.sources import ImageFolder, Picture, SampleSet
 from gradinv.types import GradinvError
-from gradinv.victim import observe
 
 F = TypeVar("F", bound=Callable[..., Any])
 User = Literal["page", "worker"]

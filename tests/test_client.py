@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gradinv.client import observe
 from gradinv.types import GradinvError
-from gradinv.victim import observe
 
 
 def test_gradient_is_that_of_the_mean_cross_entropy(small_model, small_batch):

@@ -37,7 +37,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
     # A warm worker model saves a visitor a second and would cost these tests several.
     monkeypatch.setattr(shared, "warm", lambda name: None)
-    monkeypatch.setattr(run, "owner", run.visitor)  # what AppTest gives for cookies is no text
+    monkeypatch.setattr(shared, "owner", shared.visitor)  # what AppTest gives for cookies is no text
     st.cache_resource.clear()
     jobs.reset()
     yield

@@ -281,7 +281,7 @@ def _remove(visitor: str) -> None:
     brought = held()
     st.session_state.pop("gradient", None)
     # A run that has not begun yet still needs it.
-    if brought is not None and manager().unfinished(visitor) is None:
+    if brought is not None and manager().unfinished(shared.owner()) is None:
         _shelf.leave(brought.key, visitor)
 
 

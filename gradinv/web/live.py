@@ -224,7 +224,7 @@ def _start_bar(
         )
         if pressed and config is not None and batch is not None:
             try:
-                st.query_params["job"] = manager().submit(_work(network, batch, config, texts), run.owner())
+                st.query_params["job"] = manager().submit(_work(network, batch, config, texts), shared.owner())
             except GradinvError as error:
                 st.error(markup.plain(str(error)))
             else:

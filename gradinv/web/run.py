@@ -15,11 +15,10 @@ from gradinv.jobs import Inversion, JobState, Layer, Pictures, Progress, Shared,
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import head, lessons, markup, pick, replay, server, settings, solved, summary
+from gradinv.web import head, lessons, markup, pick, replay, settings, shared, solved, summary
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
 from gradinv.web.pick import Chosen
-from gradinv.web.shared import visitor
 from gradinv.web.solved import MISFIT
 
 T = TypeVar("T")
@@ -115,24 +114,18 @@ def view(job: str) -> None:
 def _begin(work: Inversion) -> None:
     """Start a run and go to it. Raises GradinvError where it is not accepted."""
     st.session_state.pop("revealed", None)
-    st.query_params["job"] = manager().submit(work, owner())
+    st.query_params["job"] = manager().submit(work, shared.owner())
     st.rerun()
-
-
-def owner() -> str:
-    """Who starts runs here: the browser, by the cookie that the server gave it, so that its tabs are one; where there
-    is none, the session."""
-    return st.context.cookies.get(server.COOKIE) or visitor()
 
 
 def _own(state: JobState) -> bool:
     """Whether this visitor started the run: others who have its link watch, and neither stop it nor start it again."""
-    return state.owner == owner()
+    return state.owner == shared.owner()
 
 
 def way_back() -> bool:
     """Where a run of this visitor has not ended, say so and offer the way to it; → whether that is so."""
-    job = manager().unfinished(owner())
+    job = manager().unfinished(shared.owner())
     if job is not None:
         st.markdown(":material/hourglass: Your last run has not ended yet; there is one for each visitor at a time.")
         st.button(
@@ -594,7 +587,7 @@ def _go_on(state: JobState, progress: Progress) -> None:
     work, _ = _work(state)
     left = progress.steps - progress.step
     if st.button(f"Go on: {left:,} more iterations", key="go-on", type="primary", icon=":material/play_arrow:"):
-        if (job := manager().unfinished(owner())) is not None:
+        if (job := manager().unfinished(shared.owner())) is not None:
             _open(job)
             st.rerun()
         _begin(replace(work, before=progress.kept))

@@ -24,6 +24,7 @@ from gradinv.models import MODELS, Model, load_model
 from gradinv.recovery.labels import METHODS, restore_labels
 from gradinv.sources import ImageFolder, Picture, SampleSet
 from gradinv.types import GradinvError
+from gradinv.web import server
 
 F = TypeVar("F", bound=Callable[..., Any])
 User = Literal["page", "worker"]
@@ -56,6 +57,12 @@ def visitor() -> str:
     """Who this session is to what is held for visitors; nobody can guess it."""
     name: str = st.session_state.setdefault("visitor", secrets.token_urlsafe(16))
     return name
+
+
+def owner() -> str:
+    """Who starts runs here: the browser, by the cookie that the server gave it, so that its tabs are one; where there
+    is none, the session."""
+    return st.context.cookies.get(server.COOKIE) or visitor()
 
 
 def model(name: str, user: User = "page", size: int | None = None) -> Model:

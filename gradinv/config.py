@@ -117,6 +117,12 @@ class AttackConfig:
         0.0, "weight of the squared distance of the pixels from the decoder's picture, with start=decoder", least=0
     )
     start_scale: float = _option(1.0, "standard deviation of the random start, in normalised units", least=0)
+    meetings: tuple[float, ...] = _option(
+        (),
+        "shares of the run after which the seeds meet: each goes on from what all agree on, with noise of its own "
+        "(empty: each goes its own way; not in the paper)",
+    )
+    meeting_scale: float = _option(0.3, "standard deviation of that noise, in normalised units", least=0)
     stages: tuple[float, ...] = _option(
         (),
         "coarse to fine: the share of the steps spent at each resolution, coarsest first; each stage doubles the side "
@@ -174,6 +180,8 @@ class AttackConfig:
             values = getattr(self, name)
             if not all(_real(value) and 0 <= value < math.inf for value in values):
                 raise GradinvError(f"{name} takes finite numbers of at least 0, not {values!r}.")
+        if not all(_real(share) and 0 < share < 1 for share in self.meetings):
+            raise GradinvError(f"meetings are shares of the run between 0 and 1, not {self.meetings!r}.")
         if self.pooling and self.tv_schedule and len(self.pooling) != len(self.tv_schedule):
             raise GradinvError(
                 f"pooling has {len(self.pooling)} annealing stages and tv_schedule {len(self.tv_schedule)}; give as "
@@ -314,13 +322,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tv_form": "smooth",
         "tv_luma": 1.0,
         "tv_chroma": 1.0,
-        "tv_schedule": (1.0, 1.0, 0.5, 0.33, 0.17),
+        "tv_schedule": (1.0, 1.0, 0.5, 0.33, 0.17, 0.5, 0.33, 0.17),
         "l2": 0.0,
         "group": 0.0,
         "registration": "lazy",
         "labels": "auto",
         "optimiser": "l-bfgs",
-        "pooling": (0.3, 1.0, 3.0, 10.0, 0.0),
+        "pooling": (0.3, 1.0, 3.0, 10.0, 0.0, 3.0, 10.0, 0.0),
+        "meetings": (0.625,),
         "noise": 0.0,
         "box": True,
         "start_scale": 0.45,

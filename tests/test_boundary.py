@@ -279,7 +279,7 @@ def test_auto_is_the_lowest_node_that_is_solved_well_enough(model, batch):
 
 def test_where_no_node_is_solved_the_matching_preset_runs_with_what_was_chosen(model, batch):
     recovered = dataclasses.replace(known(model, batch), nodes=())
-    config = AttackConfig.preset("demo", "resnet18-tiny", seeds=7, iterations=33, bn="exact", pooling=(1.0,) * 5)
+    config = AttackConfig.preset("demo", "resnet18-tiny", seeds=7, iterations=33, bn="exact", pooling=(1.0,) * 8)
     model = dataclasses.replace(model, name="resnet18-tiny")
     found = settled(model, recovered, config)
     assert found == AttackConfig.preset("matching", "resnet18-tiny", seeds=7, iterations=33, bn="exact")

@@ -53,6 +53,9 @@ class Optimiser(Protocol):
     def enter(self, images: Tensor) -> None:
         """Begin a stage from these images: maybe of another size, with an objective that may have changed."""
 
+    def begin(self, images: Tensor) -> None:
+        """Begin anew from these images, and forget the steps before."""
+
     def tensors(self) -> dict[str, Tensor]:
         """All that changes from step to step; one row a seed, but for scalars."""
 
@@ -76,11 +79,14 @@ class Adam:
     def __init__(self, config: AttackConfig, preprocessing: Preprocessing, images: Tensor) -> None:
         self._config = config
         self._limits = preprocessing.bounds(images)
+        self.begin(images)
+
+    def begin(self, images: Tensor) -> None:
         self._images = images
         self._project()
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._images.requires_grad_()
         self._adam = torch.optim.Adam([self._images], lr=self._config.learning_rate)
 
@@ -113,7 +119,7 @@ class Adam:
         # Adam's moments belong to pixels of a size, not to how the objective is annealed.
         if images.shape != self._images.shape:
             self._images = images.detach().clone()
-            self._begin()
+            self._reset()
 
     def tensors(self) -> dict[str, Tensor]:
         state = self._adam.state_dict()["state"].get(0, {})
@@ -121,7 +127,7 @@ class Adam:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         self._images = tensors["images"].clone()
-        self._begin()
+        self._reset()
         state = {name.removeprefix("adam."): v for name, v in tensors.items() if name.startswith("adam.")}
         if state:
             self._adam.load_state_dict({**self._adam.state_dict(), "state": {0: state}})
@@ -145,14 +151,14 @@ class LBFGS:
     def __init__(self, preprocessing: Preprocessing, images: Tensor, separable: bool) -> None:
         self._preprocessing = preprocessing
         self._rows = images.shape[:2].numel() if separable else len(images)
-        self._begin(images)
+        self.begin(images)
 
     def enter(self, images: Tensor) -> None:
         begun = bool(self._numbers[:, _VALUE].isnan().all())
         if not begun or images.shape != self._shape:  # a run that was stopped here enters the stage once more
-            self._begin(images)
+            self.begin(images)
 
-    def _begin(self, images: Tensor) -> None:
+    def begin(self, images: Tensor) -> None:
         self._shape = images.shape
         pixels = self._preprocessing.denormalise(images.detach())
         self._point = torch.logit(pixels.clamp(_MARGIN, 1 - _MARGIN)).reshape(self._rows, -1)
@@ -266,7 +272,7 @@ class LBFGS:
         return {"images": self.images, **{f"lbfgs.{name}": value for name, value in found.items()}}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        self._begin(tensors["images"])
+        self.begin(tensors["images"])
         found = {name: tensors[f"lbfgs.{name}"] for name in ("point", "gradient", "direction", "numbers")}
         for name, value in found.items():
             own = getattr(self, f"_{name}")

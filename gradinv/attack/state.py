@@ -177,7 +177,16 @@ class Run:
         # Step, then x̂ ← x̂ + λ(t) α_n η, then project onto the pixels' range.
         rate = learning_rate(step, config)
         self._optimiser.step(gradient, values, rate, self._noise(rate, trial))
+        if step + 1 in meeting_steps(config):
+            self._meet(step + 1)
         return found
+
+    def _meet(self, step: int) -> None:
+        """Let each seed go on from what all agree on after `step` steps: their mean is nearer than any of them, and
+        lies in no local minimum of theirs."""
+        agreed = F.interpolate(self.consensus(step), self._optimiser.images.shape[-2:], mode="area")
+        noise = torch.stack([self._normal(index, tuple(agreed.shape)) for index in range(len(self._mine))])
+        self._optimiser.begin(agreed + self.config.meeting_scale * noise)
 
     def _noise(self, rate: float, images: Tensor) -> Tensor | None:
         """The pixel noise λ(t) α_n η, η ~ N(0, 1), of a step with the learning rate λ(t); none with L-BFGS."""
@@ -244,6 +253,11 @@ def stage_plan(config: AttackConfig, size: int) -> list[Stage]:
         return found[max(first for first in found if first <= step)]
 
     return [Stage(first, latest(sides, first), *latest(annealed, first)) for first in sorted({*sides, *annealed})]
+
+
+def meeting_steps(config: AttackConfig) -> frozenset[int]:
+    """After how many steps the seeds meet; of one seed there is no meeting."""
+    return frozenset(round(share * config.iterations) for share in config.meetings if config.seeds > 1)
 
 
 def stage_at(plan: Sequence[Stage], step: int) -> Stage:

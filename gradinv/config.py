@@ -343,9 +343,17 @@ FROM_PAINTING: dict[str, dict[str, Any]] = {
         "prior": 0.3,
         "pooling": (3.0, 10.0, 0.0),
         "tv_schedule": (0.33, 0.17, 0.1),
+        "meetings": (),
         "start_scale": 0.1,
     },
-    "layer2": {"iterations": 50, "prior": 10.0, "pooling": (0.0,), "tv_schedule": (0.1,), "start_scale": 0.1},
+    "layer2": {
+        "iterations": 50,
+        "prior": 10.0,
+        "pooling": (0.0,),
+        "tv_schedule": (0.1,),
+        "meetings": (),
+        "start_scale": 0.1,
+    },
 }
 # And where they are those of a node above: much is still to be found, so the annealing stays.
 FROM_ABOVE: dict[str, Any] = {"start_scale": 0.3}

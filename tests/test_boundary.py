@@ -371,7 +371,9 @@ def test_the_search_finds_the_pictures_and_its_objective_never_rises(model, batc
     assert off[-1] < 0.3 * off[0]
 
 
-ANNEALED = change(BELOW, pooling=(0.5, 2.0, 0.0), tv_schedule=(1.0, 0.5, 0.2), group=0.01, stages=(0.5, 0.5))
+ANNEALED = change(
+    BELOW, pooling=(0.5, 2.0, 0.0), tv_schedule=(1.0, 0.5, 0.2), group=0.01, stages=(0.5, 0.5), meetings=(0.7,)
+)
 
 
 @pytest.mark.parametrize("stepping", ["eager", "traced"])
@@ -379,7 +381,7 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(model, batch, obse
     """Also in the last step before a stage begins and in the first one after."""
     config, recovered = change(ANNEALED, stepping=stepping), known(model, batch)
     whole = list(invert(model, observation, config, every=1, recovered=recovered))
-    for step in (0, 1, 7, 8, 9, 12, 13, 23, 24):
+    for step in (0, 1, 7, 8, 9, 12, 13, 16, 17, 18, 23, 24):
         stream = invert(model, observation, config, every=1, recovered=recovered)
         for snapshot in stream:
             if snapshot.step == step:
@@ -398,7 +400,7 @@ def test_a_run_stopped_within_a_step_is_resumed(model, batch, observation):
     config, recovered = change(ANNEALED, stepping="eager"), known(model, batch)
     *_, whole = invert(model, observation, config, recovered=recovered)
     convolve = model.network.conv1.forward
-    for at in (0, 3, 16, 24, 33):  # two evaluations a step; the ninth begins a stage
+    for at in (0, 3, 16, 24, 32, 33, 34):  # two evaluations a step; the ninth begins a stage, after the 17th they meet
         stop, calls = threading.Event(), itertools.count()
 
         def counted(x, at=at, stop=stop, calls=calls):
@@ -413,6 +415,28 @@ def test_a_run_stopped_within_a_step_is_resumed(model, batch, observation):
         assert stop.is_set() and last.step == (at + 1) // 2
         *_, resumed = invert(model, observation, config, resume=stream.state(), recovered=recovered)
         assert torch.equal(resumed.seeds, whole.seeds)
+
+
+@pytest.mark.parametrize("optimiser", ["l-bfgs", "adam"])
+def test_seeds_that_meet_go_on_from_their_mean(model, batch, observation, optimiser):
+    recovered = known(model, batch)
+    apart = change(BELOW, optimiser=optimiser, iterations=8)
+
+    def seeds_of(config: AttackConfig) -> list[Tensor]:
+        return [s.seeds for s in invert(model, observation, config, every=1, recovered=recovered)]
+
+    never, met = seeds_of(apart), seeds_of(change(apart, meetings=(0.5,), meeting_scale=0.0))
+    for one, other in zip(never[:4], met[:4], strict=True):
+        assert torch.equal(one, other)
+    # Means are of normalised images, which the pixels in [0, 1] are up to rounding.
+    torch.testing.assert_close(met[4], never[4].mean(0).expand_as(met[4]), atol=1e-5, rtol=0)
+    assert torch.equal(met[8][0], met[8][1]) and not torch.equal(met[8], met[4])
+    noisy = seeds_of(change(apart, meetings=(0.5,), meeting_scale=0.3))
+    apart_by = (noisy[4][0] - noisy[4][1]).std()
+    assert 0.01 < apart_by < 0.2  # 0.3 · √2 in normalised units, of pixels that end at 0 and 1
+    alone = change(apart, seeds=1)
+    for one, other in zip(seeds_of(alone), seeds_of(change(alone, meetings=(0.5,))), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_state_of_adam_is_not_one_of_l_bfgs(model, batch, observation):

@@ -264,6 +264,7 @@ def ingredient_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
     rows = {
         "demo": config,
         "one seed": change(config, seeds=1),
+        "seeds that never meet": change(config, meetings=()),
         "the maximum throughout": change(config, pooling=(0.0,) * len(config.pooling)),
         "the softest maximum throughout": change(config, pooling=first * len(config.pooling)),
         "Adam": change(config, optimiser="adam", learning_rate=0.1, optimiser_step="gradient"),

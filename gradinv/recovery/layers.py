@@ -195,11 +195,11 @@ class _Way:
             if node is not None and (solution is None or node.error.median() < solution.error.median()):
                 return node
         if solution is None:
-            raise Unsolved(f"{step.unit.name} gives {count} equations for {unknowns} unknowns of {step.node}")
+            raise Unsolved(f"{step.unit.name} gives {count:,} equations for {unknowns:,} unknowns of {step.node}")
         error = self._error(solution, equations)
         if not float(error.median()) < _USELESS:
             raise Unsolved(
-                f"{step.node} cannot be told from noise ({count} equations for {unknowns} unknowns leave an error of "
+                f"{step.node} cannot be told from noise ({count:,} equations for {unknowns:,} unknowns leave an error of "
                 f"{100 * float(error.median()):.0f} %)"
             )
         share = float((mended.mask != self._gate.mask).double().mean())

@@ -68,7 +68,7 @@ def test_what_was_counted_keeps_no_model_alive(small_model: Model) -> None:
 
 def test_the_estimate_grows_with_what_is_held(small_model: Model) -> None:
     def estimate(batch_size: int = 4, **changes: Any) -> int:
-        return estimate_memory(small_model, batch_size, AttackConfig(**{"seeds": 1, **changes}))
+        return estimate_memory(small_model, batch_size, AttackConfig(**{"seeds": 1, "parallel_seeds": 1, **changes}))
 
     image = 8 * 4 * 3 * 64
     one = 4 * checks._PER_OUTPUT * outputs_per_image(small_model)

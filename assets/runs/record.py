@@ -56,9 +56,15 @@ RUNS = (
         "four",
         "Four pictures",
         "A client shares the mean gradient of four pictures; the server solves the layers from it, then finds pixels.",
-        options=("--seeds", "4"),
+        options=("--seeds", "2", "--image-size", "128", "--every", "6"),
     ),
-    Run("one", "One picture", "A single picture: every layer is solved, down to the first one's output.", FOUR[:1]),
+    Run(
+        "one",
+        "One picture",
+        "A single picture: every layer is solved, down to the first one's output.",
+        FOUR[:1],
+        ("--seeds", "2"),
+    ),
     Run(
         "eight",
         "Eight pictures",

@@ -396,7 +396,9 @@ STEPS = (
         ),
         "Several seeds start from different noise. Each finds the object, but not at the same place: a convolution "
         "hardly minds where it is. Their mean keeps what they agree on, and pulls each one towards it. If they are "
-        "first **registered**, moved by F onto their mean x̄ until they lie over one another, it stays sharp.\n\n"
+        "first **registered**, moved by F onto their mean x̄ until they lie over one another, it stays sharp. Where the "
+        "layers are solved, the objects lie at their place. There the seeds **meet**, late in the run: each goes on "
+        "from their mean, with a little noise of its own.\n\n"
         "In this picture the seeds are stand-ins, the first original moved by a few pixels and with noise, so that the "
         "effect is plain. A recorded run on [Replay](replay) has real ones.",
     ),

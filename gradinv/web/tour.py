@@ -68,7 +68,8 @@ STEPS = (
         "Replay",
         "Pixels, from noise",
         "Below the last layer that can be solved, the attack starts from noise and changes pixels until they explain "
-        "that layer. Several seeds start from different noise; their mean, the consensus, keeps what they agree on.",
+        "that layer. Several seeds start from different noise; their mean, the consensus, keeps what they agree on. "
+        "Late in the run they meet there, and each goes on from it.",
         "Guess the four pictures before you reveal them, and show the seeds. Then choose “One picture or eight”: one "
         "gradient now has to serve eight.",
         {"run": "four"},

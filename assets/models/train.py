@@ -44,6 +44,23 @@ MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING, PADDING = 0.9, 1e-4, 0.1, 6
 SETTINGS = ("arch", "sizes", "batch_size", "learning_rate", "seed")
 
 
+def recipe(doc: str | None, product: str) -> argparse.ArgumentParser:
+    """The parser of a script that trains, with what all of them take: its first paragraph describes it, and the rest
+    says how it is called."""
+    description, command = (doc or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        description=description, epilog=command, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--train", type=Path, required=True, metavar="DIR", help="the training pictures, a folder for each class")
+    add("--val", type=Path, required=True, metavar="DIR", help="the validation pictures, of the same classes")
+    add("--out", type=Path, required=True, metavar="FILE", help=f"the {product} to write, FILE.safetensors")
+    add("--seed", type=int, default=0, metavar="N", help="where all randomness comes from (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode (%(default)s)")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
@@ -56,14 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    description, command = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=description, epilog=command, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = recipe(__doc__, "weights")
     add = parser.add_argument
-    add("--train", type=Path, required=True, metavar="DIR", help="the training pictures, a folder for each class")
-    add("--val", type=Path, required=True, metavar="DIR", help="the validation pictures, of the same classes")
-    add("--out", type=Path, required=True, metavar="FILE", help="the weights to write, FILE.safetensors")
     add("--arch", choices=("resnet18", "resnet50"), default="resnet18", help="the network (%(default)s)")
     add(
         "--sizes",
@@ -75,9 +86,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--batch-size", type=int, default=256, metavar="N", help="pictures a step (%(default)s)")
     add("--learning-rate", type=float, default=0.5, metavar="X", help="its peak, after the warm-up (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="where all randomness comes from (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode (%(default)s)")
     add("--checkpoint-every", type=int, default=100, metavar="N", help="steps from one to the next (%(default)s)")
     options = parser.parse_args(arguments)
     check_out(parser, options.out)

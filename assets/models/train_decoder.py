@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from train import check_out, read_all, replace
+from train import check_out, read_all, recipe, replace
 
 from gradinv.metrics import SSIM_WINDOW, constant_colour, psnr
 from gradinv.models import Model, load_model
@@ -44,21 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    description, command = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=description, epilog=command, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = recipe(__doc__, "decoder")
     add = parser.add_argument
     add("--model", required=True, help="the network whose features are painted: a name or a weights file")
-    add("--train", type=Path, required=True, metavar="DIR", help="the training pictures, a folder for each class")
-    add("--val", type=Path, required=True, metavar="DIR", help="the validation pictures")
-    add("--out", type=Path, required=True, metavar="FILE", help="the decoder to write, FILE.safetensors")
     add("--epochs", type=int, default=3, metavar="N", help="passes over pictures and mirror images (%(default)s)")
     add("--batch-size", type=int, default=128, metavar="N", help="pictures a step (%(default)s)")
     add("--learning-rate", type=float, default=1e-3, metavar="X", help="AdamW's at the start (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="where all randomness comes from (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode (%(default)s)")
     options = parser.parse_args(arguments)
     check_out(parser, options.out)
     if options.epochs < 1 or options.batch_size < 1 or options.learning_rate <= 0:

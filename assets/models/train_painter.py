@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from train import check_out, checkpoint_of, read_all, replace, resume
+from train import check_out, checkpoint_of, read_all, recipe, replace, resume
 from train_decoder import similarity
 
 from gradinv.metrics import psnr
@@ -55,23 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    description, command = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=description, epilog=command, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = recipe(__doc__, "painter")
     add = parser.add_argument
     add("--model", required=True, help="the network whose activations are painted: a name or a weights file")
     add("--node", required=True, help="the node that they are of, such as layer2")
-    add("--train", type=Path, required=True, metavar="DIR", help="the training pictures, a folder for each class")
-    add("--val", type=Path, required=True, metavar="DIR", help="the validation pictures")
-    add("--out", type=Path, required=True, metavar="FILE", help="the painter to write, FILE.safetensors")
     add("--steps", type=int, default=6000, metavar="N", help="optimisation steps (%(default)s)")
     add("--batch-size", type=int, default=16, metavar="N", help="pictures a step (%(default)s)")
     add("--learning-rate", type=float, default=1e-3, metavar="X", help="AdamW's peak, after warm-up (%(default)s)")
     add("--per-class", type=int, default=500, metavar="N", help="training pictures of each class (%(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="where all randomness comes from (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode (%(default)s)")
     add("--checkpoint-every", type=int, default=250, metavar="N", help="steps from one to the next (%(default)s)")
     options = parser.parse_args(arguments)
     check_out(parser, options.out)

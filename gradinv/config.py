@@ -357,6 +357,13 @@ FROM_PAINTING: dict[str, dict[str, Any]] = {
 }
 # And where they are those of a node above: much is still to be found, so the annealing stays.
 FROM_ABOVE: dict[str, Any] = {"start_scale": 0.3}
+# What it becomes where the boundary lies above the first stage: the seeds differ by what the boundary leaves open, and
+# the mean of seeds that never met is nearer than what they find after a meeting.
+APART: dict[str, Any] = {
+    "pooling": (0.3, 1.0, 3.0, 10.0, 0.0),
+    "tv_schedule": (1.0, 1.0, 0.5, 0.33, 0.17),
+    "meetings": (),
+}
 # Where an iteration costs a third, three times as many fit in the same minutes.
 PRESETS_BY_MODEL: dict[tuple[str, str], dict[str, Any]] = {
     ("matching", "resnet18-tiny"): {"iterations": 800},

@@ -24,7 +24,7 @@ from gradinv.attack.state import RunState
 from gradinv.attack.terms import KnownActivations, activation_distance, smooth_variation
 from gradinv.checks import estimate_memory
 from gradinv.client import observe
-from gradinv.config import AttackConfig
+from gradinv.config import APART, AttackConfig
 from gradinv.defenses import clip
 from gradinv.models import ImageClass, Model
 from gradinv.network import Segment, parts
@@ -294,6 +294,17 @@ def test_where_no_node_is_solved_the_matching_preset_runs_with_what_was_chosen(m
         assert settled(model, doubtful, config) == found
     unsolved = settled(model, dataclasses.replace(recovered, features=None, errors=None), config)
     assert (unsolved.boundary, unsolved.features) == ("loss", 0.0)
+
+
+def test_seeds_meet_below_the_first_stage_only_and_what_was_chosen_stays(model, batch):
+    recovered = known(model, batch)
+    demo = AttackConfig.preset("demo")
+    for boundary in ("maxpool", "layer1"):
+        assert settled(model, recovered, change(demo, boundary=boundary)).meetings == demo.meetings != ()
+    found = settled(model, recovered, change(demo, boundary="layer2"))
+    assert found == change(demo, boundary="layer2.0", **APART) and found.meetings == ()
+    chosen = change(demo, boundary="layer2", meetings=(0.5,))
+    assert settled(model, recovered, chosen).meetings == (0.5,)
 
 
 def test_the_control_and_other_boundaries_stay_as_they_are(model, batch):

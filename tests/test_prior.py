@@ -13,7 +13,7 @@ from gradinv import prior
 from gradinv.attack.boundary import settled
 from gradinv.attack.inversion import invert
 from gradinv.client import observe
-from gradinv.config import FROM_ABOVE, FROM_PAINTING, PRESETS, AttackConfig
+from gradinv.config import APART, FROM_ABOVE, FROM_PAINTING, PRESETS, AttackConfig
 from gradinv.images import to_pixels
 from gradinv.metrics import constant_colour, psnr, ssim
 from gradinv.models import Model, load_model
@@ -132,12 +132,12 @@ def test_settings_follow_where_the_picture_is_painted_from_and_what_was_chosen_s
     assert own == dataclasses.replace(config, boundary="layer2.1", **FROM_PAINTING["layer2"])
     above = settled(model, dataclasses.replace(recovered, nodes=(painted, below)), config)
     assert above == dataclasses.replace(config, boundary="layer2.0.conv1", **FROM_ABOVE)
-    chosen = dataclasses.replace(config, iterations=77, pooling=(1.0,) * 5)
+    chosen = dataclasses.replace(config, iterations=77, pooling=(1.0,) * 8)
     found = settled(model, dataclasses.replace(recovered, nodes=(painted,)), chosen)
-    assert (found.iterations, found.pooling, found.tv_schedule) == (77, (1.0,) * 5, config.tv_schedule)
+    assert (found.iterations, found.pooling, found.tv_schedule) == (77, (1.0,) * 8, config.tv_schedule)
     without = dataclasses.replace(config, start="random")
     assert settled(model, dataclasses.replace(recovered, nodes=(painted,)), without) == dataclasses.replace(
-        without, boundary="layer2.1"
+        without, boundary="layer2.1", **APART
     )
 
 

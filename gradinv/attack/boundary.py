@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.config import FROM_ABOVE, FROM_PAINTING, AttackConfig
+from gradinv.config import APART, FROM_ABOVE, FROM_PAINTING, AttackConfig
 from gradinv.models import Model
-from gradinv.network import Segment, parts, skip_of, stage_of
+from gradinv.network import STEM, Segment, parts, skip_of, stage_of
 from gradinv.prior import painted_from
 from gradinv.types import GradinvError, Recovered, SolvedNode
 
@@ -38,23 +38,27 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
     usable = [node for node in recovered.nodes if explained and float(node.error.median()) <= USABLE]
     if config.boundary != "auto":
         boundary = _solved(model, recovered, config.boundary).name
-        return _from_painting(model, recovered, replace(config, boundary=boundary))
+        return _fitting(model, recovered, replace(config, boundary=boundary))
     if usable and stage_of(usable[-1].name) != "layer4":
-        return _from_painting(model, recovered, replace(config, boundary=usable[-1].name))
+        return _fitting(model, recovered, replace(config, boundary=usable[-1].name))
     instead = matching_instead(model, config)
     if recovered.features is None:  # then there are no output errors either
         return replace(instead, boundary="loss", features=0.0, start="random")
     return instead
 
 
-def _from_painting(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
-    """What becomes of settings that start from a picture that is painted from solved activations: from their own node's
-    they need no annealing from far away. Fields that differ from the `demo` preset were chosen, and stay."""
+def _fitting(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
+    """The settings that fit a node as the boundary. Seeds do not meet above the first stage; and from a picture that is
+    painted from the node's own activations the search needs no annealing from far away. Fields that differ from the
+    `demo` preset were chosen, and stay."""
     painted = painted_from(model, recovered) if config.start == "decoder" else None
-    if painted is None:
+    if painted is not None:
+        new = FROM_PAINTING[stage_of(painted.name)] if painted.name == config.boundary else FROM_ABOVE
+    elif stage_of(config.boundary) not in (STEM, "layer1"):
+        new = APART
+    else:
         return config
     usual = AttackConfig.preset("demo", model.name)
-    new = FROM_PAINTING[stage_of(painted.name)] if painted.name == config.boundary else FROM_ABOVE
     changes = {name: value for name, value in new.items() if getattr(config, name) == getattr(usual, name)}
     if ("pooling" in changes) != ("tv_schedule" in changes):  # they go together
         del changes["pooling" if "pooling" in changes else "tv_schedule"]

@@ -127,17 +127,22 @@ def test_tells_how_much_noise_costs(known):
     assert ratio.min() > 1 / 3 and ratio.max() < 3
 
 
-def test_claims_little_where_equations_are_too_few(known):
+@pytest.mark.parametrize("noise", [0, 1e-3])
+def test_claims_little_where_equations_are_too_few(known, noise):
     case = known(BasicBlock, "layer2.0", 4)
     for name in ("layer2.0.conv1", "layer2.0.downsample.0"):
         case.cotangents[name][:, 4:] = 0  # as where few channels are alive
         case.gradients[f"{name}.weight"][4:] = 0
-    solution = case.solve()
+    generator = torch.Generator().manual_seed(1)
+    for name, value in case.activations.items():
+        values = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        case.activations[name] = value * (1 + noise * values)
+    solution = case.solve(noise=max(noise, 1e-6))
     assert solution.equations < solution.unknowns
     true = case.errors(solution)
     assert true.min() > 0.02
     ratio = solution.error / true
-    assert ratio.min() > 1 / 3 and ratio.max() < 3
+    assert ratio.min() > 1 / 2 and ratio.max() < 2
 
 
 def test_cotangents_that_are_wrong_are_seen(known):

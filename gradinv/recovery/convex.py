@@ -542,7 +542,8 @@ def _twin(problem: _Problem, x: Tensor, misfit: float, iterations: int, halt: _H
     middle, last = (reading.clamp(min=1e-30) for reading in readings)
     power = (torch.log(middle / last) / math.log(end / (end // 2))).clamp(0, 2)
     final = last * (end / max(end, iterations)) ** power
-    excess = misfit / final[-1]
+    # The noise of its targets is what the twin's residual ends at, however fast it falls before.
+    excess = misfit / final[-1].clamp(min=problem.layer_noise)
     return (final[:-1] * excess.clamp(min=1)).clamp(max=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -205,12 +206,16 @@ class _System:
 
     def solve(self, kept: list[Tensor]) -> _Found:
         """By the kept channels alone."""
-        a = torch.cat([m[k].flatten(0, 1) for m, k in zip(self.matrices, kept, strict=True)])
-        g = torch.cat([r[k].flatten(0, 1) for r, k in zip(self._right, kept, strict=True)])
+        a, g = _rows(self.matrices, kept), _rows(self._right, kept)
         x, sigma = _least_squares(a, g) if self._given is None else _completed(a, g, *self._given)
-        leftover = a @ x - g
-        misfit = [(m @ x - r).flatten(1).norm(dim=1) for m, r in zip(self.matrices, self._right, strict=True)]
-        return _Found(kept, x, sigma, float(leftover.norm() / g.norm().clamp(min=1e-300)), misfit)
+        misfit = [
+            _left(m.flatten(0, 1), x, r.flatten(0, 1)).view(len(m), -1).norm(dim=1)
+            for m, r in zip(self.matrices, self._right, strict=True)
+        ]
+        unexplained, size = (
+            torch.cat([part[k] for part, k in zip(norms, kept, strict=True)]).norm() for norms in (misfit, self.sizes)
+        )
+        return _Found(kept, x, sigma, float(unexplained / size.clamp(min=1e-300)), misfit)
 
     def without_worst(self, found: _Found, expected: float, least: float) -> _Found:
         """Channels of the first equations set aside one by one, the worst first, until the residual is the expected
@@ -227,6 +232,18 @@ class _System:
         return found
 
 
+def _rows(parts: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:
+    """The rows of the kept channels of all parts (O, m, n) below each other; these are large, so copied only if they
+    have to be."""
+    found = [(part if k.all() else part[k]).flatten(0, 1) for part, k in zip(parts, kept, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _left(a: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """What x leaves of the right sides: g − a x."""
+    return torch.addmm(g, a, x, alpha=-1)
+
+
 def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The x that minimises ‖a x − g‖, and its standard deviation: a (E, n), g (E, C) → (n, C) twice.
 
@@ -235,11 +252,12 @@ def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     norms = a.norm(dim=0).clamp(min=1e-300)
     scaled = a / norms
     factor = _factor(scaled.T @ scaled)
-    x = torch.zeros(a.shape[1], g.shape[1], dtype=a.dtype)
+    x, left = torch.zeros(a.shape[1], g.shape[1], dtype=a.dtype), g
     for _ in range(3):
-        x = x + torch.cholesky_solve(scaled.T @ (g - scaled @ x), factor)
+        x = x + torch.cholesky_solve(scaled.T @ left, factor)
+        left = _left(scaled, x, g)
     spread = torch.cholesky_inverse(factor).diagonal().clamp(min=0).sqrt()
-    noise = ((scaled @ x - g).square().sum(0) / max(1, len(a) - a.shape[1])).sqrt()
+    noise = left.norm(dim=0) / math.sqrt(max(1, len(a) - a.shape[1]))
     return x / norms[:, None], spread[:, None] * noise / norms[:, None]
 
 
@@ -286,7 +304,7 @@ class _Scaled:
 
     def left(self, x: Tensor, g: Tensor) -> Tensor:
         """What x (n, C) leaves of the right sides g, (E, C)."""
-        return g - self._a @ x
+        return _left(self._a, x, g)
 
     def completed(self, start: Tensor, g: Tensor, free: Tensor, ridge: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """A few channels with their `free` entries (n, C) solved from a start, and the standard deviation of these:

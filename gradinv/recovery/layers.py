@@ -418,8 +418,8 @@ def _memory(equations: Sequence[Equations], shape: tuple[int, int, int, int]) ->
 def _is_pruned(gradient: Tensor) -> bool:
     """Whether zeros stand where small numbers were: then all others are larger than a limit, and they differ from each
     other, which those of a quantised gradient do not."""
-    size = gradient.abs().flatten()
-    present = size[size > 0]
-    if len(size) < _COUNTED or len(present) > (1 - _PRUNED) * len(size) or len(present) < 2:
+    count = int(gradient.count_nonzero())
+    if gradient.numel() < _COUNTED or count > (1 - _PRUNED) * gradient.numel() or count < 2:
         return False
+    present = gradient[gradient != 0].abs()
     return float(present.min()) > 0.05 * float(present.median()) and len(present.unique()) > 0.5 * len(present)

@@ -131,7 +131,7 @@ def test_settings_follow_where_the_picture_is_painted_from_and_what_was_chosen_s
     own = settled(model, dataclasses.replace(recovered, nodes=(painted,)), config)
     assert own == dataclasses.replace(config, boundary="layer2.1", **FROM_PAINTING["layer2"])
     above = settled(model, dataclasses.replace(recovered, nodes=(painted, below)), config)
-    assert above == dataclasses.replace(config, boundary="layer2.0.conv1", **FROM_ABOVE)
+    assert above == dataclasses.replace(config, boundary="layer2.0.conv1", **APART, **FROM_ABOVE)
     chosen = dataclasses.replace(config, iterations=77, pooling=(1.0,) * 8)
     found = settled(model, dataclasses.replace(recovered, nodes=(painted,)), chosen)
     assert (found.iterations, found.pooling, found.tv_schedule) == (77, (1.0,) * 8, config.tv_schedule)

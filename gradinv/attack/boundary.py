@@ -51,13 +51,10 @@ def _fitting(model: Model, recovered: Recovered, config: AttackConfig) -> Attack
     """The settings that fit a node as the boundary. Seeds do not meet above the first stage; and from a picture that is
     painted from the node's own activations the search needs no annealing from far away. Fields that differ from the
     `demo` preset were chosen, and stay."""
+    new = {} if stage_of(config.boundary) in (STEM, "layer1") else APART
     painted = painted_from(model, recovered) if config.start == "decoder" else None
     if painted is not None:
-        new = FROM_PAINTING[stage_of(painted.name)] if painted.name == config.boundary else FROM_ABOVE
-    elif stage_of(config.boundary) not in (STEM, "layer1"):
-        new = APART
-    else:
-        return config
+        new = new | (FROM_PAINTING[stage_of(painted.name)] if painted.name == config.boundary else FROM_ABOVE)
     usual = AttackConfig.preset("demo", model.name)
     changes = {name: value for name, value in new.items() if getattr(config, name) == getattr(usual, name)}
     if ("pooling" in changes) != ("tv_schedule" in changes):  # they go together

@@ -87,6 +87,13 @@ RUNS = (
         ("--seeds", "1", "--every", "6"),
     ),
     Run(
+        "painted",
+        "A learned prior",
+        "The same twenty-one. A network that learned from public pictures fills in what the gradient leaves open.",
+        TWENTY_ONE,
+        ("--seeds", "1", "--every", "1", "--start", "decoder"),
+    ),
+    Run(
         "resnet50",
         "A deeper network",
         "The same four pictures through a ResNet-50 instead of a ResNet-18.",

@@ -31,6 +31,7 @@ PAIRS = {
     "One picture or eight": ("one", "eight"),
     "Layers solved, or gradients matched": ("four", "matching"),
     "Undefended or behind noise": ("four", "noise"),
+    "Without or with a learned prior": ("twenty-one", "painted"),
     "With the gradient or without": ("matching", "gradient-off"),
     "BN statistics: exact or none": ("bn-exact", "bn-none"),
     "Eight seeds: averaged or aligned": ("lazy", "registered"),

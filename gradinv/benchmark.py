@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from gradinv import __version__, sources
 from gradinv.attack.boundary import settled
+from gradinv.attack.inversion import iterate
 from gradinv.attack.objective import Objective
 from gradinv.attack.state import Run
 from gradinv.checks import check_memory, parallel_seeds
@@ -31,11 +32,13 @@ from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.recovery.recover import recover
-from gradinv.stepping import Stepper, resolve_mode
+from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError
 
 WARM_UP = 3
 """Iterations before anything is timed: a step is recorded and compared in the first."""
+
+_ENDLESS = 10**9
 
 PRODUCT = 2048
 """Side of the two matrices whose product is timed."""
@@ -151,24 +154,25 @@ class Attack:
     """An attack, warmed up, that goes on by some iterations at a time."""
 
     def __init__(self, task: Task, config: AttackConfig) -> None:
+        # Not annealed, so that all iterations are alike; there are always more of them.
         own = settled(task.model, task.recovered, config)
+        own = replace(own, iterations=_ENDLESS, pooling=(), tv_schedule=())
         objective = Objective(task.model, task.observation, task.recovered, own)
-        self._run = Run(task.model, task.observation.batch_size, own, separable=objective.separable)
-        self._stepper = Stepper(objective, config.stepping, parallel=config.parallel_seeds)
+        run = Run(task.model, task.observation.batch_size, own, separable=objective.separable)
+        self._loop = iterate(
+            run, objective, own.parallel_seeds, threading.Event(), due=lambda _: True, emit=lambda _, done: done
+        )
+        next(self._loop)  # the start
         self._device = task.model.device
-        self._steps = itertools.count()
+        self.mode = config.stepping
         self(WARM_UP)
 
-    @property
-    def mode(self) -> str:
-        """How it is executed; `eager` if it fell back to that."""
-        return self._stepper.mode
-
     def __call__(self, iterations: int) -> float:
-        """Seconds an iteration of all its seeds."""
-        stop, started = threading.Event(), _now(self._device)
-        for step in itertools.islice(self._steps, iterations):
-            self._run.step(step, self._stepper, stop)
+        """Seconds an iteration of all its seeds. `mode` is then how they are executed: `eager` if it fell back."""
+        started = _now(self._device)
+        for done in itertools.islice(self._loop, iterations):
+            if done is not None:
+                self.mode = done.stepper.mode
         return (_now(self._device) - started) / iterations
 
 

@@ -518,7 +518,7 @@ def searched(function, steps: int, size: int = 4) -> tuple[LBFGS, list[float]]:
             values.append(value.detach().view(1))
         gradient = torch.stack(gradients)
         assert optimiser.usable(gradient, torch.stack(values))
-        optimiser.step(gradient, torch.stack(values), 0.0, None)
+        optimiser.step(gradient, torch.stack(values), 0.0)
         best.append(max(optimiser._numbers[:, 0].tolist()))
     return optimiser, best
 

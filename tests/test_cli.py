@@ -30,13 +30,14 @@ from torch import Tensor
 
 import gradinv
 from gradinv import cli, client, metrics
-from gradinv.attack import inversion, state
+from gradinv.attack import inversion
 from gradinv.cli.invert import signals_set
 from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import AttackConfig
 from gradinv.defenses import clip, quantise
 from gradinv.models import MODELS, load_model
 from gradinv.recording import Recording
+from gradinv.stepping import Stepper
 from gradinv.types import GradinvError, Observation, Recovered, Snapshot
 
 ROOT = Path(gradinv.__file__).resolve().parents[1]
@@ -694,16 +695,16 @@ def stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     network = torchvision.models.resnet18(num_classes=3)
     safetensors.torch.save_file(network.state_dict(), "mine.safetensors")
     picture(Path("a.png"))
-    step = state.Run.step
+    step = Stepper.each
 
     def signalled(*args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return step(*args)
 
-    monkeypatch.setattr(state.Run, "step", signalled)
+    monkeypatch.setattr(Stepper, "each", signalled)
     args = ["a.png", "--class", "class 1", *QUICK, "--model", "mine.safetensors", "--features", "0", "--out", "run"]
     assert cli.main(["invert", *args, "--preset", "matching", "--boundary", "loss"]) == 130
-    monkeypatch.setattr(state.Run, "step", step)
+    monkeypatch.setattr(Stepper, "each", step)
     capsys.readouterr()
     return "run"
 

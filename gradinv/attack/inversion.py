@@ -6,14 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gradinv.attack.boundary import settled
 from gradinv.attack.objective import Objective
-from gradinv.attack.state import Run, RunState, stage_at
+from gradinv.attack.optimiser import Adam, upsample
+from gradinv.attack.state import Run, RunState, learning_rate, meeting_steps, stage_at
 from gradinv.checks import check_memory, check_observation, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
@@ -22,7 +23,9 @@ from gradinv.prior import painting
 from gradinv.recovery.examination import examine
 from gradinv.recovery.recover import recover
 from gradinv.stepping import Gradient, Stepper
-from gradinv.types import Observation, Prior, Recovered, Snapshot, SolvedNode, Term
+from gradinv.types import GradinvError, Observation, Prior, Recovered, Snapshot, SolvedNode, Term
+
+T = TypeVar("T")
 
 
 @torch.inference_mode(False)
@@ -79,8 +82,88 @@ def invert(
     if resume is not None:
         run.restore(resume)
     parallel = parallel_seeds(model, observation.batch_size, replace(config, seeds=share))
-    stream = _iterate(run, objective, recovered, prior, parallel, every, interval, stop or threading.Event(), resume)
+    begun, seconds = (0, 0.0) if resume is None else (resume.step, resume.seconds)
+    emission = _Emission(run, recovered, prior, parallel, every, interval, seconds)
+    stop = stop or threading.Event()
+    stream = iterate(run, objective, parallel, stop, emission.due, emission.snapshot, begun)
     return Snapshots(run, stream, recovered)
+
+
+def iterate(
+    run: Run,
+    objective: Objective,
+    parallel: int,
+    stop: threading.Event,
+    due: Callable[[int], bool],
+    emit: Callable[[int, Done | None], T],
+    begun: int = 0,
+) -> Generator[T]:
+    """The loop, from the state after `begun` steps: evaluate, step, noise, project, emit.
+
+    Yields `emit(steps, what the last one found)` at the start, after each step that is `due`, and where `stop` is set,
+    which ends it. Several ranks go through it together. Raises GradinvError where the objective is not finite on any
+    rank, or one is lost.
+    """
+    config, optimiser, ranks = run.config, run.optimiser, run.ranks
+    annealed: tuple[float | None, float] | None = None
+    done: Done | None = None
+    yield emit(begun, None)
+    for step in range(begun, config.iterations):
+        stage = stage_at(run.plan, step)
+        if stage.annealed != annealed:
+            annealed = stage.annealed
+            judged = objective.annealed(*annealed)
+            stepper = Stepper(judged, config.stepping, steps=_evaluations(run, annealed), parallel=parallel)
+        if step == stage.first:
+            optimiser.enter(upsample(optimiser.images, stage.side))
+
+        # Evaluate: L_grad + R_fidelity + R_group of each seed (Eqns 1–3 and 9–12), and its gradient.
+        trial = optimiser.trial.requires_grad_()
+        full = upsample(trial, run.model.preprocessing.size)
+        found = stepper.each(full.detach(), run.group_target(step, stage), stop)
+        complete = len(found) == len(full)
+        if complete:
+            values = torch.stack([one.parts for one in found])
+            # Through the upsampling of a coarse stage.
+            (gradient,) = torch.autograd.grad(full, trial, torch.stack([one.gradient for one in found]))
+        stopped, diverged = ranks.any(not complete, complete and not optimiser.usable(gradient, values))
+        if stopped:  # on the way, on any rank: nothing has changed
+            yield emit(step, done)
+            return
+        if diverged:
+            raise GradinvError(
+                f"The objective stopped being finite at iteration {step + 1}; "
+                "take a lower learning rate or other weights."
+            )
+        done = Done(found, judged.weights, stepper)
+
+        # Step: by Adam with the learning rate λ(t), or by L-BFGS, which takes neither rate nor noise.
+        rate = learning_rate(step, config)
+        optimiser.step(gradient, values, rate)
+        # Noise: x̂ ← x̂ + λ(t) α_n η, η ~ N(0, 1).
+        if config.noise > 0 and isinstance(optimiser, Adam):
+            optimiser.add(rate * config.noise * run.normal(trial.shape))
+        # Project onto the pixels' range.
+        optimiser.project()
+        if step + 1 in meeting_steps(config):
+            run.meet(step + 1)
+
+        # Emit.
+        wanted, stopped = ranks.any(due(step + 1), stop.is_set())
+        if wanted or stopped:
+            yield emit(step + 1, done)
+            (stopped,) = ranks.any(stop.is_set())  # by whoever looked at it
+        if stopped:
+            return
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A step that was done: what was found of each seed, with the terms' weights, and how it was executed."""
+
+    found: list[Gradient]
+    weights: Mapping[str, float]
+    stepper: Stepper
 
 
 class Snapshots(Iterator[Snapshot]):
@@ -109,56 +192,6 @@ class Snapshots(Iterator[Snapshot]):
         return RunState(self._last.step, self._last.seconds, self._run.tensors())
 
 
-def _iterate(
-    run: Run,
-    objective: Objective,
-    recovered: Recovered,
-    prior: Prior | None,
-    parallel: int,
-    every: int | None,
-    interval: float | None,
-    stop: threading.Event,
-    resume: RunState | None,
-) -> Generator[Snapshot]:
-    begun, before = (0, 0.0) if resume is None else (resume.step, resume.seconds)
-    emitted = time.perf_counter()
-    started = emitted - before
-    annealed: tuple[float | None, float] | None = None
-    steps = run.config.iterations
-    shown = partial(_snapshot, run, recovered, prior, parallel)
-
-    yield shown(begun, time.perf_counter() - started)
-    done: _Done | None = None
-    for step in range(begun + 1, steps + 1):
-        if (wanted := stage_at(run.plan, step - 1).annealed) != annealed:
-            annealed = wanted
-            judged = objective.annealed(*annealed)
-            stepper = Stepper(judged, run.config.stepping, steps=_evaluations(run, annealed), parallel=parallel)
-        found = run.step(step - 1, stepper, stop)  # evaluate (Eqns 1–3, 9–12), step, noise, project
-        if found is None:
-            yield shown(step - 1, time.perf_counter() - started, done)
-            return
-        done = _Done(found, judged.weights, stepper)
-        now = time.perf_counter()
-        due = (every is not None and step % every == 0) or (interval is not None and now - emitted >= interval)
-        due, stopped = run.ranks.any(due or step == steps, stop.is_set())
-        if due or stopped:
-            emitted = now
-            yield shown(step, time.perf_counter() - started, done)
-            (stopped,) = run.ranks.any(stop.is_set())  # by whoever looked at it
-        if stopped:
-            return
-
-
-@dataclass(frozen=True, eq=False)
-class _Done:
-    """A step that was done: what was found of each seed, with the terms' weights, and how it was executed."""
-
-    found: list[Gradient]
-    weights: Mapping[str, float]
-    stepper: Stepper
-
-
 def _evaluations(run: Run, annealed: tuple[float | None, float]) -> int:
     """How many there are with the objective annealed like this: of all ranks' seeds, so that each number of ranks
     executes them alike."""
@@ -167,38 +200,53 @@ def _evaluations(run: Run, annealed: tuple[float | None, float]) -> int:
     return sum(lengths) * run.config.seeds
 
 
-def _snapshot(
-    run: Run,
-    recovered: Recovered,
-    prior: Prior | None,
-    parallel: int,
-    step: int,
-    seconds: float,
-    done: _Done | None = None,
-) -> Snapshot:
-    full = run.gather()
-    preprocessing = run.model.preprocessing
-    terms, distance = ({}, ()) if done is None else _values(run, done)
-    return Snapshot(
-        step=step,
-        steps=run.config.iterations,
-        seeds=preprocessing.denormalise(full).cpu(),
-        consensus=preprocessing.denormalise(run.consensus(step)).cpu(),
-        terms=terms,
-        distance=distance,
-        seconds=seconds,
-        labels=tuple(recovered.labels.tolist()),
-        label_method=recovered.method,
-        label_confidence=recovered.confidence,
-        features_residual=recovered.residual,
-        stepping="" if done is None else done.stepper.mode,
-        parallel_seeds=parallel if done is None else done.stepper.parallel,
-        boundary=run.config.boundary,
-        prior=prior,
-    )
+@dataclass(eq=False)
+class _Emission:
+    """When a snapshot is due, and what it holds; `seconds` is how long the steps before a resumption had taken."""
+
+    run: Run
+    recovered: Recovered
+    prior: Prior | None
+    parallel: int
+    every: int | None
+    interval: float | None
+    seconds: float
+    _started: float | None = None
+    _emitted: float = 0.0
+
+    def due(self, step: int) -> bool:
+        now = time.perf_counter()
+        waited = self.interval is not None and now - self._emitted >= self.interval
+        return waited or step == self.run.config.iterations or (self.every is not None and step % self.every == 0)
+
+    def snapshot(self, step: int, done: Done | None) -> Snapshot:
+        self._emitted = time.perf_counter()
+        if self._started is None:
+            self._started = self._emitted - self.seconds
+        run, recovered = self.run, self.recovered
+        full = run.gather()
+        preprocessing = run.model.preprocessing
+        terms, distance = ({}, ()) if done is None else _values(run, done)
+        return Snapshot(
+            step=step,
+            steps=run.config.iterations,
+            seeds=preprocessing.denormalise(full).cpu(),
+            consensus=preprocessing.denormalise(run.consensus(step)).cpu(),
+            terms=terms,
+            distance=distance,
+            seconds=time.perf_counter() - self._started,
+            labels=tuple(recovered.labels.tolist()),
+            label_method=recovered.method,
+            label_confidence=recovered.confidence,
+            features_residual=recovered.residual,
+            stepping="" if done is None else done.stepper.mode,
+            parallel_seeds=self.parallel if done is None else done.stepper.parallel,
+            boundary=run.config.boundary,
+            prior=self.prior,
+        )
 
 
-def _values(run: Run, done: _Done) -> tuple[dict[str, Term], tuple[float, ...]]:
+def _values(run: Run, done: Done) -> tuple[dict[str, Term], tuple[float, ...]]:
     """Every seed's terms and distance, of all ranks; no distance where no gradient is matched."""
     rows = [[float(own.raw[name]) for name in done.weights] + [float(own.distance)] for own in done.found]
     found = run.ranks.gather(torch.tensor(rows, dtype=torch.float64), run.config.seeds)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradinv.attack.evaluation import Evaluation
+from gradinv.attack.terms import Evaluation
 from gradinv.stepping import LossTerms
 
 

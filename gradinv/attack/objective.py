@@ -16,11 +16,11 @@ from torch import Tensor
 
 from gradinv.attack import micro_batch
 from gradinv.attack.boundary import FEATURES, boundary_of
-from gradinv.attack.evaluation import Evaluation
 from gradinv.attack.terms import (
     BN_FORMS,
     MATCHING,
     TV_FORMS,
+    Evaluation,
     KnownActivations,
     activation_distance,
     cosine_distance,

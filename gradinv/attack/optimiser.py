@@ -46,9 +46,12 @@ class Optimiser(Protocol):
     def usable(self, gradient: Tensor, values: Tensor) -> bool:
         """Whether a step can be made of this; where not, the objective has stopped being finite for good."""
 
-    def step(self, gradient: Tensor, values: Tensor, rate: float, noise: Tensor | None) -> None:
+    def step(self, gradient: Tensor, values: Tensor, rate: float) -> None:
         """One step: the gradient at the trial, in its shape, and the value there of each seed (g, 1) or of each image
-        (g, B). Only Adam takes the learning rate and, in the images' shape, the noise."""
+        (g, B). Only Adam takes the learning rate."""
+
+    def project(self) -> None:
+        """Onto the pixels' range, where the config asks for it."""
 
     def enter(self, images: Tensor) -> None:
         """Begin a stage from these images: maybe of another size, with an objective that may have changed."""
@@ -83,7 +86,7 @@ class Adam:
 
     def begin(self, images: Tensor) -> None:
         self._images = images
-        self._project()
+        self.project()
         self._reset()
 
     def _reset(self) -> None:
@@ -101,16 +104,16 @@ class Adam:
     def usable(self, gradient: Tensor, values: Tensor) -> bool:
         return bool(gradient.isfinite().all())
 
-    def step(self, gradient: Tensor, values: Tensor, rate: float, noise: Tensor | None) -> None:
+    def step(self, gradient: Tensor, values: Tensor, rate: float) -> None:
         self._images.grad = gradient.sign() if self._config.optimiser_step == "sign" else gradient
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
-        with torch.no_grad():
-            if noise is not None:
-                self._images += noise
-            self._project()
 
-    def _project(self) -> None:
+    def add(self, noise: Tensor) -> None:
+        """Add noise, in the images' shape."""
+        self._images.data += noise
+
+    def project(self) -> None:
         if self._config.box:
             low, high = self._limits
             self._images.data.clamp_(low, high)
@@ -193,7 +196,10 @@ class LBFGS:
     def _finite(self, gradient: Tensor, values: Tensor) -> Tensor:
         return values.reshape(-1).isfinite() & gradient.reshape(self._rows, -1).isfinite().all(1)
 
-    def step(self, gradient: Tensor, values: Tensor, rate: float, noise: Tensor | None) -> None:
+    def project(self) -> None:
+        """The sigmoid keeps them there."""
+
+    def step(self, gradient: Tensor, values: Tensor, rate: float) -> None:
         finite = self._finite(gradient, values)
         tried = self._tried()
         gradient = self._through_sigmoid(gradient, tried)

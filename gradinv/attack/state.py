@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from gradinv.attack.optimiser import optimiser_of, upsample
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
-from gradinv.stepping import Gradient, Stepper
 from gradinv.types import GradinvError
 
 T = TypeVar("T")
@@ -85,16 +83,17 @@ class Run:
             torch.Generator(model.device).manual_seed(_seed_of(config.seed, index)) for index in self._mine
         ]
         side = self.plan[0].side
-        noise = [self._normal(index, (batch_size, 3, side, side)) for index in range(len(self._mine))]
-        images = torch.stack(noise) * config.start_scale
+        images = self.normal((len(self._mine), batch_size, 3, side, side)) * config.start_scale
         if start is not None:
             images += F.interpolate(start, (side, side), mode="area")
-        self._optimiser = optimiser_of(config, model.preprocessing, images, separable)
+        self.optimiser = optimiser_of(config, model.preprocessing, images, separable)
         self._group: Tensor | None = None
         self._gathered: dict[str, Tensor] | None = None
 
-    def _normal(self, index: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=self._generators[index], device=self.model.device)
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Normal numbers (g, …), each seed's from its own generator."""
+        device = self.model.device
+        return torch.stack([torch.randn(tuple(shape[1:]), generator=own, device=device) for own in self._generators])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that changes from step to step, of all seeds, copied to the CPU; `restore` takes it, whatever the
@@ -109,7 +108,7 @@ class Run:
         return upsample(self._gathered["images"], self.model.preprocessing.size)
 
     def _copied(self) -> dict[str, Tensor]:
-        found = self._optimiser.tensors()
+        found = self.optimiser.tensors()
         found["generators"] = torch.stack([generator.get_state() for generator in self._generators])
         if self._group is not None:
             found["group"] = self._group
@@ -123,7 +122,7 @@ class Run:
         """Go back to where `tensors` was called. Raises GradinvError for the state of another run."""
         tensors, device = dict(state.tensors), self.model.device
         sides = {stage.side for stage in self.plan}
-        count, batch_size = self.config.seeds, self._optimiser.images.shape[1]
+        count, batch_size = self.config.seeds, self.optimiser.images.shape[1]
         mine = slice(self._mine.start, self._mine.stop)
         try:
             images = tensors["images"]
@@ -137,63 +136,21 @@ class Run:
             own = {name: value for name, value in tensors.items() if name.partition(".")[0] in OPTIMISED}
             # Copies: the run goes on in place.
             own = {name: (value[mine] if value.dim() else value).clone() for name, value in own.items()}
-            self._optimiser.restore({**own, "images": own["images"].to(device)})
+            self.optimiser.restore({**own, "images": own["images"].to(device)})
         except (GradinvError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise GradinvError(f"The saved state is that of another run ({error}); start this one again.") from error
         self._group = tensors["group"].to(device, copy=True) if "group" in tensors else None
 
     def full_size(self) -> Tensor:
         """This rank's normalised images (g, B, 3, S, S), upsampled where the stage is coarser."""
-        return upsample(self._optimiser.images, self.model.preprocessing.size)
+        return upsample(self.optimiser.images, self.model.preprocessing.size)
 
-    def step(self, step: int, stepper: Stepper, stop: threading.Event) -> list[Gradient] | None:
-        """One iteration of this rank's seeds, after `step` of them; None, and nothing changed, where `stop` was set on
-        the way on any rank.
-
-        Raises GradinvError where the objective is not finite on any rank, or one is lost.
-        """
-        config = self.config
-        stage = stage_at(self.plan, step)
-        if step == stage.first:
-            self._optimiser.enter(upsample(self._optimiser.images, stage.side))
-        trial = self._optimiser.trial.requires_grad_()
-        full = upsample(trial, self.model.preprocessing.size)
-        # Evaluate: the objective and its gradient with respect to the images (Eqns 1–3, 9–12).
-        found = stepper.each(full.detach(), self.group_target(step, stage), stop)
-        complete = len(found) == len(full)
-        if complete:
-            values = torch.stack([one.parts for one in found])
-            # Through the upsampling of a coarse stage.
-            (gradient,) = torch.autograd.grad(full, trial, torch.stack([one.gradient for one in found]))
-        lost = complete and not self._optimiser.usable(gradient, values)
-        stopped, diverged = self.ranks.any(not complete, lost)
-        if stopped:
-            return None
-        if diverged:
-            raise GradinvError(
-                f"The objective stopped being finite at iteration {step + 1}; "
-                "take a lower learning rate or other weights."
-            )
-        # Step, then x̂ ← x̂ + λ(t) α_n η, then project onto the pixels' range.
-        rate = learning_rate(step, config)
-        self._optimiser.step(gradient, values, rate, self._noise(rate, trial))
-        if step + 1 in meeting_steps(config):
-            self._meet(step + 1)
-        return found
-
-    def _meet(self, step: int) -> None:
+    def meet(self, step: int) -> None:
         """Let each seed go on from what all agree on after `step` steps: their mean is nearer than any of them, and
         lies in no local minimum of theirs."""
-        agreed = F.interpolate(self.consensus(step), self._optimiser.images.shape[-2:], mode="area")
-        noise = torch.stack([self._normal(index, tuple(agreed.shape)) for index in range(len(self._mine))])
-        self._optimiser.begin(agreed + self.config.meeting_scale * noise)
-
-    def _noise(self, rate: float, images: Tensor) -> Tensor | None:
-        """The pixel noise λ(t) α_n η, η ~ N(0, 1), of a step with the learning rate λ(t); none with L-BFGS."""
-        if self.config.noise == 0 or self.config.optimiser != "adam":
-            return None
-        noise = [self._normal(index, tuple(own.shape)) for index, own in enumerate(images)]
-        return rate * self.config.noise * torch.stack(noise)
+        shape = self.optimiser.images.shape
+        agreed = F.interpolate(self.consensus(step), shape[-2:], mode="area")
+        self.optimiser.begin(agreed + self.config.meeting_scale * self.normal(shape))
 
     def consensus(self, step: int) -> Tensor:
         """What the seeds agree on after `step` steps, normalised (B, 3, S, S): registered once that has begun."""

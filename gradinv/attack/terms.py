@@ -21,6 +21,24 @@ _WEAK = 0.1  # the share of the mean over all channels that each one's own power
 _SMOOTH = 0.02  # the difference of two pixels from which total variation is nearly their distance
 
 
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Everything that one forward and backward pass over the current images gives; all of it differentiable.
+
+    `images` are normalised (B, 3, S, S); `values` what the network makes of each image, by name (B, …): pre-activations
+    of nodes, or of the whole network its pooled features and its logits; `gradients` those of the matched parameters;
+    `means` and `variances` of each BN layer's input, (C,) each. `group` is the consensus of all seeds that they are
+    drawn to, not differentiated, in the images' shape.
+    """
+
+    images: Tensor
+    group: Tensor
+    values: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    variances: Mapping[str, Tensor]
+
+
 class _Cosine(torch.autograd.Function):
     """1 − cos(g, t) over all tensors together, with the backward pass written out.
 

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradinv import figures, metrics, pace
-from gradinv.attack.inversion import invert
+from gradinv.attack.inversion import Snapshots, invert
 from gradinv.attack.state import RunState
 from gradinv.checks import check_memory
 from gradinv.client import observe
@@ -522,115 +522,7 @@ class Inversion:
 
     def __call__(self, handle: Handle) -> Status:
         """Run until the last iteration or `handle.stop`."""
-        model = self.load()
-        own, before = self.originals, self.before
-        if own is not None:
-            check_memory(model, len(own.pixels), self.config)
-        observation = self.client.observed(model, self.config)
-        began = time.perf_counter()
-        expected = pace.estimate(model, self.config, self.client.batch_size)
-        nodes = _nodes(model) if self.config.needs_layers else ()
-        layers: list[Layer] = []
-        order: list[int] = []
-
-        def solved(node: SolvedNode) -> None:
-            nonlocal order
-            order = order or self._order(model, node)
-            tiles = figures.activations(node.activation[order].float())
-            layers.append(Layer(node.name, tuple(node.activation.shape[1:]), float(node.error.median()), tiles))
-            spent = time.perf_counter() - began
-            solving = Solving(nodes, tuple(layers), seconds=spent)
-            handle.publish(solving, solving.size, max(expected - spent, 0.0))
-
-        solving = Solving(nodes) if before is None else before.solving
-        handle.publish(solving, solving.size, expected if before is None else None)
-        run = invert(
-            model,
-            observation,
-            self.config,
-            interval=self.INTERVAL,
-            stop=handle.stop,
-            progress=solved,
-            resume=None if before is None else before.state,
-            recovered=None if before is None else before.recovered,
-        )
-        if before is None:
-            # Stopped half-way, nothing is known of how far it would have gone.
-            boundary = None if handle.stop.is_set() else run.config.boundary
-            solving = Solving(nodes, tuple(layers), boundary, run.recovered.stopped, time.perf_counter() - began)
-        store = MemoryStore() if before is None else before.store.copy()
-        recorder = Recorder(
-            store,
-            config=self.config,
-            model=model,
-            observation=observation,
-            originals=None if own is None else own.pixels,
-            labels=None if own is None else own.labels,
-            defences=() if own is None else own.defences,
-            recovered=run.recovered,
-            resumed=None if before is None else _resumption(before, observation, own),
-        )
-        first = 0 if before is None else before.state.step
-        clock = Pace()
-
-        def publish(progress: Progress) -> None:
-            size = sum(len(store.read(name)) for name in store.names()) + solving.size
-            handle.publish(progress, size + (progress.kept.size if progress.kept else 0), progress.remaining)
-
-        def shown(snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
-            for snapshot in snapshots:
-                clock.add(snapshot.seconds, snapshot.step, first)
-                publish(self._progress(snapshot, clock, recorder.curves, store, solving))
-                yield snapshot
-
-        last: Snapshot | None = None
-        for recorded in recorder.follow(thinned(shown(run), run.config.iterations / self.FRAMES)):
-            last = recorded
-        done = recorder.run["status"] == "done"
-        if last is not None:
-            kept = None
-            if not done and solving.boundary is not None:
-                kept = Kept(run.state(), run.recovered, solving, store)
-            if kept is not None and kept.size > self.KEPT:
-                kept = None
-            # Once more, now that everything is recorded.
-            publish(replace(self._progress(last, clock, recorder.curves, store, solving), kept=kept))
-            if last.step >= MEASURABLE and solving.boundary is not None:
-                seconds = solving.seconds + last.seconds * last.steps / last.step
-                pace.measured(model, run.config, self.client.batch_size, seconds)
-                if before is None and solving.layers:
-                    pace.solved(model, self.client.batch_size, solving.seconds)
-        return "done" if done else "stopped"
-
-    def _order(self, model: Model, node: SolvedNode) -> list[int]:
-        """The originals' order of what is solved, which comes in the labels': by the first node."""
-        own = self.originals
-        if own is None:
-            return list(range(len(node.activation)))
-        with torch.no_grad():
-            true = Segment(model.network, node.name)(model.preprocessing.normalise(own.pixels.to(model.device)))
-        return metrics.aligned(node.activation.float(), true[node.name].relu())[0]
-
-    def _progress(
-        self,
-        snapshot: Snapshot,
-        clock: Pace,
-        curves: Sequence[Mapping[str, Any]],
-        store: MemoryStore,
-        solving: Solving,
-    ) -> Progress:
-        speed, left = clock.speed, snapshot.steps - snapshot.step
-        return Progress(
-            step=snapshot.step,
-            steps=snapshot.steps,
-            seconds=snapshot.seconds,
-            speed=speed,
-            remaining=0.0 if left == 0 else None if speed is None else speed * left,
-            pictures=self.pictures(snapshot),
-            curves=tuple(curves),
-            store=store,
-            solving=solving,
-        )
+        return _Work(self, handle).run()
 
     def pictures(self, snapshot: Snapshot) -> Pictures:
         """A live or replayed snapshot of this run, paired with the originals if there are any."""
@@ -648,6 +540,128 @@ class Inversion:
             activations=metrics.mean(snapshot.terms["activations"].raw) if "activations" in snapshot.terms else None,
             prior=() if snapshot.prior is None else figures.tiles(snapshot.prior.pixels[order]),
         )
+
+
+class _Work:
+    """An inversion on a worker: what it publishes of each layer as it is solved, and of each snapshot."""
+
+    def __init__(self, job: Inversion, handle: Handle) -> None:
+        self._job, self._handle = job, handle
+        self._own, self._before = job.originals, job.before
+        self._model = model = job.load()
+        if self._own is not None:
+            check_memory(model, len(self._own.pixels), job.config)
+        self._observation = job.client.observed(model, job.config)
+        self._began = time.perf_counter()
+        self._clock = Pace()
+        self._order: list[int] = []
+        if self._before is None:
+            self._store = MemoryStore()
+            self._solving = Solving(_nodes(model) if job.config.needs_layers else ())
+        else:
+            self._store, self._solving = self._before.store.copy(), self._before.solving
+
+    def run(self) -> Status:
+        run = self._solve()
+        own, before = self._own, self._before
+        self._recorder = Recorder(
+            self._store,
+            config=self._job.config,
+            model=self._model,
+            observation=self._observation,
+            originals=None if own is None else own.pixels,
+            labels=None if own is None else own.labels,
+            defences=() if own is None else own.defences,
+            recovered=run.recovered,
+            resumed=None if before is None else _resumption(before, self._observation, own),
+        )
+        last: Snapshot | None = None
+        for recorded in self._recorder.follow(thinned(self._shown(run), run.config.iterations / self._job.FRAMES)):
+            last = recorded
+        done = self._recorder.run["status"] == "done"
+        if last is not None:
+            # Once more, now that everything is recorded.
+            self._publish(last, None if done else self._kept(run))
+            self._measure(run.config, last)
+        return "done" if done else "stopped"
+
+    def _solve(self) -> Snapshots:
+        """Solve the layers, or take what was solved before, and be about to search."""
+        before, expected = self._before, pace.estimate(self._model, self._job.config, self._job.client.batch_size)
+
+        def solved(node: SolvedNode) -> None:
+            self._order = self._order or self._paired(node)
+            tiles = figures.activations(node.activation[self._order].float())
+            layer = Layer(node.name, tuple(node.activation.shape[1:]), float(node.error.median()), tiles)
+            spent = time.perf_counter() - self._began
+            self._solving = replace(self._solving, layers=(*self._solving.layers, layer), seconds=spent)
+            self._handle.publish(self._solving, self._solving.size, max(expected - spent, 0.0))
+
+        self._handle.publish(self._solving, self._solving.size, expected if before is None else None)
+        run = invert(
+            self._model,
+            self._observation,
+            self._job.config,
+            interval=self._job.INTERVAL,
+            stop=self._handle.stop,
+            progress=solved,
+            resume=None if before is None else before.state,
+            recovered=None if before is None else before.recovered,
+        )
+        if before is None:
+            # Stopped half-way, nothing is known of how far it would have gone.
+            boundary = None if self._handle.stop.is_set() else run.config.boundary
+            spent = time.perf_counter() - self._began
+            self._solving = replace(self._solving, boundary=boundary, stopped=run.recovered.stopped, seconds=spent)
+        return run
+
+    def _paired(self, node: SolvedNode) -> list[int]:
+        """The originals' order of what is solved, which comes in the labels': by the first node."""
+        own, model = self._own, self._model
+        if own is None:
+            return list(range(len(node.activation)))
+        with torch.no_grad():
+            true = Segment(model.network, node.name)(model.preprocessing.normalise(own.pixels.to(model.device)))
+        return metrics.aligned(node.activation.float(), true[node.name].relu())[0]
+
+    def _shown(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
+        first = 0 if self._before is None else self._before.state.step
+        for snapshot in snapshots:
+            self._clock.add(snapshot.seconds, snapshot.step, first)
+            self._publish(snapshot)
+            yield snapshot
+
+    def _publish(self, snapshot: Snapshot, kept: Kept | None = None) -> None:
+        speed, left = self._clock.speed, snapshot.steps - snapshot.step
+        progress = Progress(
+            step=snapshot.step,
+            steps=snapshot.steps,
+            seconds=snapshot.seconds,
+            speed=speed,
+            remaining=0.0 if left == 0 else None if speed is None else speed * left,
+            pictures=self._job.pictures(snapshot),
+            curves=tuple(self._recorder.curves),
+            store=self._store,
+            solving=self._solving,
+            kept=kept,
+        )
+        size = sum(len(self._store.read(name)) for name in self._store.names()) + self._solving.size
+        self._handle.publish(progress, size + (kept.size if kept else 0), progress.remaining)
+
+    def _kept(self, run: Snapshots) -> Kept | None:
+        """What a run that was stopped goes on from; None where it was still solving, or that is too much."""
+        if self._solving.boundary is None:
+            return None
+        kept = Kept(run.state(), run.recovered, self._solving, self._store)
+        return kept if kept.size <= self._job.KEPT else None
+
+    def _measure(self, config: AttackConfig, last: Snapshot) -> None:
+        """Let later estimates know how long it took."""
+        solving, batch_size = self._solving, self._job.client.batch_size
+        if last.step >= MEASURABLE and solving.boundary is not None:
+            pace.measured(self._model, config, batch_size, solving.seconds + last.seconds * last.steps / last.step)
+            if self._before is None and solving.layers:
+                pace.solved(self._model, batch_size, solving.seconds)
 
 
 def _resumption(before: Kept, observation: Observation, own: Originals | None) -> Resumption:

@@ -122,15 +122,7 @@ def train(options: argparse.Namespace) -> None:
 
     torch.manual_seed(options.seed)
     network = build(options.arch, len(classes)).to(device).to(memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(
-        [
-            {"params": [p for p in network.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=options.learning_rate,
-        momentum=MOMENTUM,
-        nesterov=True,
-    )
+    optimiser = optimiser_of(network, options.learning_rate)
     facts = {name: getattr(options, name) for name in SETTINGS} | {"classes": classes, "pictures": len(pictures)}
     step, losses = resume(checkpoint_of(options), network, optimiser, facts, device)
 
@@ -235,6 +227,14 @@ def normalise(pixels: Tensor) -> Tensor:
 def build(arch: str, classes: int) -> nn.Module:
     # Zero weights in the last BN of each block make every block the identity at first.
     return torchvision.models.get_model(arch, weights=None, num_classes=classes, zero_init_residual=True)
+
+
+def optimiser_of(network: nn.Module, learning_rate: float) -> torch.optim.SGD:
+    """Neither biases nor BN decay."""
+    decayed = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in network.parameters() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True)
 
 
 def schedule(step: int, steps: int) -> float:

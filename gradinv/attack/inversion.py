@@ -44,7 +44,7 @@ def invert(
     labels: Tensor | None = None,
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> Snapshots:
-    """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqns 1–2, 9–12).
+    """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqn 1, Eqn 2).
 
     The gradient is taken for what it is found to be (`examine`), which `Snapshots.recovered.notes` say. What it says
     without a search is solved first, with the `labels` (B,) where they are known, unless it is `recovered` already;
@@ -117,7 +117,8 @@ def iterate(
         if step == stage.first:
             optimiser.enter(upsample(optimiser.images, stage.side))
 
-        # Evaluate: L_grad + R_fidelity + R_group of each seed (Eqns 1–3 and 9–12), and its gradient.
+        # Evaluate Eqn 1 and Eqn 2 of each seed: L_grad (Eqn 3) with the labels of Eqn 8, R_fidelity (Eqn 9, Eqn 10),
+        # R_group (Eqn 11) towards the group's mean (Eqn 12); and the gradient with respect to the pixels.
         trial = optimiser.trial.requires_grad_()
         full = upsample(trial, run.model.preprocessing.size)
         found = stepper.each(full.detach(), run.group_target(step, stage), stop)

@@ -1,6 +1,6 @@
 """The objective: one evaluation of the network a step, pure terms over it, a weighted sum that reports every term.
 
-x̂* = argmin L_grad(x̂; W, ΔW) + R_fidelity(x̂) + R_group(x̂) (Eqns 1–2), with what is solved as further terms. The
+x̂* = argmin L_grad(x̂; W, ΔW) + R_fidelity(x̂) + R_group(x̂) (Eqn 1, Eqn 2), with what is solved as further terms. The
 network runs up to the boundary; the cotangent there, pulled back, gives the gradient that is matched.
 """
 

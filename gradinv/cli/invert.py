@@ -21,6 +21,7 @@ from gradinv.cli.task import Task, add_client, add_network, begin, describe, des
 
 # torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
 if TYPE_CHECKING:
+    from gradinv.attack.inversion import Snapshots
     from gradinv.attack.state import RunState
     from gradinv.config import AttackConfig
     from gradinv.distributed import Ranks
@@ -149,10 +150,7 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ranks: Ranks) -> int:
-    from gradinv import metrics
     from gradinv.attack.inversion import invert
-    from gradinv.models import MODELS
-    from gradinv.recording import DirectoryStore, Recorder, thinned
 
     model, config, resumed = task.model, task.config, task.resumed
     state = None if resumed is None else resumed.state
@@ -182,7 +180,24 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
     if resumed is None:
         _describe_layers(say, recovered, first, solved)
         _describe_prior(say, first)
-    out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{model.name}"
+    return _record(args, task, say, ranks, stream, first, stop)
+
+
+def _record(
+    args: argparse.Namespace,
+    task: _Run,
+    say: Callable[[str], None],
+    ranks: Ranks,
+    stream: Snapshots,
+    first: Snapshot,
+    stop: threading.Event,
+) -> int:
+    """Go through the run, record and show it, and say how it ended. → the exit code."""
+    from gradinv import metrics
+    from gradinv.models import MODELS
+    from gradinv.recording import DirectoryStore, Recorder, thinned
+
+    out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{task.model.name}"
     baseline = (
         None if task.pixels is None else float(metrics.psnr(metrics.constant_colour(task.pixels), task.pixels).mean())
     )
@@ -191,8 +206,8 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
     with signals_set(stop) as received:
         recorder = Recorder(
             DirectoryStore(out),
-            config=config,
-            model=model,
+            config=task.config,
+            model=task.model,
             observation=task.observation,
             originals=task.pixels,
             labels=task.labels,
@@ -201,8 +216,8 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
             weights=None if args.model in ("auto", *MODELS) else str(Path(args.model).expanduser().resolve()),
             ranks=ranks.count,
             state=stream.state,
-            resumed=resumed,
-            recovered=recovered,
+            resumed=task.resumed,
+            recovered=stream.recovered,
         )
         shown = _with_progress(first, stream, recorder, baseline)
         try:

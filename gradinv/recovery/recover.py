@@ -44,16 +44,11 @@ def recover(
     """
     examined = examine(model, observation)
     observation = examined.observation
-    restored = (
-        restore_labels(model, observation, config.labels) if labels is None else _given(model, observation, labels)
-    )
-    # The client's rescaling is known wherever the labels were tested by it.
-    scale = 1.0 if restored.fit is None else restored.fit.scale
-    notes = (*examined.notes, *restored.notes)
-    smoothing = observation.label_smoothing if restored.fit is None else restored.fit.smoothing
-    found = Recovered(
-        restored.labels, restored.method, restored.confidence, scale=scale, notes=notes, label_smoothing=smoothing
-    )
+    if labels is None:
+        restored = restore_labels(model, observation, config.labels)
+    else:
+        restored = _given(model, observation, labels)
+    found = _read(restored, observation, examined.notes)
     told = told or (lambda _: None)
     if not config.needs_features:
         told(found)
@@ -82,6 +77,19 @@ def recover(
         return found
     nodes, stopped = _layers(model, observation, config, fit, stop, progress)
     return replace(found, nodes=nodes, stopped=stopped)
+
+
+def _read(restored: RestoredLabels, observation: Observation, notes: tuple[str, ...]) -> Recovered:
+    """What the labels alone say. The client's rescaling and smoothing are known wherever they were tested by these."""
+    fit = restored.fit
+    return Recovered(
+        restored.labels,
+        restored.method,
+        restored.confidence,
+        scale=1.0 if fit is None else fit.scale,
+        notes=(*notes, *restored.notes),
+        label_smoothing=observation.label_smoothing if fit is None else fit.smoothing,
+    )
 
 
 def _given(model: Model, observation: Observation, labels: Tensor) -> RestoredLabels:

@@ -18,7 +18,7 @@ def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: fl
 
 
 @dataclass(frozen=True)
-class AttackConfig:
+class Attack:
     """Everything that decides what an inversion does. The defaults are the `paper` preset.
 
     Numbers follow arXiv 2104.07586 (its Eqns 1–12) where a field has a counterpart there. Lengths of time are in
@@ -37,8 +37,8 @@ class AttackConfig:
     gradient: float = _option(1e-3, "weight of gradient matching, α_G (0: control without the gradient)", least=0)
     layers: str = _option(
         "all",
-        "which parameters are matched: all, or only those up to and including a residual stage",
-        choices=("all", "layer1", "layer2", "layer3", "layer4"),
+        "which parameters are matched: all, or only those up to and including a stage or a node, such as layer3 or "
+        "layer3.0.conv1",
     )
     boundary: str = _option(
         "loss",
@@ -73,8 +73,9 @@ class AttackConfig:
         "or differences of luma and chroma that are smooth where they are small",
         choices=("paper", "rgb", "luma-chroma", "smooth"),
     )
-    tv_luma: float = _option(1.0, "luma's share in the luma-chroma and smooth forms", least=0)
-    tv_chroma: float = _option(3.0, "the two chroma channels' share in these forms", least=0)
+    tv_chroma: float = _option(
+        3.0, "what the two chroma channels count in the luma-chroma and smooth forms, where luma counts 1", least=0
+    )
     tv_schedule: tuple[float, ...] = _option(
         (), "what the weight of total variation is multiplied by in each annealing stage (empty: 1 throughout)"
     )
@@ -92,7 +93,7 @@ class AttackConfig:
     optimiser: str = _option(
         "adam",
         "Adam, or L-BFGS over pixels that a sigmoid keeps in [0, 1] (with it the settings of Adam's step, learning "
-        "rate, noise and box do nothing)",
+        "rate, noise and projection do nothing)",
         choices=("adam", "l-bfgs"),
     )
     pooling: tuple[float, ...] = _option(
@@ -106,7 +107,7 @@ class AttackConfig:
     learning_rate: float = _option(0.1, "Adam's learning rate after warm-up, then cosine decay to 0", least=0)
     warmup: int = _option(50, "steps of linear warm-up (at most a tenth of the run)", least=0)
     noise: float = _option(0.2, "pixel noise after each step, α_n, times the current learning rate", least=0)
-    box: bool = _option(False, "clamp pixels to [0, 1] after each step")
+    project: bool = _option(False, "project pixels onto [0, 1] after each step")
     start: str = _option(
         "random",
         "what a seed starts from: noise, or the picture that a learned decoder makes of the lowest solved activations, "
@@ -128,6 +129,29 @@ class AttackConfig:
         "coarse to fine: the share of the steps spent at each resolution, coarsest first; each stage doubles the side "
         "and the last is full size (empty: full size throughout)",
     )
+    labels: str = _option(
+        "column-minimum",
+        "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected or iLRG (these count "
+        "repeated ones), or the one that explains the gradient best",
+        choices=("auto", "column-minimum", "llg", "bias-corrected", "ilrg"),
+    )
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether the attack takes anything from the layers below the final one."""
+        return self.boundary not in ("loss", "logits") and (self.gradient > 0 or self.activations > 0)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the attack takes more from the final layer than the labels."""
+        known_errors = self.gradient > 0 and self.boundary == "logits"
+        return self.features > 0 or known_errors or self.needs_layers or self.start == "decoder"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an attack is executed: with the same result, to rounding, in another time and memory."""
+
     stepping: str = _option(
         "auto",
         "how a step is executed, with the same result to rounding: by autograd, by a recording of its operations, by "
@@ -145,12 +169,11 @@ class AttackConfig:
         "rounding (0: as many as there are threads, where that takes no more than a quarter of the memory)",
         least=0,
     )
-    labels: str = _option(
-        "column-minimum",
-        "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected or iLRG (these count "
-        "repeated ones), or the one that explains the gradient best",
-        choices=("auto", "column-minimum", "llg", "bias-corrected", "ilrg"),
-    )
+
+
+@dataclass(frozen=True)
+class AttackConfig(Execution, Attack):
+    """An attack and how it is executed. Every field is an option of the command line and of the page."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -188,17 +211,6 @@ class AttackConfig:
                 "many, or leave one empty."
             )
 
-    @property
-    def needs_layers(self) -> bool:
-        """Whether the attack takes anything from the layers below the final one."""
-        return self.boundary not in ("loss", "logits") and (self.gradient > 0 or self.activations > 0)
-
-    @property
-    def needs_features(self) -> bool:
-        """Whether the attack takes more from the final layer than the labels."""
-        known_errors = self.gradient > 0 and self.boundary == "logits"
-        return self.features > 0 or known_errors or self.needs_layers or self.start == "decoder"
-
     @classmethod
     def preset(cls, name: str, model: str | None = None, **changes: Any) -> AttackConfig:
         """The preset of that name (`paper`, `matching`, `demo`), for a model where it depends on one, and single fields
@@ -214,7 +226,7 @@ class AttackConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> AttackConfig:
         """The inverse of `to_dict`; missing fields take their defaults. What older versions wrote is `upgraded`. Raises
         GradinvError for an unknown key."""
-        values = upgraded(values)
+        values = _without_luma(upgraded(values))
         known = {item.name for item in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise GradinvError(f"There is no setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
@@ -244,7 +256,7 @@ class AttackConfig:
 def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they are called today. What older versions called `errors` belongs to an attack that knew no solved
     layers, so that what has come since is off unless it is set as well. Raises GradinvError for an unknown value."""
-    found = dict(settings)
+    found = {RENAMED.get(name, name): value for name, value in settings.items()}
     if "errors" not in found:
         return found
     errors = found.pop("errors")
@@ -252,6 +264,18 @@ def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise GradinvError(f"errors, which is called boundary now, took one of {', '.join(_ERRORS)}, not {errors!r}.")
     since = {name: getattr(AttackConfig, name) for name in ("activations", "optimiser", "pooling", "tv_schedule")}
     return {**since, **found, "boundary": _ERRORS[errors]}
+
+
+def _without_luma(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Luma had a share `tv_luma` beside `tv_chroma`: two numbers say what these and `tv` said."""
+    found = dict(settings)
+    luma = found.pop("tv_luma", 1.0)
+    if not _real(luma) or not 0 < luma < math.inf:
+        raise GradinvError(f"tv_luma={luma} is gone; luma counts 1, set tv and tv_chroma.")
+    form, tv, chroma = (found.get(name, getattr(Attack, name)) for name in ("tv_form", "tv", "tv_chroma"))
+    if luma != 1 and form in ("luma-chroma", "smooth"):
+        found |= {"tv": tv * luma, "tv_chroma": chroma / luma}
+    return found
 
 
 def retired(name: str, value: object) -> str | None:
@@ -273,6 +297,9 @@ _RETIRED = {
     ("registration", "flow"): "affine: dense flow gained nothing over it",
     ("stepping", "packed"): "traced, which is as fast or faster by now",
 }
+RENAMED = {"box": "project"}
+"""Settings of older versions that have another name now."""
+
 _ERRORS = {"predicted": "loss", "recovered": "logits"}
 _BOUNDARY = re.compile(r"loss|logits|auto|maxpool|layer[1-4](\.\d+(\.conv[1-3])?)?")
 
@@ -296,7 +323,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bn_weight": 0.02,
         "tv": 0.2,
         "tv_form": "luma-chroma",
-        "tv_luma": 1.0,
         "tv_chroma": 2.0,
         "l2": 0.0,
         "group": 0.0,
@@ -305,7 +331,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimiser_step": "sign",
         "learning_rate": 0.2,
         "noise": 0.0,
-        "box": True,
+        "project": True,
         "start_scale": 0.1,
         "stages": (0.25, 0.3, 0.45),
     },
@@ -320,7 +346,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bn_weight": 0.0,
         "tv": 0.6,
         "tv_form": "smooth",
-        "tv_luma": 1.0,
         "tv_chroma": 1.0,
         "tv_schedule": (1.0, 1.0, 0.5, 0.33, 0.17, 0.5, 0.33, 0.17),
         "l2": 0.0,
@@ -331,7 +356,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pooling": (0.3, 1.0, 3.0, 10.0, 0.0, 3.0, 10.0, 0.0),
         "meetings": (0.625,),
         "noise": 0.0,
-        "box": True,
+        "project": True,
         "start_scale": 0.45,
     },
 }

@@ -142,7 +142,7 @@ def test_the_command_line_that_does_the_same_is_shown(visit: Open) -> None:
     app = visit(pictures="goldfish.tree-frog", seeds="3", set_stages="0.5, 0.5", set_box="false")
     expected = "gradinv invert goldfish tree-frog --model resnet18-tiny --preset demo"
     (shown,) = (item.value for item in app.code if item.value.startswith("gradinv invert"))
-    assert shown == f"{expected} --seeds 3 --iterations 1 --no-box --stages 0.5,0.5"
+    assert shown == f"{expected} --seeds 3 --iterations 1 --no-project --stages 0.5,0.5"
     assert "command" not in text(visit(pictures=""))
 
 
@@ -260,8 +260,8 @@ def test_a_preset_brings_its_own_settings(visit: Open) -> None:
     assert app.number_input(key="seeds").value == 8
     assert app.number_input(key="iterations").value == 20_000
     assert app.selectbox(key="set_match").value == "l2"
-    labels = [app.number_input(key=f"set_{name}").label for name in ("bn_weight", "tv", "tv_luma", "learning_rate")]
-    assert labels == ["BN weight", "TV", "TV luma", "Learning rate"]
+    labels = [app.number_input(key=f"set_{name}").label for name in ("bn_weight", "tv", "tv_chroma", "learning_rate")]
+    assert labels == ["BN weight", "TV", "TV chroma", "Learning rate"]
 
 
 def test_a_wrong_advanced_setting_is_one_sentence(visit: Open) -> None:

@@ -235,16 +235,16 @@ def test_an_image_of_which_nothing_is_known_counts_nothing(spoilt):
 
 
 def test_smooth_variation_by_hand():
-    config = AttackConfig(tv_luma=0.5, tv_chroma=7.0)
+    config = AttackConfig(tv_chroma=7.0)
     grey = torch.zeros(1, 3, 2, 2)
     grey[0, :, 0, 0] = 1.0
     # Two differences of √3 · 0.2 of luma, of 12 values.
-    expected = [2 * (math.hypot(0.5 * 3**0.5 * 0.2, 0.02) - 0.02) / 12]
+    expected = [2 * (math.hypot(3**0.5 * 0.2, 0.02) - 0.02) / 12]
     preprocessing = Preprocessing(2, 2, std=(0.2, 0.2, 0.2))
     assert smooth_variation(grey, preprocessing, config).tolist() == pytest.approx(expected)
     blue = torch.zeros(1, 3, 2, 2)
     blue[0, 2, 0, 0] = 1.0
-    parts_of = [0.5 * 3**-0.5, 0.0, 7 * 2 * 6**-0.5]
+    parts_of = [3**-0.5, 0.0, 7 * 2 * 6**-0.5]
     expected = [2 * sum(math.hypot(0.2 * part, 0.02) - 0.02 for part in parts_of) / 12]
     assert smooth_variation(blue, preprocessing, config).tolist() == pytest.approx(expected)
 

@@ -368,7 +368,7 @@ def changed(item: dataclasses.Field[Any]) -> tuple[list[str], Any]:
     flag = "--" + item.name.replace("_", "-")
     if isinstance(item.default, tuple):
         return [flag, "0.25,0.75"], (0.25, 0.75)
-    if item.name == "boundary":
+    if item.name in ("boundary", "layers"):
         return [flag, "layer3.0.conv1"], "layer3.0.conv1"
     if isinstance(item.default, bool):
         return ([flag], True) if not item.default else ([flag.replace("--", "--no-", 1)], False)
@@ -389,9 +389,9 @@ def test_every_field_is_an_option(item: dataclasses.Field[Any]) -> None:
 
 
 def test_what_is_not_given_is_the_presets() -> None:
-    args = cli._parser("invert").parse_args(["invert", "lion", "--no-box", "--stages", ""])
+    args = cli._parser("invert").parse_args(["invert", "lion", "--no-box", "--tv-luma", "2", "--stages", ""])
     config = config_from("demo", "resnet18-tiny", settings_given(args))
-    assert config == AttackConfig.preset("demo", "resnet18-tiny", box=False, stages=())
+    assert config == AttackConfig.preset("demo", "resnet18-tiny", project=False, tv=1.2, tv_chroma=0.5, stages=())
 
 
 def test_a_configuration_file_stands_between_preset_and_flags(tmp_path: Path) -> None:
@@ -743,7 +743,7 @@ def test_changed_weights_are_not_resumed(stopped: str, capsys: pytest.CaptureFix
         (["--preset", "paper"], "--preset"),
         (["--out", "x"], "--out"),
         (["--observation", "x"], "--observation"),
-        (["--no-box"], "--box"),
+        (["--no-project"], "--project"),
         (["--tv-form", "rgb"], "--tv-form"),
     ],
 )

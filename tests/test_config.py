@@ -24,7 +24,7 @@ def other_value(item: dataclasses.Field[Any]) -> Any:
     """A valid value that is not the default, with floats that decimal notation cannot hold exactly."""
     if isinstance(item.default, tuple):
         return (1 / 3, 2 / 3)
-    if item.name == "boundary":
+    if item.name in ("boundary", "layers"):
         return "layer3.0.conv1"
     if choices := item.metadata["choices"]:
         return next(choice for choice in reversed(choices) if choice != item.default)
@@ -48,7 +48,7 @@ def test_defaults_are_the_constants_of_the_paper() -> None:
     )
     # What the paper does not have is off.
     assert (paper.features, paper.layers, paper.boundary, paper.optimiser_step) == (0, "all", "loss", "gradient")
-    assert paper.box is False and paper.stages == () and paper.activations == 0
+    assert paper.project is False and paper.stages == () and paper.activations == 0
     assert paper.optimiser == "adam" and paper.pooling == paper.tv_schedule == ()
 
 
@@ -137,7 +137,7 @@ def test_words_that_are_no_choice(name: str) -> None:
         ("tv", "0.1"),
         ("tv", None),
         ("tv", False),
-        ("box", 1),
+        ("project", 1),
         ("match", 3),
     ],
 )
@@ -173,6 +173,15 @@ def test_what_older_versions_called_errors_is_read(errors: str, tmp_path: Path) 
     assert (found.boundary, found.optimiser, found.activations, found.pooling) == (boundary, "adam", 0.0, ())
     with pytest.raises(GradinvError, match=r"^errors, which is called boundary now, took one of predicted, recovered"):
         AttackConfig.from_dict({"errors": "x"})
+
+
+def test_settings_of_older_versions_mean_what_they_meant() -> None:
+    assert AttackConfig.from_dict({"box": True}) == AttackConfig(project=True)
+    old = {"tv": 0.2, "tv_form": "smooth", "tv_luma": 0.5, "tv_chroma": 2.0}
+    assert AttackConfig.from_dict(old) == AttackConfig(tv=0.1, tv_form="smooth", tv_chroma=4.0)
+    assert AttackConfig.from_dict(old | {"tv_form": "rgb"}) == AttackConfig(tv=0.2, tv_form="rgb", tv_chroma=2.0)
+    with pytest.raises(GradinvError, match=r"^tv_luma=0 is gone; "):
+        AttackConfig.from_dict({"tv_luma": 0})
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from gradinv.batchnorm import (
 )
 from gradinv.client import observe
 from gradinv.config import AttackConfig
-from gradinv.models import Model
+from gradinv.models import Model, load_model
 from gradinv.types import BatchNormStatistics, GradinvError, Preprocessing
 
 
@@ -78,12 +78,12 @@ def test_luma_chroma_variation_by_hand():
     preprocessing = Preprocessing(2, 2, std=(0.2, 0.2, 0.2))
     grey = torch.zeros(1, 3, 2, 2)
     grey[0, :, 0, 0] = 1.0
-    config = AttackConfig(tv_luma=0.5, tv_chroma=7.0)
-    assert luma_chroma_variation(grey, preprocessing, config).item() == pytest.approx(0.5 * 1.0)
+    config = AttackConfig(tv_chroma=7.0)
+    assert luma_chroma_variation(grey, preprocessing, config).item() == pytest.approx(1.0)
     red = torch.zeros(1, 3, 2, 2)
     red[0, 0, 0, 0] = 1.0
     # Luma 1/3, chroma 1/2 and 1/4 of a unit.
-    expected = 0.5 / 3 + 7 * (1 / 2 + 1 / 4)
+    expected = 1 / 3 + 7 * (1 / 2 + 1 / 4)
     assert luma_chroma_variation(red, preprocessing, config).item() == pytest.approx(expected)
 
 
@@ -391,8 +391,13 @@ def test_micro_batches_are_refused_in_train_mode(small_model, small_batch):
 def test_matching_can_stop_at_a_stage(small_model):
     assert matched_parameters(small_model, "all")[-1] == "fc.bias"
     assert matched_parameters(small_model, "layer4") == ["conv1.weight", "bn1.weight", "bn1.bias", "layer4.weight"]
-    with pytest.raises(GradinvError, match="has no stage layer3"):
+    with pytest.raises(GradinvError, match="has no stage or node layer3"):
         matched_parameters(small_model, "layer3")
+    resnet = load_model("resnet18-tiny")
+    names = [name for name, _ in resnet.network.named_parameters()]
+    assert matched_parameters(resnet, "layer3") == [n for n in names if not n.startswith(("layer4.", "fc."))]
+    assert matched_parameters(resnet, "layer1.0.conv1") == names[: names.index("layer1.0.bn1.bias") + 1]
+    assert matched_parameters(resnet, "maxpool") == names[:3]
 
 
 def test_exact_statistics_that_nobody_shared_are_refused(small_model, small_batch):

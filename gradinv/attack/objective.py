@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from gradinv.attack.terms import (
 from gradinv.batchnorm import batch_statistics, forward_mode, inferred_statistics, running_statistics
 from gradinv.config import AttackConfig
 from gradinv.models import Model
+from gradinv.network import parts
 from gradinv.stepping import LossTerms
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Recovered
 
@@ -185,16 +186,21 @@ class Objective:
 
 
 def matched_parameters(model: Model, layers: str) -> list[str]:
-    """Names of the parameters whose gradients are compared: `all`, or those up to and including that residual stage.
+    """Names of the parameters whose gradients are compared: `all`, or those that a node of a ResNet depends on, or of
+    another network those up to and including the module of that name.
 
-    Raises GradinvError where the network has no stage of that name.
+    Raises GradinvError where the network has neither.
     """
     names = [name for name, _ in model.network.named_parameters()]
     if layers == "all":
         return names
+    with suppress(GradinvError):
+        resnet = parts(model.network)
+        wanted = resnet.below(resnet.node(layers))
+        return [name for name in names if name in wanted]
     last = [index for index, name in enumerate(names) if name.startswith(f"{layers}.")]
     if not last:
-        raise GradinvError(f"{model.name} has no stage {layers}; set layers to all.")
+        raise GradinvError(f"{model.name} has no stage or node {layers}; set layers to all.")
     return names[: last[-1] + 1]
 
 

@@ -114,7 +114,7 @@ class Adam:
         self._images.data += noise
 
     def project(self) -> None:
-        if self._config.box:
+        if self._config.project:
             low, high = self._limits
             self._images.data.clamp_(low, high)
 

@@ -186,32 +186,34 @@ def absolute_variation(images: Tensor, _: Preprocessing | None = None, __: Attac
     return right + down
 
 
+def _deviations(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """What makes pixel differences of normalised ones: (3, 1, 1)."""
+    return torch.tensor(preprocessing.std, dtype=images.dtype, device=images.device).view(3, 1, 1)
+
+
 def luma_chroma_variation(images: Tensor, preprocessing: Preprocessing, config: AttackConfig) -> Tensor:
-    """`absolute_variation` of luma and of two chroma channels, each with its share; a scalar.
+    """`absolute_variation` of luma and of two chroma channels, these `tv_chroma` times; a scalar.
 
     Luma (r+g+b)/3, chroma (r−g)/2 and (r+g)/4 − b/2 of the pixels in [0, 1], divided by their mean standard
     deviation over natural images. Colour speckle costs more than edges: eyes and natural images agree on that.
     """
-    std = torch.tensor(preprocessing.std, dtype=images.dtype, device=images.device).view(3, 1, 1)
+    std = _deviations(images, preprocessing)
     # The means cancel in differences.
     red, green, blue = (images * std / std.mean()).unbind(1)
     luma, first, second = (red + green + blue) / 3, (red - green) / 2, (red + green) / 4 - blue / 2
-    return config.tv_luma * absolute_variation(luma) + config.tv_chroma * (
-        absolute_variation(first) + absolute_variation(second)
-    )
+    return absolute_variation(luma) + config.tv_chroma * (absolute_variation(first) + absolute_variation(second))
 
 
 def smooth_variation(images: Tensor, preprocessing: Preprocessing, config: AttackConfig) -> Tensor:
     """Σ √(d² + ε²) − ε over the differences d to the right and downwards, divided by the values of an image: (B,).
 
     Of normalised images (B, 3, H, W), as pixels in [0, 1], ε = 0.02: below ε a difference costs its square, so that
-    there is a second derivative to go by. In orthonormal luma and chroma, each with its share.
+    there is a second derivative to go by. In orthonormal luma and chroma, the latter `tv_chroma` times.
     """
-    std = torch.tensor(preprocessing.std, dtype=images.dtype, device=images.device).view(3, 1, 1)
-    red, green, blue = (images * std).unbind(1)  # the means cancel in differences
+    red, green, blue = (images * _deviations(images, preprocessing)).unbind(1)  # the means cancel in differences
     luma = (red + green + blue) * 3**-0.5
     first, second = (red - green) * 0.5**0.5, (red + green - 2 * blue) * 6**-0.5
-    weighted = torch.stack([config.tv_luma * luma, config.tv_chroma * first, config.tv_chroma * second], 1)
+    weighted = torch.stack([luma, config.tv_chroma * first, config.tv_chroma * second], 1)
     right, down = weighted[..., :, 1:] - weighted[..., :, :-1], weighted[..., 1:, :] - weighted[..., :-1, :]
     total = torch.stack([((d.square() + _SMOOTH**2).sqrt() - _SMOOTH).sum((1, 2, 3)) for d in (right, down)]).sum(0)
     return total / images[0].numel()
@@ -219,8 +221,7 @@ def smooth_variation(images: Tensor, preprocessing: Preprocessing, config: Attac
 
 def prior_distance(images: Tensor, painted: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The mean squared difference of the pixels in [0, 1], of normalised images (B, 3, H, W) each: (B,)."""
-    std = torch.tensor(preprocessing.std, dtype=images.dtype, device=images.device).view(3, 1, 1)
-    return ((images - painted) * std).square().mean((1, 2, 3))
+    return ((images - painted) * _deviations(images, preprocessing)).square().mean((1, 2, 3))
 
 
 def image_norm(images: Tensor) -> Tensor:

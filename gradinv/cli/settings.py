@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradinv.cli.say import numbers
-from gradinv.config import AttackConfig, retired, upgraded
+from gradinv.config import RENAMED, AttackConfig, Execution, retired, upgraded
 from gradinv.types import GradinvError
 
 
@@ -20,8 +20,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     attack = parser.add_argument_group("settings of the attack (default: the preset's)")
     execution = parser.add_argument_group("how it is executed (the same result, to rounding)")
     for item in dataclasses.fields(AttackConfig):
-        group = execution if item.name in ("stepping", "micro_batch", "parallel_seeds") else attack
-        flag = "--" + item.name.replace("_", "-")
+        group = execution if item.name in Execution.__dataclass_fields__ else attack
+        names = (item.name, *(old for old, new in RENAMED.items() if new == item.name))
+        flags = ["--" + name.replace("_", "-") for name in names]
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": item.metadata["help"].replace("%", "%%")}
         if isinstance(item.default, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -31,7 +32,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             options |= {"choices": item.metadata["choices"], "type": partial(_choice, item.name)}
         else:
             options |= {"type": type(item.default), "metavar": "N" if isinstance(item.default, int) else "X"}
-        group.add_argument(flag, dest=_setting(item.name), **options)
+        group.add_argument(*flags, dest=_setting(item.name), **options)
+    # Older versions had it: `from_dict` puts it into tv and tv_chroma.
+    attack.add_argument(
+        "--tv-luma", dest=_setting("tv_luma"), type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def _setting(name: str) -> str:
@@ -60,7 +65,7 @@ def settings_given(args: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(settings, dict):
             raise GradinvError(f"The configuration {args.config} must be a JSON object of settings.")
     given = vars(args)
-    names = (item.name for item in dataclasses.fields(AttackConfig))
+    names = [*(item.name for item in dataclasses.fields(AttackConfig)), "tv_luma"]
     return {**upgraded(settings), **{name: given[_setting(name)] for name in names if _setting(name) in given}}
 
 

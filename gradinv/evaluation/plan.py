@@ -207,7 +207,7 @@ def ablation_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
     """Table 2: each row adds to the one above. Then two controls that never see the gradients of the layers.
 
     The features come out of the final layer's gradient, so the first control still knows that layer; the second knows
-    only BN statistics, labels and TV. What all rows share are the choices that are not terms: optimiser, box, stages.
+    only BN statistics, labels and TV. What all rows share are the choices that are no terms, as the optimiser.
     Settings without a group or a registration get GROUP_WEIGHT and the registration of the `paper` preset.
     Raises GradinvError for a single seed, which has no group, and for settings that do not match gradients.
     """

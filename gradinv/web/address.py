@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from gradinv.config import AttackConfig
+from gradinv.config import RENAMED, AttackConfig
 from gradinv.sources import gallery
 from gradinv.web import batch, layers, lessons, pick, settings, uploads
 
@@ -58,6 +58,8 @@ def at_least(least: float) -> Rule:
     return Rule(read, f"a number of at least {least:g}")
 
 
+# Old addresses stay good.
+_RENAMED = {f"set_{old}": f"set_{new}" for old, new in RENAMED.items()}
 FLAG = one_of(("true", "false"))
 _DEFENCES = {name: one_of((lessons.OFF, *strengths)) for name, (_, strengths) in lessons.STRENGTHS.items()}
 _LESSON = {
@@ -112,6 +114,7 @@ def rules(page: str) -> dict[str, Rule]:
 
 def honoured(page: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """An address of a page as its widgets take it, and a sentence for each thing in it that cannot be."""
+    given = {_RENAMED.get(name, name): value for name, value in given.items()}
     known, kept, notices = rules(page), dict(given), []
     for name, value in given.items():
         if name in known:

@@ -165,7 +165,7 @@ class Identified:
 
 
 @dataclass(frozen=True, eq=False)
-class Sought:
+class Query:
     """What a gradient says of the pictures that it is of: their labels, and the features of each. `notes` as those of
     `Recovered`."""
 
@@ -179,7 +179,7 @@ class Sought:
         return Identified(self.labels, known.residual, known.explained, *gallery.match(known.features, top))
 
 
-def sought(model: Model, observation: Observation) -> Sought:
+def query(model: Model, observation: Observation) -> Query:
     """Restore the labels and solve the final layer's gradient for each image's features.
 
     Raises GradinvError where labels or features cannot be had.
@@ -187,12 +187,12 @@ def sought(model: Model, observation: Observation) -> Sought:
     examined = examine(model, observation)
     labels = restore_labels(model, examined.observation)
     features = recover_features(model, examined.observation, labels.labels, known=labels.fit)
-    return Sought(labels, features, (*examined.notes, *labels.notes))
+    return Query(labels, features, (*examined.notes, *labels.notes))
 
 
 def identify(model: Model, observation: Observation, gallery: Gallery, top: int = 5) -> Identified:
     """Which pictures of the gallery the gradient is of, by their pooled features: nothing is reconstructed."""
-    return sought(model, observation).among(gallery, top)
+    return query(model, observation).among(gallery, top)
 
 
 @torch.no_grad()

@@ -343,7 +343,7 @@ class SolvedNode:
 class Recovered:
     """What the gradient says without a search, in closed form, from the labels down through the layers.
 
-    `labels` (B,) int64 with the `method` that read them and its `confidence`. `features` F (B, D) and `errors`
+    `labels` (B,) int64 with the `method` that read them and its `confidence`. `features` F (B, D) and `output_errors`
     A = p − y (B, N) solve the final layer, up to a share `residual` of its gradient; the client multiplied its gradient
     by `scale`. They are None where the config asks for none or the final layer does not determine them. All images go
     in the labels' order. `nodes` are the solved ones, the highest first, `stopped` says in a sentence why there are no
@@ -355,7 +355,7 @@ class Recovered:
     method: str
     confidence: float
     features: Tensor | None = None
-    errors: Tensor | None = None
+    output_errors: Tensor | None = None
     residual: float | None = None
     scale: float = 1.0
     nodes: tuple[SolvedNode, ...] = ()

@@ -52,7 +52,7 @@ def solved(model: Model, observation: Observation, labels: Tensor, config: Attac
     if not config.needs_features:
         return Recovered(labels, "given", 1.0)
     fit = FinalLayer(model, observation).fit(labels)
-    return Recovered(labels, "given", 1.0, fit.features.float(), fit.errors.float(), fit.residual, fit.scale)
+    return Recovered(labels, "given", 1.0, fit.features.float(), fit.output_errors.float(), fit.residual, fit.scale)
 
 
 def objective_for(model: Model, observation: Observation, labels: Tensor, config: AttackConfig) -> Objective:

@@ -249,7 +249,7 @@ def test_label_smoothing_is_solved_for_or_told(
             assert restored.confidence > 0.99 and restored.fit is not None
             assert restored.fit.smoothing == pytest.approx(smoothing, rel=1e-3)
         assert restored.notes == (f"The client's labels are smoothed, by ε = {smoothing:g}; that was solved for.",)
-        assert torch.allclose(restored.fit.errors.sum(1), torch.zeros(count).double(), atol=1e-6)
+        assert torch.allclose(restored.fit.output_errors.sum(1), torch.zeros(count).double(), atol=1e-6)
 
 
 def test_strong_smoothing_of_eight_pictures_is_solved_for(model: Model) -> None:

@@ -292,7 +292,7 @@ def test_where_no_node_is_solved_the_matching_preset_runs_with_what_was_chosen(m
         dataclasses.replace(recovered, nodes=(dataclasses.replace(known(model, batch).nodes[0], name="layer4.0"),)),
     ):
         assert settled(model, doubtful, config) == found
-    unsolved = settled(model, dataclasses.replace(recovered, features=None, errors=None), config)
+    unsolved = settled(model, dataclasses.replace(recovered, features=None, output_errors=None), config)
     assert (unsolved.boundary, unsolved.features) == ("loss", 0.0)
 
 

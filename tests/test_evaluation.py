@@ -26,7 +26,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import gradinv
-from gradinv import cli, models, peers
+from gradinv import breaching, cli, models
+from gradinv.breaching import Reconstruction
 from gradinv.client import final_gradient, observe
 from gradinv.config import AttackConfig
 from gradinv.evaluation import plan as plans
@@ -36,7 +37,6 @@ from gradinv.evaluation.ledger import Ledger
 from gradinv.evaluation.plan import Plan, Row, Values
 from gradinv.gallery import Gallery
 from gradinv.models import Model
-from gradinv.peers import PeerResult
 from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError
 
@@ -616,12 +616,12 @@ def test_peers_get_our_labels_and_are_timed_in_turn(
 
     def attack(
         name: str, model: Model, observation: Any, labels: torch.Tensor, iterations: int, **_: Any
-    ) -> PeerResult:
+    ) -> Reconstruction:
         calls.append((name, labels.tolist(), iterations))
-        return PeerResult(torch.full((len(labels), 3, 8, 8), 0.5), 2.0, {"invertinggradients": 0.25}.get(name, 0.5))
+        return Reconstruction(torch.full((len(labels), 3, 8, 8), 0.5), 2.0, {"invertinggradients": 0.25}.get(name, 0.5))
 
     monkeypatch.setattr(tasks, "breaching_attack", attack)
-    monkeypatch.setattr(peers, "require_breaching", lambda: None)
+    monkeypatch.setattr(breaching, "require_breaching", lambda: None)
     rows = plans.comparison_rows(QUICK, 2, several=True)
     assert [row.name for row in rows][2:] == ["ours", "ours, 2 seeds", plans.TIMING]
     mine = plan(folder, "compare", rows=rows)

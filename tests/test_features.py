@@ -28,7 +28,7 @@ def test_features_and_errors_of_each_image_are_recovered(small_model, small_batc
     torch.testing.assert_close(recovered.features, truth, rtol=1e-3, atol=1e-3)
     assert recovered.residual < 1e-5
     errors = small_model.final_layer(truth).softmax(1) - F.one_hot(labels, 6)
-    torch.testing.assert_close(recovered.errors, errors, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(recovered.output_errors, errors, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("repeated", [[3, 3, 0], [2, 2, 2], [1, 4, 4, 4], [0, 0, 5, 5]])

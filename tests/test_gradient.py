@@ -23,7 +23,7 @@ from gradinv.models import Model, load_model
 from gradinv.recording import Recording
 from gradinv.types import BatchNormStatistics, GradinvError, Observation
 from gradinv.web import gradient, run, shared
-from gradinv.web.gradient import Shelf
+from gradinv.web.gradient import GradientStore
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
@@ -33,7 +33,7 @@ PICTURES = ("goldfish", "tabby")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(shared, "warm", lambda name: None)
-    monkeypatch.setattr(gradient, "_shelf", Shelf())
+    monkeypatch.setattr(gradient, "_store", GradientStore())
     jobs.reset()
     yield
     jobs.reset()
@@ -92,7 +92,7 @@ def nothing() -> Observation:
 
 
 def test_several_who_bring_the_same_hold_it_once_until_the_last_has_left(observation: Observation) -> None:
-    shelf = Shelf()
+    shelf = GradientStore()
     assert shelf.put("a", "ada", 100, LIMITS, lambda: observation) is observation
     assert shelf.put("a", "bob", 100, LIMITS, nothing) is observation
     assert shelf.size == 100
@@ -106,7 +106,7 @@ def test_several_who_bring_the_same_hold_it_once_until_the_last_has_left(observa
 
 def test_what_nobody_looks_at_makes_room_and_what_is_looked_at_stays(observation: Observation) -> None:
     clock = Clock()
-    shelf = Shelf(clock)
+    shelf = GradientStore(clock)
     for key in ("a", "b"):
         shelf.put(key, key, 100, LIMITS, lambda: observation)
     with pytest.raises(GradinvError, match="as many gradients of visitors as it can"):
@@ -124,7 +124,7 @@ def test_what_nobody_looks_at_makes_room_and_what_is_looked_at_stays(observation
 
 
 def test_what_cannot_be_loaded_takes_no_room() -> None:
-    shelf = Shelf()
+    shelf = GradientStore()
 
     def damaged() -> Observation:
         raise GradinvError("Damaged.")
@@ -226,7 +226,7 @@ def test_what_cannot_be_inverted_is_one_sentence_and_not_held(kind: str, observa
     change, said = BAD[kind]
     with pytest.raises(GradinvError, match=said):
         gradient.accept(change(observation).pack(), "mine", "ada")
-    assert gradient._shelf.size == 0
+    assert gradient._store.size == 0
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file: 
     press(app, "New run")
     assert not app.exception and "**mine.safetensors**" in text(app)
     press(app, "Remove")
-    assert "No gradient yet." in text(app) and gradient._shelf.size == 0
+    assert "No gradient yet." in text(app) and gradient._store.size == 0
 
 
 def test_statistics_that_the_file_lacks_cannot_be_chosen(file: bytes) -> None:
@@ -357,9 +357,9 @@ def test_a_run_beyond_the_servers_limit_is_refused(file: bytes, monkeypatch: pyt
 
 def test_a_gradient_that_made_room_for_others_is_said_so(file: bytes) -> None:
     app = bring(visit(source="gradient", model="resnet18-tiny", seeds="1", iterations="1"), file)
-    for key, held in list(gradient._shelf._held.items()):
+    for key, held in list(gradient._store._held.items()):
         for visitor in list(held.seen):
-            gradient._shelf.leave(key, visitor)
+            gradient._store.leave(key, visitor)
     app.run()
     assert not app.exception and "bring it again" in text(app) and app.button(key="start").disabled
 

@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "sources",
         "gallery",
         "metrics",  # what only the audience sees
-        "figures pace peers",
+        "figures pace breaching",
         "recording",
         "animation benchmark evaluation jobs",
         "cli",

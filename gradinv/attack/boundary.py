@@ -168,9 +168,9 @@ def _whole(model: Model, recovered: Recovered, config: AttackConfig) -> Boundary
 
     cotangents: Cotangents = predicted
     if config.boundary == "logits" and config.gradient > 0:
-        if recovered.errors is None:
+        if recovered.output_errors is None:
             raise GradinvError("The output errors are not solved; recover them, or set boundary to loss.")
-        errors, cotangents = recovered.errors.to(model.device) * factor, known
+        errors, cotangents = recovered.output_errors.to(model.device) * factor, known
 
     def run(images: Tensor, _: float | None) -> Mapping[str, Tensor]:
         inputs: list[Tensor] = []

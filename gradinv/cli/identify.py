@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gradinv.checks import check_observation
-    from gradinv.gallery import sought
+    from gradinv.gallery import query
     from gradinv.recovery.examination import examine
     from gradinv.sources import SAMPLES
     from gradinv.types import GradinvError
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     model = _load_model(args, observation)
     check_observation(model, observation)
     mode = examine(model, observation).observation.mode
-    wanted = sought(model, observation)  # what cannot be solved is said before 50,000 pictures are looked at
+    wanted = query(model, observation)  # what cannot be solved is said before 50,000 pictures are looked at
     try:
         gallery = _open_gallery(model, folder)
     except KeyboardInterrupt as stopped:

@@ -83,7 +83,7 @@ class _Run(Task):
 
 
 @dataclass(frozen=True, eq=False)
-class _Told:
+class _Broadcast:
     """What the other ranks hear of a run from the first, which alone reads files; the model each one loads itself."""
 
     weights: str
@@ -122,7 +122,7 @@ def _follow(args: argparse.Namespace, ranks: Ranks) -> int:
     stop = threading.Event()
     with signals_set(stop):
         try:
-            told: _Told | None = ranks.tell(None)
+            told: _Broadcast | None = ranks.tell(None)
             if told is None:
                 return 0
             with ranks.together():
@@ -155,7 +155,7 @@ def _invert(args: argparse.Namespace, task: _Run, say: Callable[[str], None], ra
     model, config, resumed = task.model, task.config, task.resumed
     state = None if resumed is None else resumed.state
     weights = model.name if args.model == "auto" else args.model
-    ranks.tell(_Told(weights, model.device.type, config, task.observation, task.every, state, task.given))
+    ranks.tell(_Broadcast(weights, model.device.type, config, task.observation, task.every, state, task.given))
     stop = threading.Event()
     with ranks.together():
         began = time.perf_counter()

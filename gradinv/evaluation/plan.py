@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from gradinv import peers
+from gradinv import breaching
 from gradinv.config import AttackConfig
 from gradinv.defenses import Defence, parse_all
 from gradinv.models import Model, Moments, load_model
@@ -321,7 +321,7 @@ def defence_rows(config: AttackConfig, batch_size: int, defences: Sequence[str])
 
 def comparison_rows(config: AttackConfig, batch_size: int, *, several: bool) -> tuple[Row, ...]:
     """Both attacks of `breaching`, then ours with one seed, and with all seeds where `several` are asked for; with a
-    learned prior, which the peers lack, only where the settings ask for it, and called so. Gains are over the better
+    learned prior, which `breaching` lacks, only where the settings ask for it, and called so. Gains are over the better
     peer by each metric.
 
     Raises GradinvError for a client in train mode, which `breaching` would attack in eval mode.
@@ -329,7 +329,7 @@ def comparison_rows(config: AttackConfig, batch_size: int, *, several: bool) -> 
     if config.bn == "inferred":
         raise GradinvError("The comparison is made with a client in eval mode; take approx, exact or none for bn.")
     single = dataclasses.replace(config, seeds=1)
-    peer_rows = tuple(Row(f"breaching {name}", batch_size, config=single, peer=name) for name in peers.BREACHING)
+    peer_rows = tuple(Row(f"breaching {name}", batch_size, config=single, peer=name) for name in breaching.BREACHING)
     over = tuple(row.name for row in peer_rows)
     ours = [Row("ours", batch_size, config=dataclasses.replace(single, start="random"), over=over)]
     if config.needs_layers:

@@ -16,14 +16,14 @@ from typing import cast
 
 import torch
 
-from gradinv import metrics, peers
+from gradinv import breaching, metrics
+from gradinv.breaching import Stopped
 from gradinv.evaluation.bench import Bench
 from gradinv.evaluation.ledger import Ledger
 from gradinv.evaluation.plan import Plan, Row, Values
 from gradinv.evaluation.tasks import TASKS
 from gradinv.gallery import Progress
 from gradinv.models import Model
-from gradinv.peers import Stopped
 from gradinv.types import GradinvError, memory_exhausted
 
 
@@ -48,7 +48,7 @@ def measure(
     if workers > 1 and model.device.type != "cpu":
         raise GradinvError(f"Several workers share a CPU; a {model.device.type} device is for one.")
     if any(row.peer is not None for row in ledger.plan.rows):
-        peers.require_breaching()
+        breaching.require_breaching()
     bench = Bench(ledger.plan, model, stop, report)
     missing = ledger.missing
     if any(row.config is None for row, _ in missing) or ledger.plan.command in ("batch-size", "defences"):

@@ -18,6 +18,7 @@ from torch import Tensor
 from gradinv import gallery, metrics
 from gradinv.attack.inversion import invert
 from gradinv.attack.objective import Objective
+from gradinv.breaching import Reconstruction, Stopped, breaching_attack
 from gradinv.client import final_gradient, observe
 from gradinv.config import AttackConfig
 from gradinv.evaluation.bench import Batch, Bench
@@ -25,7 +26,6 @@ from gradinv.evaluation.plan import TIMING, Row, Values
 from gradinv.images import to_pixels
 from gradinv.models import Model
 from gradinv.network import Segment
-from gradinv.peers import PeerResult, Stopped, breaching_attack
 from gradinv.prior import FEATURES, paint
 from gradinv.recovery.labels import METHODS as LABEL_METHODS
 from gradinv.recovery.labels import restore_labels
@@ -280,7 +280,7 @@ def _measure_peer(
     }
 
 
-def _run_peer(bench: Bench, row: Row, config: AttackConfig, observation: Observation, labels: Tensor) -> PeerResult:
+def _run_peer(bench: Bench, row: Row, config: AttackConfig, observation: Observation, labels: Tensor) -> Reconstruction:
     name = row.peer or ""
     return breaching_attack(
         name, bench.model, observation, labels, config.iterations, seed=config.seed, stop=bench.stop

@@ -21,7 +21,7 @@ _UNKNOWNS = 4096  # of a Gauss-Newton step; more (above 64 images) are left to t
 
 @dataclass(frozen=True, eq=False)
 class RecoveredFeatures:
-    """What the final layer's gradient says of each image: `features` F (B, D) and `errors` A = p − y (B, N).
+    """What the final layer's gradient says of each image: `features` F (B, D) and `output_errors` A = p − y (B, N).
 
     `residual` is ‖s AᵀF/K − ∇W‖ / ‖∇W‖ with the best `scale` s, which is 1 unless the client rescaled its gradient.
     `explained` says that it is no more than rounding: the features are the client's own, also of images that share a
@@ -30,7 +30,7 @@ class RecoveredFeatures:
     """
 
     features: Tensor
-    errors: Tensor
+    output_errors: Tensor
     residual: float
     scale: float
     explained: bool
@@ -49,7 +49,11 @@ def recover_features(
     best = known or FinalLayer(model, observation).fit(labels.cpu(), starts=starts)
     device = model.device
     return RecoveredFeatures(
-        best.features.float().to(device), best.errors.float().to(device), best.residual, best.scale, best.explained
+        best.features.float().to(device),
+        best.output_errors.float().to(device),
+        best.residual,
+        best.scale,
+        best.explained,
     )
 
 
@@ -63,7 +67,7 @@ class Fit:
     """
 
     features: Tensor
-    errors: Tensor
+    output_errors: Tensor
     residual: float
     drift: Tensor
     scale: float
@@ -142,35 +146,35 @@ class FinalLayer:
         moved at random first (the same each time), or images of one label would stay one image. Ends at the first
         residual below `EXPLAINED`. Without `exact` it is the alternation alone, a rough answer in milliseconds.
         """
-        given = self._smoothed(F.one_hot(labels, len(self._bias)).double())
+        soft_labels = self._smoothed(F.one_hot(labels, len(self._bias)).double())
         ratio = self._ratio(labels)
         generator = torch.Generator().manual_seed(0)
         repeats = len(labels.unique()) < len(labels)
         unknowns = ratio.numel()
         exact = exact and int(not self._solved_for) <= unknowns <= _UNKNOWNS
         left = max(20, min(400, int(2e12 / max(1, unknowns) ** 3)))  # steps, by what one costs
-        best, smallest = (ratio, given), self._cost(ratio, given)
+        best, smallest = (ratio, soft_labels), self._cost(ratio, soft_labels)
         for start in range(starts if exact else 1):
-            state, found = self._shaken(ratio, given, generator) if repeats or start > 0 else ratio, given
-            state = self._alternate(state, given, rounds=5 if exact else 20)
+            z, found = self._shaken(ratio, soft_labels, generator) if repeats or start > 0 else ratio, soft_labels
+            z = self._alternate(z, soft_labels, rounds=5 if exact else 20)
             if exact:
-                state, found, steps = self._descend(state, given, left)
+                z, found, steps = self._descend(z, soft_labels, left)
                 left -= steps
-            cost = self._cost(state, found)
+            cost = self._cost(z, found)
             if cost < smallest:
-                best, smallest = (state, found), cost
+                best, smallest = (z, found), cost
             if smallest < (self._explained * self._scale) ** 2 or left <= 0:
                 break
         return self._finish(*best)
 
     def refined(self, fit: Fit, labels: Tensor) -> Fit:
         """The same fit to the last digit that float32 gradients hold: the layers below need it. labels: (B,)."""
-        given = _smoothed(F.one_hot(labels, len(self._bias)).double(), fit.smoothing)
-        state = self._inside(fit.features)
-        if not 0 < state.numel() <= _UNKNOWNS or not fit.explained:
+        soft_labels = _smoothed(F.one_hot(labels, len(self._bias)).double(), fit.smoothing)
+        z = self._inside(fit.features)
+        if not 0 < z.numel() <= _UNKNOWNS or not fit.explained:
             return fit
-        state, given, _ = self._descend(state, given, 4, enough=1e-9)
-        refined = self._finish(state, given)
+        z, soft_labels, _ = self._descend(z, soft_labels, 4, enough=1e-9)
+        refined = self._finish(z, soft_labels)
         return refined if refined.residual < fit.residual else fit
 
     def readings(self, labels: Tensor, present: Tensor, starts: int = 3) -> Iterator[Tensor]:
@@ -184,14 +188,14 @@ class FinalLayer:
         if int((~present).sum()) < self._count:
             return
         absent = self._without(present)
-        given = self._smoothed(F.one_hot(labels, len(self._bias)).double())
-        nothing = self._smoothed(torch.zeros_like(given))  # no label is in the absent classes' equations
+        soft_labels = self._smoothed(F.one_hot(labels, len(self._bias)).double())
+        nothing = self._smoothed(torch.zeros_like(soft_labels))  # no label is in the absent classes' equations
         ratio = self._ratio(labels)
         generator = torch.Generator().manual_seed(0)
         for _ in range(starts):
-            state = self._alternate(self._shaken(ratio, given, generator), given, rounds=5)
-            state, found, _ = absent._descend(state, nothing, 60)
-            yield self._labels_of(state, absent._scale_at(state, found)).argmax(1)
+            z = self._alternate(self._shaken(ratio, soft_labels, generator), soft_labels, rounds=5)
+            z, found, _ = absent._descend(z, nothing, 60)
+            yield self._labels_of(z, absent._scale_at(z, found)).argmax(1)
 
     def _without(self, classes: Tensor) -> FinalLayer:
         """The equations of all other classes; classes: (N,) bool."""
@@ -213,9 +217,9 @@ class FinalLayer:
         """Whether the smoothing of the labels is an unknown."""
         return self._solved_for
 
-    def _smoothed(self, given: Tensor) -> Tensor:
+    def _smoothed(self, one_hot: Tensor) -> Tensor:
         """The client's labels from one-hot ones (B, N), or from none."""
-        return _smoothed(given, self.smoothing)
+        return _smoothed(one_hot, self.smoothing)
 
     def _ratio(self, labels: Tensor) -> Tensor:
         scale = self._bias_gradient[labels]
@@ -226,55 +230,55 @@ class FinalLayer:
         """Features (B, D) → the unknowns Z (B, rank − 1) of the nearest ones in the span."""
         return features @ self._basis[1:].T
 
-    def _mixture(self, state: Tensor) -> Tensor:
-        return torch.cat([state.new_full((len(state), 1), self._first), state], 1)
+    def _mixture(self, z: Tensor) -> Tensor:
+        return torch.cat([z.new_full((len(z), 1), self._first), z], 1)
 
-    def _probabilities(self, state: Tensor) -> Tensor:
-        return (self._mixture(state) @ self._to_logits).softmax(1)
+    def _probabilities(self, z: Tensor) -> Tensor:
+        return (self._mixture(z) @ self._to_logits).softmax(1)
 
-    def _errors(self, state: Tensor, given: Tensor) -> Tensor:
-        return (self._probabilities(state) - given) * self._kept
+    def _output_errors(self, z: Tensor, soft_labels: Tensor) -> Tensor:
+        return (self._probabilities(z) - soft_labels) * self._kept
 
-    def _scale_at(self, state: Tensor, given: Tensor) -> Tensor:
-        return _scale(self._errors(state, given).T @ self._mixture(state) / self._count, self._target)
+    def _scale_at(self, z: Tensor, soft_labels: Tensor) -> Tensor:
+        return _scale(self._output_errors(z, soft_labels).T @ self._mixture(z) / self._count, self._target)
 
-    def _cost(self, state: Tensor, given: Tensor) -> float:
+    def _cost(self, z: Tensor, soft_labels: Tensor) -> float:
         """‖E‖² + μ ‖min(F, 0)‖², in the units of ‖[∇W, c ∇b]‖²."""
-        mixture = self._mixture(state)
-        predicted = self._errors(state, given).T @ mixture / self._count
+        mixture = self._mixture(z)
+        predicted = self._output_errors(z, soft_labels).T @ mixture / self._count
         misfit = _scale(predicted, self._target) * predicted - self._target
         negative = (mixture @ self._basis).clamp(max=0)
         return float(misfit.square().sum() + self._penalty * negative.square().sum())
 
-    def _solved(self, state: Tensor, errors: Tensor) -> Tensor:
+    def _solved(self, z: Tensor, errors: Tensor) -> Tensor:
         """Least squares of s AᵀR = K T for R, with the s of the present R, then F = R V clamped at 0: errors A (B, N)
         → Z."""
         gram = errors @ errors.T
         gram = gram + (1e-9 * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-        scale = _scale(errors.T @ self._mixture(state) / self._count, self._target)
+        scale = _scale(errors.T @ self._mixture(z) / self._count, self._target)
         mixture = torch.linalg.solve(gram, self._count / scale * errors @ self._target)
         return self._inside((mixture @ self._basis).clamp(min=0))
 
-    def _shaken(self, state: Tensor, given: Tensor, generator: torch.Generator) -> Tensor:
-        logits = self._mixture(state) @ self._to_logits
+    def _shaken(self, z: Tensor, soft_labels: Tensor, generator: torch.Generator) -> Tensor:
+        logits = self._mixture(z) @ self._to_logits
         noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
-        return self._solved(state, (logits + noise).softmax(1) - given)
+        return self._solved(z, (logits + noise).softmax(1) - soft_labels)
 
-    def _alternate(self, state: Tensor, given: Tensor, rounds: int) -> Tensor:
-        best, smallest = state, self._cost(state, given)
+    def _alternate(self, z: Tensor, soft_labels: Tensor, rounds: int) -> Tensor:
+        best, smallest = z, self._cost(z, soft_labels)
         for _ in range(rounds):
-            state = self._solved(state, self._probabilities(state) - given)
-            cost = self._cost(state, given)
+            z = self._solved(z, self._probabilities(z) - soft_labels)
+            cost = self._cost(z, soft_labels)
             if cost < smallest:
-                best, smallest = state, cost
+                best, smallest = z, cost
         return best
 
-    def _descend(self, state: Tensor, given: Tensor, limit: int, enough: float = 1e-6) -> tuple[Tensor, Tensor, int]:
+    def _descend(self, z: Tensor, soft_labels: Tensor, limit: int, enough: float = 1e-6) -> tuple[Tensor, Tensor, int]:
         """Levenberg-Marquardt until the residual is rounding error or three steps gain little: → Z, the labels, which
         change where ε is unknown, steps taken."""
-        cost, damping, slow = self._cost(state, given), 1e-2, 0
+        cost, damping, slow = self._cost(z, soft_labels), 1e-2, 0
         for step in range(limit):
-            hessian, gradient = self._normal_equations(state, given)
+            hessian, gradient = self._normal_equations(z, soft_labels)
             scale = hessian.diagonal().clone()
             for _ in range(12):
                 damped = hessian + torch.diag(damping * scale + 1e-14 * scale.max())
@@ -282,32 +286,32 @@ class FinalLayer:
                 if not failed:
                     # The last is s's, which follows; before it comes that of ε, where it is unknown.
                     change = torch.cholesky_solve(gradient[:, None], factor)[:-1, 0]
-                    trial = state - change[: state.numel()].view_as(state)
-                    labels = given
+                    trial = z - change[: z.numel()].view_as(z)
+                    labels = soft_labels
                     if self._solved_for:
-                        labels = _smoothed(given, -float(change[-1]))
+                        labels = _smoothed(soft_labels, -float(change[-1]))
                     value = self._cost(trial, labels)
                     if value < cost:
                         break
                 damping = 6 * max(damping, 1e-9)
             else:
-                return state, given, step + 1
+                return z, soft_labels, step + 1
             slow = slow + 1 if value > 0.98 * cost else 0
-            state, given, cost, damping = trial, labels, value, damping / 8
+            z, soft_labels, cost, damping = trial, labels, value, damping / 8
             if slow == 3 or cost < (enough * self._scale) ** 2:
-                return state, given, step + 1
-        return state, given, limit
+                return z, soft_labels, step + 1
+        return z, soft_labels, limit
 
-    def _normal_equations(self, state: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def _normal_equations(self, z: Tensor, soft_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Gauss-Newton's JᵀJ and Jᵀ(residuals) for the n = B · (rank − 1) unknowns, for a further smoothing of the
         labels where ε is unknown, and for s.
 
         With Q[k, i, z] = ∂p_k[i]/∂Z[k, z] = p_k[i] (M[z, i] − Σ_j p_k[j] M[z, j]) the Jacobian of K E[i, j] / s is
         A[k, i] δ_jz + R[k, j] Q[k, i, z]; JᵀJ is put together from products over i, so J is never formed.
         """
-        count, width = state.shape
-        mixture, probabilities = self._mixture(state), self._probabilities(state)
-        errors = self._errors(state, given)
+        count, width = z.shape
+        mixture, probabilities = self._mixture(z), self._probabilities(z)
+        errors = self._output_errors(z, soft_labels)
         predicted = errors.T @ mixture / self._count
         scale = _scale(predicted, self._target)
         misfit = scale * predicted - self._target
@@ -315,7 +319,7 @@ class FinalLayer:
         change = (probabilities * self._kept)[:, :, None] * slopes  # (B, N, z)
         flat = change.transpose(0, 1).reshape(probabilities.shape[1], count * width)  # (N, B · z)
         hessian = (flat.T @ flat).view(count, width, count, width) * (mixture @ mixture.T)[:, None, :, None]
-        cross = torch.einsum("wz,kwy->kzwy", state, (errors @ flat).view(count, count, width))
+        cross = torch.einsum("wz,kwy->kzwy", z, (errors @ flat).view(count, count, width))
         hessian = hessian + cross + cross.permute(2, 3, 0, 1)
         same = torch.arange(width)
         hessian[:, same, :, same] += errors @ errors.T
@@ -334,7 +338,7 @@ class FinalLayer:
         gradient = pulled(misfit) + (self._penalty * features.clamp(max=0) @ inner.T).reshape(-1)
         slopes_of = [predicted]
         if self._solved_for:
-            smoother = (given - 1 / given.shape[1]) * self._kept  # ∂A/∂ε
+            smoother = (soft_labels - 1 / soft_labels.shape[1]) * self._kept  # ∂A/∂ε
             slopes_of.insert(0, scale / self._count * smoother.T @ mixture)
         last = torch.stack([slope.reshape(-1) for slope in slopes_of])
         size = len(gradient)
@@ -347,33 +351,31 @@ class FinalLayer:
         of_last[-1] = 0  # s is the best already
         return joint, torch.cat([gradient, of_last])
 
-    def _finish(self, state: Tensor, given: Tensor) -> Fit:
-        features = (self._mixture(state) @ self._basis).clamp(min=0)
-        errors = F.linear(features, self._weight, self._bias).softmax(1) - given
+    def _finish(self, z: Tensor, soft_labels: Tensor) -> Fit:
+        features = (self._mixture(z) @ self._basis).clamp(min=0)
+        errors = F.linear(features, self._weight, self._bias).softmax(1) - soft_labels
         predicted = errors.T @ features / self._count
         scale = float(_scale(predicted, self._gradient))
         norm = float(self._gradient.norm())
         # A gradient of zeros is explained by anything, and so by nothing.
         residual = float((scale * predicted - self._gradient).norm()) / norm if norm > 0 else 1.0
-        smoothing = float(given.min()) * given.shape[1]  # what a class without the label has
+        smoothing = float(soft_labels.min()) * soft_labels.shape[1]  # what a class without the label has
         explained = residual < self._explained and 0 <= smoothing < 1
-        return Fit(features, errors, residual, self._drift(state, given), scale, explained, smoothing)
+        return Fit(features, errors, residual, self._drift(z, soft_labels), scale, explained, smoothing)
 
-    def _labels_of(self, state: Tensor, scale: Tensor) -> Tensor:
+    def _labels_of(self, z: Tensor, scale: Tensor) -> Tensor:
         """Y = P − A (B, N) with the A that meets s AᵀR = K T exactly: each image's labels, given R."""
-        exact = torch.linalg.lstsq(
-            self._mixture(state).T, self._count / scale * self._target.T, driver="gelsd"
-        ).solution
-        return self._probabilities(state) - exact
+        exact = torch.linalg.lstsq(self._mixture(z).T, self._count / scale * self._target.T, driver="gelsd").solution
+        return self._probabilities(z) - exact
 
-    def _drift(self, state: Tensor, given: Tensor) -> Tensor:
+    def _drift(self, z: Tensor, soft_labels: Tensor) -> Tensor:
         """Two signs of a wrong count: how often a class is the largest of an image's labels, given R, against how often
         it was given, which weighs most, and what the bias equation lacks."""
-        scale = self._scale_at(state, given)
+        scale = self._scale_at(z, soft_labels)
         voted, counts = (
-            rows.argmax(1).bincount(minlength=given.shape[1]) for rows in (self._labels_of(state, scale), given)
+            rows.argmax(1).bincount(minlength=soft_labels.shape[1]) for rows in (self._labels_of(z, scale), soft_labels)
         )
-        lacking = self._count * (self._probabilities(state).mean(0) - self._bias_gradient / scale) - given.sum(0)
+        lacking = self._count * (self._probabilities(z).mean(0) - self._bias_gradient / scale) - soft_labels.sum(0)
         return voted - counts + (5 * lacking).clamp(-1, 1)
 
 
@@ -383,9 +385,9 @@ def _scale(predicted: Tensor, target: Tensor) -> Tensor:
     return ((predicted * target).sum() / energy).clamp(min=1e-9)
 
 
-def _smoothed(given: Tensor, share: float) -> Tensor:
+def _smoothed(one_hot: Tensor, share: float) -> Tensor:
     """Labels (B, N) → (1 − ε) y + ε/N with this ε, further smoothed where they are smoothed already."""
-    return given + share * (1 / given.shape[1] - given)
+    return one_hot + share * (1 / one_hot.shape[1] - one_hot)
 
 
 def rounding(gradient: Tensor) -> float:

@@ -165,7 +165,7 @@ class _Way:
     def _pooled(self, positions: int) -> Pooled:
         """F by least squares of s AᵀF = K ∇W, not clamped, with what the residual says of its precision."""
         final, images = self._model.final, self._observation.batch_size
-        errors, gradient = self._fit.errors, self._gradient(f"{final}.weight")
+        errors, gradient = self._fit.output_errors, self._gradient(f"{final}.weight")
         factor = self._fit.scale / images
         inverse = torch.linalg.inv(errors @ errors.T)
         features = inverse @ errors @ gradient / factor

@@ -68,7 +68,7 @@ def recover(
     found = replace(
         found,
         features=fit.features.float().to(device),
-        errors=fit.errors.float().to(device),
+        output_errors=fit.output_errors.float().to(device),
         residual=fit.residual,
         scale=fit.scale,
     )

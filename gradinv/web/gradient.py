@@ -78,7 +78,7 @@ class Gradient:
 
     def find(self, visitor: str) -> Observation:
         """The gradient itself. Raises GradinvError where it is not held any more."""
-        return _shelf.find(self.key, visitor).observation
+        return _store.find(self.key, visitor).observation
 
     def shared(self, visitor: str) -> Shared:
         """For a job."""
@@ -96,7 +96,7 @@ class _Held:
         return max(self.seen.values())
 
 
-class Shelf:
+class GradientStore:
     """The gradients of all visitors together, within a limit of bytes; one that several bring is held once.
 
     One that nobody has looked at for a lease makes room for what comes; what is looked at stays.
@@ -161,7 +161,7 @@ class Shelf:
             raise GradinvError("This server holds as many gradients of visitors as it can; try again in a few minutes.")
 
 
-_shelf = Shelf()
+_store = GradientStore()
 
 
 def accept(data: bytes, name: str, visitor: str, *, update: bool = False) -> Gradient:
@@ -171,7 +171,7 @@ def accept(data: bytes, name: str, visitor: str, *, update: bool = False) -> Gra
     if len(data) > limits.gradient:
         raise GradinvError(f"{name} has more than the {megabytes(limits.gradient)} that a gradient may have here.")
     key = hashlib.sha256(data).hexdigest() + ("-negated" if update else "")
-    examined = _shelf.put(key, visitor, len(data), limits, partial(_checked, data, name, update))
+    examined = _store.put(key, visitor, len(data), limits, partial(_checked, data, name, update))
     observation = examined.observation
     leaks = observation.bn is not None, observation.running is not None
     side, mode = observation.preprocessing.size, observation.mode
@@ -186,7 +186,7 @@ def read(data: bytes, name: str, visitor: str, *, update: bool = False) -> Gradi
     try:
         found = preview(brought.model, brought.key, "auto", brought.find(visitor))
     except GradinvError:
-        _shelf.leave(brought.key, visitor)
+        _store.leave(brought.key, visitor)
         raise
     return replace(brought, notes=(*brought.notes, *found.notes))
 
@@ -282,7 +282,7 @@ def _remove(visitor: str) -> None:
     st.session_state.pop("gradient", None)
     # A run that has not begun yet still needs it.
     if brought is not None and manager().unfinished(shared.owner()) is None:
-        _shelf.leave(brought.key, visitor)
+        _store.leave(brought.key, visitor)
 
 
 def panel(network: Model, pictures: Sequence[str], visitor: str) -> None:

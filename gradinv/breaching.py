@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class PeerResult:
+class Reconstruction:
     """Pixels (B, 3, S, S) in [0, 1] in the order of the labels given, and what an iteration took (median of the second
     half of the run, so without what is only done once)."""
 
@@ -63,7 +63,7 @@ def breaching_attack(
     *,
     seed: int = 0,
     stop: threading.Event | None = None,
-) -> PeerResult:
+) -> Reconstruction:
     """Run `breaching`'s attack `name` for so many iterations on an observation, with the labels (B,) given to it.
 
     It sees what ours sees: the weights with their running statistics (which its BN term matches), the gradients in the
@@ -108,7 +108,7 @@ def breaching_attack(
         with _watched(attacker.objective, stop or threading.Event()) as stamps:
             found, _ = attacker.reconstruct([payload], [shared], {})
     steps = [after - before for before, after in pairwise(stamps)]
-    return PeerResult(
+    return Reconstruction(
         pixels=preprocessing.denormalise(found["data"].detach().float()).cpu(),
         seconds=time.perf_counter() - started,
         seconds_per_iteration=statistics.median(steps[len(steps) // 2 :]) if steps else None,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradinv import peers
+from gradinv import breaching
 from gradinv.client import observe
 from gradinv.models import Model
 from gradinv.types import GradinvError
@@ -71,7 +71,7 @@ def test_where_the_package_is_missing_one_sentence_says_how(
     with pytest.raises(
         GradinvError, match=r"^The comparison needs the package breaching \(.*\); install it with: pip i"
     ):
-        peers.breaching_attack("invertinggradients", small_model, observe(small_model, pixels, labels), labels, 1)
+        breaching.breaching_attack("invertinggradients", small_model, observe(small_model, pixels, labels), labels, 1)
 
 
 @pytest.mark.usefixtures("fake")
@@ -81,7 +81,7 @@ def test_the_peer_is_given_what_ours_has_and_no_more(
     pixels, labels = small_batch
     observation = observe(small_model, pixels, labels)
     state = torch.get_rng_state()
-    result = peers.breaching_attack("seethroughgradients", small_model, observation, labels, 5, seed=3)
+    result = breaching.breaching_attack("seethroughgradients", small_model, observation, labels, 5, seed=3)
     assert torch.equal(torch.get_rng_state(), state) and capsys.readouterr().out == ""
     assert SEEN["name"] == "seethroughgradients" and "optim.max_iterations=5" in SEEN["changes"]
     assert "restarts.num_trials=1" in SEEN["changes"]
@@ -108,19 +108,21 @@ def test_it_stops_within_one_iteration(small_model: Model, small_batch: tuple[Te
     observation = observe(small_model, pixels, labels)
     stop = threading.Event()
     stop.set()
-    with pytest.raises(peers.Stopped):
-        peers.breaching_attack("invertinggradients", small_model, observation, labels, 10**9, stop=stop)
+    with pytest.raises(breaching.Stopped):
+        breaching.breaching_attack("invertinggradients", small_model, observation, labels, 10**9, stop=stop)
 
 
 @pytest.mark.usefixtures("fake")
 def test_a_single_iteration_has_no_time_of_its_own(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> None:
     pixels, labels = small_batch
-    result = peers.breaching_attack("invertinggradients", small_model, observe(small_model, pixels, labels), labels, 1)
+    result = breaching.breaching_attack(
+        "invertinggradients", small_model, observe(small_model, pixels, labels), labels, 1
+    )
     assert result.seconds_per_iteration is None and result.seconds > 0
 
 
 @installed
-@pytest.mark.parametrize("name", peers.BREACHING)
+@pytest.mark.parametrize("name", breaching.BREACHING)
 def test_the_real_attacks_run_and_come_closer(
     name: str, small_model: Model, small_batch: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,9 +135,9 @@ def test_the_real_attacks_run_and_come_closer(
         ours, theirs = (torch.cat([g[key].flatten() for key in found]) for g in (found, observation.gradients))
         return 1 - float(torch.cosine_similarity(ours, theirs, dim=0))
 
-    first = peers.breaching_attack(name, small_model, observation, labels, 1, seed=1)
-    last = peers.breaching_attack(name, small_model, observation, labels, 150, seed=1)
-    again = peers.breaching_attack(name, small_model, observation, labels, 150, seed=1)
+    first = breaching.breaching_attack(name, small_model, observation, labels, 1, seed=1)
+    last = breaching.breaching_attack(name, small_model, observation, labels, 150, seed=1)
+    again = breaching.breaching_attack(name, small_model, observation, labels, 150, seed=1)
     assert last.pixels.shape == (3, 3, 8, 8) and last.pixels.min() >= 0 and last.pixels.max() <= 1
     assert torch.equal(last.pixels, again.pixels)
     assert last.seconds_per_iteration is not None and last.seconds_per_iteration > 0

@@ -25,9 +25,9 @@ from torch.utils.flop_counter import flop_registry
 from gradinv import __version__, sources
 from gradinv.attack.boundary import settled
 from gradinv.attack.inversion import iterate
+from gradinv.attack.memory import check_memory, parallel_seeds
 from gradinv.attack.objective import Objective
 from gradinv.attack.state import Run
-from gradinv.checks import check_memory, parallel_seeds
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import Model

@@ -207,6 +207,22 @@ def pooled(model: Model, pixels: Tensor) -> Tensor:
     return inputs[0].float().cpu()
 
 
+def iip(model: Model, images: Tensor, own: Sequence[int], gallery: Gallery) -> Tensor:
+    """Whether each reconstruction identifies its original among all pictures of the gallery: (B,) bool (Fig. 8).
+
+    True where the picture whose pooled features have the highest cosine similarity with those of the reconstruction is
+    its own original, `own` being the originals' places in the gallery (`gallery.index`). The mean over images is the
+    image identification precision. An image that is not finite identifies nothing. images: pixels (B, 3, S, S) of the
+    model's size. Raises GradinvError where places are missing or not in the gallery.
+    """
+    if len(own) != len(images) or not all(0 <= place < len(gallery.paths) for place in own):
+        raise GradinvError(
+            f"{len(images)} images need as many places of originals among the gallery's {len(gallery.paths)} pictures."
+        )
+    similarity, places = gallery.match(pooled(model, images), 1)
+    return similarity[:, 0].isfinite() & (places[:, 0] == torch.tensor(own))
+
+
 # --- the folder
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gradinv import figures, metrics, pace
 from gradinv.attack.inversion import Snapshots, invert
+from gradinv.attack.memory import check_memory
 from gradinv.attack.state import RunState
-from gradinv.checks import check_memory
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse_all

@@ -13,7 +13,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,8 +24,6 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradinv.gallery import Gallery, pooled
-from gradinv.models import Model
 from gradinv.types import GradinvError
 
 SSIM_WINDOW = 7  # pixels a side of the uniform window
@@ -140,20 +138,9 @@ def _lpips_network() -> nn.Module | GradinvError:
     return network.eval()
 
 
-def iip(model: Model, images: Tensor, own: Sequence[int], gallery: Gallery) -> Tensor:
-    """Whether each reconstruction identifies its original among all pictures of the gallery: (B,) bool (Fig. 8).
-
-    True where the picture whose pooled features have the highest cosine similarity with those of the reconstruction is
-    its own original, `own` being the originals' places in the gallery (`gallery.index`). The mean over images is the
-    image identification precision. An image that is not finite identifies nothing. images: pixels (B, 3, S, S) of the
-    model's size. Raises GradinvError where places are missing or not in the gallery.
-    """
-    if len(own) != len(images) or not all(0 <= place < len(gallery.paths) for place in own):
-        raise GradinvError(
-            f"{len(images)} images need as many places of originals among the gallery's {len(gallery.paths)} pictures."
-        )
-    similarity, places = gallery.match(pooled(model, images), 1)
-    return similarity[:, 0].isfinite() & (places[:, 0] == torch.tensor(own))
+def labels_right(restored: Iterable[int] | Mapping[int, int], true: Iterable[int] | Mapping[int, int]) -> int:
+    """How many labels were restored, each as often as it is there; labels, or how often there is each."""
+    return (Counter(restored) & Counter(true)).total()
 
 
 def constant_colour(originals: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gradinv.downloads import cache_folder, download
 from gradinv.names import prefixes
-from gradinv.paths import ASSETS
+from gradinv.paths import ASSETS, replace_whole
 from gradinv.types import GradinvError, Preprocessing
 
 log = logging.getLogger(__name__)
@@ -335,14 +335,11 @@ def save_fitted(
         "backbone_sha256": model.sha256,
         **notes,
     }
-    temporary = _beside(path)
+    check_writable(path)
     try:
-        safetensors.torch.save_file(state, temporary, metadata=metadata)
-        temporary.replace(path)
+        replace_whole(path, partial(safetensors.torch.save_file, state, metadata=metadata))
     except (OSError, safetensors.SafetensorError) as error:
         raise GradinvError(f"{path} cannot be written ({_reason(error)}); make room there or name another.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
@@ -351,19 +348,14 @@ def check_writable(path: Path) -> None:
         raise GradinvError(f"The network is written as safetensors; name a file that ends in .safetensors, not {path}.")
     if path.is_dir():
         raise GradinvError(f"{path} is a folder; name a file in it.")
-    _beside(path).unlink()
-
-
-def _beside(path: Path) -> Path:
-    """A new empty file in the folder that `path` is to lie in, which is made."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+        temporary.unlink()
     except OSError as error:
         reason = f"{path.parent} is a file" if path.parent.is_file() else _reason(error)
         raise GradinvError(f"{path} cannot be written ({reason}); name another.") from error
-    return temporary
 
 
 def _reason(error: Exception) -> str:

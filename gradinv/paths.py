@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -21,12 +22,18 @@ ASSETS: Path = _assets()
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: a reader sees the old or the new content. Raises OSError, and leaves no part then."""
-    part = path.with_name(f".{path.name}.part")
+    """`replace_whole` by this content."""
+    replace_whole(path, lambda part: part.write_bytes(data))
+
+
+def replace_whole(path: Path, save: Callable[[Path], object]) -> None:
+    """Replace a file as a whole by what is saved under another name first: a reader sees the old or the new content.
+    Raises what `save` does, and OSError, and leaves no part then."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(data)
+        save(part)
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
         raise

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import torch
@@ -329,7 +329,11 @@ def known(pictures: Iterable[Picture], model: Model) -> list[Picture]:
     return [picture for picture in pictures if picture.wnid and model.class_index(picture.wnid) is not None]
 
 
-def pixels_of(pictures: Iterable[Picture], preprocessing: Preprocessing) -> Tensor:
+class _Opened(Protocol):
+    def open(self) -> Image.Image: ...
+
+
+def pixels_of(pictures: Iterable[_Opened], preprocessing: Preprocessing) -> Tensor:
     """The pictures' pixels (B, 3, S, S) in [0, 1], of the side that the preprocessing makes.
 
     Raises GradinvError for one that cannot be decoded.

@@ -275,7 +275,7 @@ def test_a_wrong_advanced_setting_is_one_sentence(visit: Open) -> None:
 
 
 def test_more_seeds_than_memory_are_refused_before_the_start(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradinv.checks.estimate_memory", lambda *_: 10**15)
+    monkeypatch.setattr("gradinv.attack.memory.estimate_memory", lambda *_: 10**15)
     app = visit(seeds="9")
     sound(app)
     assert "take fewer seeds or a smaller batch" in text(app)

@@ -18,11 +18,11 @@ from torchvision.models.resnet import BasicBlock
 
 from gradinv.attack.boundary import boundary_of, matching_instead, settled
 from gradinv.attack.inversion import invert
+from gradinv.attack.memory import estimate_memory
 from gradinv.attack.objective import Objective
 from gradinv.attack.optimiser import HISTORY, LBFGS
 from gradinv.attack.state import RunState
 from gradinv.attack.terms import KnownActivations, activation_distance, smooth_variation
-from gradinv.checks import estimate_memory
 from gradinv.client import observe
 from gradinv.config import APART, AttackConfig
 from gradinv.defenses import clip

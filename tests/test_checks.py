@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradinv import checks
+from gradinv.attack import memory
+from gradinv.attack.memory import check_memory, estimate_memory, free_memory, outputs_per_image, parallel_seeds
 from gradinv.batchnorm import batch_statistics
-from gradinv.checks import check_memory, estimate_memory, free_memory, outputs_per_image, parallel_seeds
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.types import GradinvError
@@ -28,7 +28,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets how many bytes the machine has free."""
 
     def set_free(count: int) -> None:
-        monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=count, total=2**40))
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=count, total=2**40))
 
     return set_free
 
@@ -71,7 +71,7 @@ def test_the_estimate_grows_with_what_is_held(small_model: Model) -> None:
         return estimate_memory(small_model, batch_size, AttackConfig(**{"seeds": 1, "parallel_seeds": 1, **changes}))
 
     image = 8 * 4 * 3 * 64
-    one = 4 * checks._PER_OUTPUT * outputs_per_image(small_model)
+    one = 4 * memory._PER_OUTPUT * outputs_per_image(small_model)
     assert estimate(seeds=3) - estimate() == 2 * 4 * image
     assert estimate(5) - estimate() == image + one
     # The images themselves stay, what the network makes of them goes.
@@ -79,7 +79,7 @@ def test_the_estimate_grows_with_what_is_held(small_model: Model) -> None:
     assert estimate(4, micro_batch=9) == estimate()
     # Unmatched weights are not held once more.
     rest = small_model.network.fc.weight.numel() + small_model.network.fc.bias.numel() + 2 * 16
-    assert estimate() - estimate(layers="layer4") == 4 * checks._PER_MATCHED * rest
+    assert estimate() - estimate(layers="layer4") == 4 * memory._PER_MATCHED * rest
     assert estimate(gradient=0.0, layers="layer3") < estimate(layers="layer4")
 
 
@@ -112,7 +112,7 @@ def test_a_graph_is_estimated_with_the_autograd_that_it_is_compared_with(
     small_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eager = estimate_memory(small_model, 4, AttackConfig(stepping="eager"))
-    monkeypatch.setattr(checks, "resolve_mode", lambda *_: "graph")
+    monkeypatch.setattr(memory, "resolve_mode", lambda *_: "graph")
     images = 8 * 8 * 4 * 4 * 3 * 64  # eight seeds, whose images are there once
     assert estimate_memory(small_model, 4, AttackConfig()) - images == 2 * (eager - images)
 
@@ -154,7 +154,7 @@ def test_seeds_at_a_time_take_a_quarter_of_the_memory_at_the_most(
     three = estimate_memory(small_model, 4, AttackConfig(parallel_seeds=3))
     for total, chosen in ((16 * three, 4), (4 * three, 3), (4 * three - 4, 2), (4, 1)):
         # Whatever is free, so that the same run gives the same pictures.
-        monkeypatch.setattr(checks.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
         assert parallel_seeds(small_model, 4, AttackConfig()) == chosen
         assert parallel_seeds(small_model, 4, AttackConfig(parallel_seeds=4)) == 4, "what is asked for"
 
@@ -162,7 +162,7 @@ def test_seeds_at_a_time_take_a_quarter_of_the_memory_at_the_most(
 def test_each_seed_at_a_time_takes_an_evaluations_memory(small_model: Model, threads: Any) -> None:
     threads(4)
     one, two, four = (estimate_memory(small_model, 4, AttackConfig(parallel_seeds=count)) for count in (1, 2, 4))
-    assert four - one == 3 * (two - one) > 3 * 4 * checks._PER_OUTPUT * 4 * outputs_per_image(small_model)
+    assert four - one == 3 * (two - one) > 3 * 4 * memory._PER_OUTPUT * 4 * outputs_per_image(small_model)
     assert estimate_memory(small_model, 4, AttackConfig()) == four
 
 

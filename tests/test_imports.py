@@ -25,7 +25,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "recovery",  # what the gradient says without a search
         "tape",
         "stepping distributed",  # how a step is executed
-        "attack checks",  # what is searched for
+        "checks",
+        "attack",  # what is searched for
         "client defenses",  # who shares the gradient
         "sources",
         "gallery",

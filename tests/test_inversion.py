@@ -11,9 +11,9 @@ from conftest import PLAIN
 
 from gradinv.attack.consensus import consensus
 from gradinv.attack.inversion import invert
+from gradinv.attack.memory import estimate_memory
 from gradinv.attack.optimiser import upsample
 from gradinv.attack.state import RunState, Stage, learning_rate, stage_plan
-from gradinv.checks import estimate_memory
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.metrics import constant_colour, pair, psnr

@@ -9,8 +9,8 @@ from streamlit.testing.v1 import AppTest
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.recovery.recover import recover
-from gradinv.sources import find, gallery
-from gradinv.web import layers, lessons, shared
+from gradinv.sources import find, gallery, pixels_of
+from gradinv.web import layers, shared
 from gradinv.web.layers import Count
 from gradinv.web.lessons import Candidate
 
@@ -30,7 +30,7 @@ def two() -> tuple[list[Candidate], torch.Tensor]:
 def test_the_count_by_shapes_is_that_of_the_equations_that_are_solved(name: str) -> None:
     network = shared.model(name)
     candidates, labels = two()
-    observation = observe(network, lessons.pixels_of(network, candidates), labels)
+    observation = observe(network, pixels_of(candidates, network.preprocessing), labels)
     nodes = recover(network, observation, AttackConfig.preset("demo", name)).nodes
     assert len(nodes) > 8
     counts = {count.name: count for count in layers.counted(network, 2)}

@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor
 
 from gradinv import metrics
-from gradinv.gallery import Gallery, pooled
+from gradinv.gallery import Gallery, iip, pooled
 from gradinv.models import Model
 from gradinv.types import GradinvError
 
@@ -339,11 +339,11 @@ def test_iip_is_whether_the_nearest_picture_is_the_own(small_model: Model) -> No
     pixels = random_pixels(5, 8)
     gallery = Gallery(Path("."), tuple(Path(f"{i}.png") for i in range(5)), pooled(small_model, pixels))
     images = pixels[[3, 1, 4]] + 0.01
-    assert metrics.iip(small_model, images, [3, 1, 4], gallery).tolist() == [True, True, True]
-    assert metrics.iip(small_model, images, [3, 2, 4], gallery).tolist() == [True, False, True]
+    assert iip(small_model, images, [3, 1, 4], gallery).tolist() == [True, True, True]
+    assert iip(small_model, images, [3, 2, 4], gallery).tolist() == [True, False, True]
     images[0] = float("nan")
     for place in range(5):  # whatever place a search among NaN answers, it is no identification
-        assert metrics.iip(small_model, images, [place, 1, 4], gallery).tolist() == [False, True, True]
+        assert iip(small_model, images, [place, 1, 4], gallery).tolist() == [False, True, True]
 
 
 def test_iip_needs_a_place_in_the_gallery_for_each_image(small_model: Model) -> None:
@@ -351,4 +351,4 @@ def test_iip_needs_a_place_in_the_gallery_for_each_image(small_model: Model) -> 
     gallery = Gallery(Path("."), (Path("a.png"), Path("b.png")), pooled(small_model, pixels))
     for own in ([0], [0, 2], [-1, 0]):
         with pytest.raises(GradinvError, match="2 images need as many places of originals among the gallery's 2"):
-            metrics.iip(small_model, pixels, own, gallery)
+            iip(small_model, pixels, own, gallery)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from gradinv.images import to_pixels
 from gradinv.models import choose_device
+from gradinv.paths import replace_whole
 from gradinv.sources import ImageFolder, Picture
 from gradinv.types import GradinvError, Preprocessing
 
@@ -62,14 +63,7 @@ def recipe(doc: str | None, product: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    try:
-        train(options)
-    except GradinvError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from {checkpoint_of(options)}, if it was written.", file=sys.stderr)
-        sys.exit(130)
+    run(train, parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -104,6 +98,19 @@ def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
         parser.error(f"{out} is there already; remove it or name another file")
     if not out.absolute().parent.is_dir():
         parser.error(f"there is no folder {out.absolute().parent}")
+
+
+def run(script: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
+    """Run a script that trains; it ends with a sentence where it cannot go on, or is stopped."""
+    try:
+        script(options)
+    except GradinvError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        checkpoint = checkpoint_of(options)
+        hint = f" The same command goes on from {checkpoint}." if checkpoint.is_file() else ""
+        print(f"\nStopped.{hint}", file=sys.stderr)
+        sys.exit(130)
 
 
 def checkpoint_of(options: argparse.Namespace) -> Path:
@@ -304,11 +311,9 @@ def write(path: Path, network: nn.Module, arch: str, classes: list[str], size: i
 
 
 def replace(path: Path, save: Callable[[Path], None]) -> None:
-    """Save under another name first: whoever stops the run leaves the old file or the new one, never half of one."""
-    partial_file = path.with_name(path.name + ".part")
+    """Save a file as a whole. Raises GradinvError where it cannot be written."""
     try:
-        save(partial_file)
-        os.replace(partial_file, path)
+        replace_whole(path, save)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise GradinvError(f"{path} cannot be written ({error}); make room or choose another folder.") from error
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from functools import partial
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from train import check_out, read_all, recipe, replace
+from train import check_out, read_all, recipe, replace, run
 
 from gradinv.metrics import SSIM_WINDOW, constant_colour, psnr
 from gradinv.models import Model, load_model
@@ -32,13 +31,7 @@ MSE_WEIGHT, SSIM_WEIGHT, NOISE = 5, 0.1, 0.02
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    try:
-        train(options)
-    except GradinvError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(train, parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

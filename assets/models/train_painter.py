@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from functools import partial
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from train import check_out, checkpoint_of, read_all, recipe, replace, resume
+from train import check_out, checkpoint_of, read_all, recipe, replace, resume, run
 from train_decoder import similarity
 
 from gradinv.metrics import psnr
@@ -42,14 +41,7 @@ SETTINGS = ("model", "node", "batch_size", "learning_rate", "per_class", "seed")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    try:
-        train(options)
-    except GradinvError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from {checkpoint_of(options)}, if it was written.", file=sys.stderr)
-        sys.exit(130)
+    run(train, parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gradinv.attack.boundary import settled
+from gradinv.attack.memory import check_memory, parallel_seeds
 from gradinv.attack.objective import Objective
 from gradinv.attack.optimiser import Adam, upsample
 from gradinv.attack.state import Run, RunState, learning_rate, meeting_steps, stage_at
-from gradinv.checks import check_memory, check_observation, parallel_seeds
+from gradinv.checks import check_observation
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model

@@ -237,7 +237,7 @@ def _recover(task: _Run, ranks: Ranks) -> Recovered:
     import torch
     from tqdm import tqdm
 
-    from gradinv.checks import check_memory
+    from gradinv.attack.memory import check_memory
     from gradinv.recovery.recover import recover
 
     # What would be wrong after the layers is said before.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -422,7 +421,9 @@ def describe_labels(
         return
     right = ""
     if labels is not None:
-        right = f" ({sum((Counter(labels) & Counter(restored)).values())} of {len(labels)} right)"
+        from gradinv import metrics
+
+        right = f" ({metrics.labels_right(restored, labels)} of {len(labels)} right)"
     read = f"auto: {method}" if asked == "auto" else asked
     sure = "" if confidence is None else f", confidence {percent(confidence)}"
     say(f"Labels restored from the gradient: {names}{right}; read by {read}{sure}")

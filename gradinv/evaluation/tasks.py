@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -23,13 +22,13 @@ from gradinv.client import final_gradient, observe
 from gradinv.config import AttackConfig
 from gradinv.evaluation.bench import Batch, Bench
 from gradinv.evaluation.plan import TIMING, Row, Values
-from gradinv.images import to_pixels
 from gradinv.models import Model
 from gradinv.network import Segment
 from gradinv.prior import FEATURES, paint
 from gradinv.recovery.labels import METHODS as LABEL_METHODS
 from gradinv.recovery.labels import restore_labels
 from gradinv.recovery.recover import recover
+from gradinv.sources import pixels_of
 from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError, Observation, Prior, Snapshot
 
@@ -174,7 +173,7 @@ def _prior(bench: Bench, last: Snapshot, prior: Prior, batch: Batch, pixels: Ten
     values = {f"prior_{name}": metrics.mean(column) for name, column in painted.items()}
     if prior.node == FEATURES:
         return values
-    others = torch.stack([to_pixels(picture.open(), bench.model.preprocessing) for picture in bench.others(batch)])
+    others = pixels_of(bench.others(batch), bench.model.preprocessing)
     normalised = bench.model.preprocessing.normalise(others.to(bench.model.device))
     with torch.no_grad():
         held = Segment(bench.model.network, prior.node)(normalised)[prior.node].relu()
@@ -240,8 +239,7 @@ def gradient_match(model: Model, images: Tensor, labels: Tensor, observation: Ob
 
 def _labels_right(restored: Tensor, labels: Tensor) -> float:
     """The share of the labels, in percent, that were restored, each as often as it is there."""
-    right = Counter(restored.tolist()) & Counter(labels.tolist())
-    return 100 * sum(right.values()) / len(labels)
+    return 100 * metrics.labels_right(restored.tolist(), labels.tolist()) / len(labels)
 
 
 def _finite(value: float) -> float | None:
@@ -323,7 +321,7 @@ def _shortened(config: AttackConfig, device: torch.device) -> AttackConfig:
 
 def _iip(bench: Bench, images: Tensor, batch: Batch) -> Tensor:
     """Whether each reconstruction's nearest neighbour in the folder is its own original: (B,) bool."""
-    return metrics.iip(bench.model, images, bench.places(batch), bench.gallery)
+    return gallery.iip(bench.model, images, bench.places(batch), bench.gallery)
 
 
 TASKS: dict[str, Callable[[Bench, Row, int], Values]] = {

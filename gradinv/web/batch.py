@@ -8,6 +8,7 @@ from html import escape
 
 import streamlit as st
 
+from gradinv import metrics
 from gradinv.gallery import Gallery, Progress
 from gradinv.jobs import sentence
 from gradinv.models import Model, load_model
@@ -75,25 +76,17 @@ def _found(
     similarity, ranked = (part.tolist() for part in pool.gallery.match(found.features, TOP))
     spent = f"{found.seconds:.1f} s" if found.seconds >= 0.1 else "less than 0.1 s"
     st.header("What the server finds", anchor=False)
+    told = [
+        ("searched", markup.count(len(pool.candidates), "picture")),
+        ("time to read the gradient", spent),
+        ("residual of the features", markup.number(found.residual)),
+    ]
+    if places is not None:
+        right = metrics.labels_right(found.labels.tolist(), pool.labels(places).tolist())
+        first = lessons.found([row[0] for row in ranked], places)
+        told += [("labels right", f"{right} of {len(places)}"), ("pictures found", f"{first} of {len(places)}")]
     with st.container(key="search-facts"):
-        st.markdown(
-            markup.facts(
-                [
-                    ("searched", markup.count(len(pool.candidates), "picture")),
-                    ("time to read the gradient", spent),
-                    ("residual of the features", markup.number(found.residual)),
-                    *(
-                        [
-                            ("labels right", f"{lessons.right(found.labels, pool.labels(places))} of {len(places)}"),
-                            ("pictures found", f"{lessons.found([row[0] for row in ranked], places)} of {len(places)}"),
-                        ]
-                        if places is not None
-                        else []
-                    ),
-                ]
-            ),
-            unsafe_allow_html=True,
-        )
+        st.markdown(markup.facts(told), unsafe_allow_html=True)
     st.markdown(trust(found.residual))
     prior = st.toggle(
         "Paint what a learned prior makes of the features",

@@ -117,7 +117,7 @@ def _compared(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
         rows.append(
             [
                 text,
-                f"{lessons.right(found.labels, true)} of {len(places)}",
+                f"{metrics.labels_right(found.labels.tolist(), true.tolist())} of {len(places)}",
                 f"{lessons.found(first, places)} of {len(places)}",
                 markup.number(found.residual),
             ]

@@ -17,13 +17,12 @@ from gradinv.attack.terms import bn_distance, l2_distance, paper_variation
 from gradinv.batchnorm import batch_statistics, running_statistics
 from gradinv.client import observe
 from gradinv.gallery import pooled
-from gradinv.images import to_pixels
 from gradinv.metrics import ssim
 from gradinv.models import Model, load_model
 from gradinv.prior import preview
 from gradinv.recovery.final_layer import recover_features
 from gradinv.recovery.labels import restore_labels
-from gradinv.sources import Credit, find, gallery
+from gradinv.sources import Credit, find, gallery, pixels_of
 from gradinv.web import head, live, markup, pick, settings
 from gradinv.web.guard import guarded
 from gradinv.web.markup import Row, Tile
@@ -134,7 +133,7 @@ def example() -> Example:
     # A model of its own: hooks on a network hear every thread that runs it.
     model = load_model(MODEL, device="cpu")
     pictures = [find(gallery(model), name) for name in pick.FIRST]
-    pixels = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures])
+    pixels = pixels_of(pictures, model.preprocessing)
     labels = torch.tensor([model.class_index(picture.wnid or "") for picture in pictures])
     observation = observe(model, pixels, labels)
     generator = torch.Generator().manual_seed(0)

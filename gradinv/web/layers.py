@@ -25,6 +25,7 @@ from gradinv.models import Model
 from gradinv.network import STEM, Segment, node_shapes, parts
 from gradinv.recovery.convolution import Equations
 from gradinv.recovery.recover import recover
+from gradinv.sources import pixels_of
 from gradinv.types import Observation, Recovered, Snapshot, SolvedNode
 from gradinv.web import head, lessons, markup, shared, solved
 from gradinv.web.gradient import Gradient
@@ -321,7 +322,7 @@ def attack(
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> Way:
     """Share the gradient of some pictures behind some defences, and solve it as far as it goes."""
-    pixels = lessons.pixels_of(network, candidates)
+    pixels = pixels_of(candidates, network.preprocessing)
     with shared.using:
         observation = observe(network, pixels, labels)
     observation = lessons.defended(observation, texts, seed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +27,7 @@ from gradinv.images import to_pixels
 from gradinv.models import Model
 from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, Fit
 from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
-from gradinv.sources import SAMPLES, Picture, gallery
+from gradinv.sources import SAMPLES, Picture, gallery, pixels_of
 from gradinv.types import GradinvError, Observation
 from gradinv.web import gradient, markup, shared, uploads
 from gradinv.web.gradient import Gradient
@@ -166,14 +165,9 @@ def samples(name: str) -> Pool:
 
 
 def _features(network: Model, candidates: Sequence[Candidate]) -> Tensor:
-    pixels = pixels_of(network, candidates)
+    pixels = pixels_of(candidates, network.preprocessing)
     with shared.using:
         return pooled(network, pixels)
-
-
-def pixels_of(network: Model, candidates: Sequence[Candidate]) -> Tensor:
-    """Pixels (B, 3, S, S) in [0, 1] as the network takes them. Raises GradinvError for what cannot be decoded."""
-    return torch.stack([to_pixels(item.open(), network.preprocessing) for item in candidates])
 
 
 @shared.kept(st.cache_data, lambda pool, *_: own(pool), max_entries=2048, show_spinner=False)
@@ -362,7 +356,7 @@ def observed(name: str, among: str, places: tuple[int, ...], _pool: Pool) -> Obs
     """What the client shares of a batch: the gradient of all layers. Kept for the last two batches, since it is as
     large as the network."""
     network = shared.model(name)
-    pixels = pixels_of(network, [_pool.candidates[place] for place in places])
+    pixels = pixels_of([_pool.candidates[place] for place in places], network.preprocessing)
     with shared.using:
         return observe(network, pixels, _pool.labels(places))
 
@@ -452,11 +446,6 @@ def painted(
 def painted_own(key: str, name: str, texts: tuple[str, ...], seed: int, _features: Tensor) -> tuple[str, ...]:
     """The same of a gradient that the visitor brought."""
     return figures.tiles(prior.preview(shared.model(name), _features))
-
-
-def right(restored: Tensor, true: Tensor) -> int:
-    """How many labels were restored, each as often as it is there."""
-    return (Counter(restored.tolist()) & Counter(true.tolist())).total()
 
 
 def found(first: Sequence[int], places: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ import streamlit as st
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from gradinv import metrics
 from gradinv.figures import COLOURS, NEUTRAL
 from gradinv.models import Model
 from gradinv.recovery.labels import METHODS, restore_labels
@@ -295,7 +296,7 @@ def table(found: Mapping[str, Reading], names: Sequence[str], true: Mapping[int,
         body += "".join(_cell(one, label, true) for one in found.values()) + "</tr>"
     foot = ""
     if true is not None:
-        rights = "".join(f"<td>{_right(one, true)} of {size}</td>" for one in found.values())
+        rights = "".join(f"<td>{metrics.labels_right(one.counts, true)} of {size}</td>" for one in found.values())
         foot = f"<tfoot><tr><td>Right</td><td>{size}</td>{rights}</tr></tfoot>"
     problems = "".join(f"<p>{escape(one.problem)}</p>" for one in found.values() if one.problem)
     return (
@@ -310,7 +311,3 @@ def _cell(reading: Reading, label: int, true: Mapping[int, int] | None) -> str:
     if true is None or own == true.get(label, 0):
         return f"<td>{own or '–'}</td>"
     return f'<td><span class="gi-wrong">{own or "–"} <span role="img" aria-label="wrong">✗</span></span></td>'
-
-
-def _right(reading: Reading, true: Mapping[int, int]) -> int:
-    return (Counter(reading.counts) & Counter(true)).total()

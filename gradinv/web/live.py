@@ -8,8 +8,8 @@ import streamlit as st
 import torch
 
 from gradinv import figures, pace
+from gradinv.attack.memory import check_memory
 from gradinv.attack.objective import bn_targets
-from gradinv.checks import check_memory
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse
 from gradinv.jobs import Inversion, Originals, manager

@@ -16,10 +16,9 @@ import torch
 from PIL import ImageOps
 from torch import Tensor
 
-from gradinv import figures
+from gradinv import figures, sources
 from gradinv.client import observe
 from gradinv.defenses import parse_all
-from gradinv.images import to_pixels
 from gradinv.models import MODELS, Model, load_model
 from gradinv.recovery.labels import METHODS, restore_labels
 from gradinv.sources import ImageFolder, Picture, SampleSet
@@ -166,4 +165,4 @@ def pixels_of(pictures: Sequence[Picture], network: Model) -> Tensor:
     """Pixels (B, 3, S, S) in [0, 1] as the model takes them. Raises GradinvError for one that cannot be decoded."""
     if not pictures:
         raise GradinvError("Choose at least one picture.")
-    return torch.stack([to_pixels(picture.open(), network.preprocessing) for picture in pictures])
+    return sources.pixels_of(pictures, network.preprocessing)

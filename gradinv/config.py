@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -236,21 +235,6 @@ class AttackConfig(Execution, Attack):
         """Every field, as JSON can hold it: `from_dict(json.loads(json.dumps(c.to_dict()))) == c`."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_json(cls, text: str) -> AttackConfig:
-        """The inverse of `to_json`. Raises GradinvError for what is not an object of known settings."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise GradinvError(f"The configuration is not JSON: {error}.") from error
-        if not isinstance(values, dict):
-            raise GradinvError("The configuration must be a JSON object of settings.")
-        return cls.from_dict(values)
-
-    def to_json(self) -> str:
-        """Exact text form: floats are written so that they read back the same."""
-        return json.dumps(self.to_dict())
 
 
 def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,12 +43,12 @@ _CHANNELS = 3  # a side of what is shown of a layer
 _RAMP = torch.tensor([[0.06, 0.12, 0.13], [0.06, 0.56, 0.53], [0.93, 1.0, 0.98]])
 
 
-def tiles(images: Tensor, quality: int = 82) -> tuple[str, ...]:
+def tiles(images: Tensor) -> tuple[str, ...]:
     """Pixels (B, 3, S, S) in [0, 1] → one WebP data URI an image.
 
     Small images are enlarged first: lossy WebP halves the colours' resolution, which shows at 64 px.
     """
-    return tuple(tile(to_image(pixels), quality) for pixels in images)
+    return tuple(tile(to_image(pixels)) for pixels in images)
 
 
 def tile(image: Image.Image, quality: int = 82) -> str:

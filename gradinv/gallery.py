@@ -28,7 +28,7 @@ from gradinv.downloads import cache_folder
 from gradinv.images import SUFFIXES, to_pixels
 from gradinv.models import Model
 from gradinv.recovery.examination import examine
-from gradinv.recovery.final_layer import RecoveredFeatures, recover_features
+from gradinv.recovery.final_layer import Fit, recover_features
 from gradinv.recovery.labels import RestoredLabels, restore_labels
 from gradinv.sources import from_path
 from gradinv.types import GradinvError, Observation
@@ -170,7 +170,7 @@ class Query:
     `Recovered`."""
 
     labels: RestoredLabels
-    recovered: RecoveredFeatures
+    recovered: Fit
     notes: tuple[str, ...] = ()
 
     def among(self, gallery: Gallery, top: int = 5) -> Identified:

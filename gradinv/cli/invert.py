@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradinv.cli.replay import report
 from gradinv.cli.say import complain, diagnosis, percent, solved_to, speaker
-from gradinv.cli.task import Task, add_client, add_network, begin, describe, describe_labels, write_barred
+from gradinv.cli.task import Task, add_client, add_network, begin, describe, describe_labels, facts, write_barred
 
 # torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
 if TYPE_CHECKING:
@@ -366,17 +366,7 @@ def _save(args: argparse.Namespace, task: _Run, say: Callable[[str], None]) -> i
         f"{args.save_observation}."
     )
     if args.json:
-        facts = {
-            "format": 1,
-            "observation": args.save_observation,
-            "model": {"name": task.model.name, "sha256": task.model.sha256},
-            "client": {
-                "batch_size": task.observation.batch_size,
-                "mode": task.observation.mode,
-                "defences": task.defences,
-            },
-        }
-        print(json.dumps(facts, indent=2))
+        print(json.dumps({**facts(task), "observation": args.save_observation}, indent=2))
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradinv.cli.invert import signals_set
 from gradinv.cli.say import AS_GOOD_AS_EXACT, aligned, complain, percent, solved_to, speaker
-from gradinv.cli.task import Task, add_client, add_network, begin, describe, describe_labels, write_barred
+from gradinv.cli.task import Task, add_client, add_network, begin, describe, describe_labels, facts, write_barred
 
 # torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
 if TYPE_CHECKING:
@@ -258,31 +258,22 @@ def _facts(task: Task, recovered: Recovered, errors: Mapping[str, list[float]], 
     """What `--json` prints: as in run.json, with the true errors where they are known."""
     from gradinv.recording import solved
 
-    facts = solved(recovered)
+    table = solved(recovered)
     nodes = [
-        {**node, "true_error": errors[node["name"]]} if node["name"] in errors else node for node in facts["nodes"]
+        {**node, "true_error": errors[node["name"]]} if node["name"] in errors else node for node in table["nodes"]
     ]
     return {
-        "format": 1,
-        "model": {"name": task.model.name, "sha256": task.model.sha256},
-        "client": {
-            "batch_size": task.observation.batch_size,
-            "mode": task.observation.mode,
-            "defences": task.defences,
-        },
+        **facts(task),
         "labels": {"true": task.labels, **_labels(recovered)},
-        **facts,
+        **table,
         "nodes": nodes,
         "seconds": seconds,
     }
 
 
 def _labels(recovered: Recovered) -> dict[str, Any]:
-    return {
-        "restored": recovered.labels.tolist(),
-        "method": recovered.method,
-        "confidence": recovered.confidence,
-    }
+    restored = recovered.labels.tolist()
+    return {"restored": restored, "method": recovered.method, "confidence": recovered.confidence}
 
 
 def _write(path: Path, task: Task, recovered: Recovered) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradinv.cli.say import listed, percent
 
@@ -400,6 +400,16 @@ def describe(say: Callable[[str], None], task: Task) -> None:
     repeats = 0 if labels is None else len(labels) - len(set(labels))
     if repeats and config.labels == "column-minimum":
         say(f"Classes repeat: {config.labels} restores distinct labels, so at least {repeats} will be wrong.")
+
+
+def facts(task: Task) -> dict[str, Any]:
+    """What `--json` prints of whatever is done with a gradient."""
+    observation = task.observation
+    return {
+        "format": 1,
+        "model": {"name": task.model.name, "sha256": task.model.sha256},
+        "client": {"batch_size": observation.batch_size, "mode": observation.mode, "defences": task.defences},
+    }
 
 
 def describe_labels(

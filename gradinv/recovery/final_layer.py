@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,48 +20,13 @@ _UNKNOWNS = 4096  # of a Gauss-Newton step; more (above 64 images) are left to t
 
 
 @dataclass(frozen=True, eq=False)
-class RecoveredFeatures:
-    """What the final layer's gradient says of each image: `features` F (B, D) and `output_errors` A = p − y (B, N).
+class Fit:
+    """What the final layer's gradient says of each image: `features` F (B, D), `output_errors` A = p − y (B, N).
 
     `residual` is ‖s AᵀF/K − ∇W‖ / ‖∇W‖ with the best `scale` s, which is 1 unless the client rescaled its gradient.
     `explained` says that it is no more than rounding: the features are the client's own, also of images that share a
     label (then in any order among these). Else the gradient was changed otherwise, the labels are wrong, or a wrong
     minimum was met.
-    """
-
-    features: Tensor
-    output_errors: Tensor
-    residual: float
-    scale: float
-    explained: bool
-
-
-@torch.no_grad()
-def recover_features(
-    model: Model, observation: Observation, labels: Tensor, starts: int = 6, known: Fit | None = None
-) -> RecoveredFeatures:
-    """Solve ∇W = (s/K) Aᵀ F, ∇b = (s/K) Aᵀ 1 for the pooled features F ≥ 0, A = softmax(F Wᵀ + b) − y.
-
-    labels: (B,), of which some may repeat. `starts` bounds the attempts, see `FinalLayer`; `known` is a solution with
-    these labels that there is already. Needs K < N. Not in the paper. Raises GradinvError where the layer has no bias,
-    K ≥ N, or its gradient is not finite.
-    """
-    best = known or FinalLayer(model, observation).fit(labels.cpu(), starts=starts)
-    device = model.device
-    return RecoveredFeatures(
-        best.features.float().to(device),
-        best.output_errors.float().to(device),
-        best.residual,
-        best.scale,
-        best.explained,
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """Features (B, D) and output errors (B, N) that explain the final layer's gradient, `scale` times the client's
-    average, up to `residual`; as float64. `explained` says that this is no more than the gradient's own rounding.
-
     `drift` (N,) says of which classes the labels are too few (above 0) or too many (below 0). `smoothing` is that of
     the client's labels, ε in (1 − ε) y + ε/N.
     """
@@ -73,6 +38,20 @@ class Fit:
     scale: float
     explained: bool
     smoothing: float
+
+
+@torch.no_grad()
+def recover_features(model: Model, observation: Observation, labels: Tensor, known: Fit | None = None) -> Fit:
+    """Solve ∇W = (s/K) Aᵀ F, ∇b = (s/K) Aᵀ 1 for the pooled features F ≥ 0, A = softmax(F Wᵀ + b) − y.
+
+    labels: (B,), of which some may repeat. `known` is a solution with these labels that there is already. → float32 on
+    the model's device. Needs K < N. Not in the paper. Raises GradinvError where the layer has no bias, K ≥ N, or its
+    gradient is not finite.
+    """
+    best = known or FinalLayer(model, observation).fit(labels.cpu())
+    device = model.device
+    features, output_errors = best.features.float().to(device), best.output_errors.float().to(device)
+    return replace(best, features=features, output_errors=output_errors)
 
 
 class FinalLayer:

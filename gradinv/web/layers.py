@@ -325,11 +325,7 @@ def attack(
     pixels = pixels_of(candidates, network.preprocessing)
     with shared.using:
         observation = observe(network, pixels, labels)
-    observation = lessons.defended(observation, texts, seed)
-    # Behind a defence, testing corrections of the labels takes long and finds nothing.
-    read = "ilrg" if texts else "auto"
-    config = AttackConfig.preset("demo", network.name, labels=read, seeds=1, iterations=SEARCH)
-    found = recover(network, observation, config, progress=progress)
+    observation, config, found = _solve(network, observation, texts, seed, progress)
     layers: tuple[Seen, ...] = ()
     if names := [node.name for node in found.nodes]:
         with torch.no_grad(), shared.using:
@@ -355,10 +351,7 @@ def blind(
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> Way:
     """Solve a gradient of which nobody has the pictures, behind some defences, and search for pixels below."""
-    observation = lessons.defended(observation, texts, seed)
-    read = "ilrg" if texts else "auto"
-    config = AttackConfig.preset("demo", network.name, labels=read, seeds=1, iterations=SEARCH)
-    found = recover(network, observation, config, progress=progress)
+    observation, config, found = _solve(network, observation, texts, seed, progress)
     layers = tuple(
         Seen(node.name, tuple(node.activation.shape[1:]), float(node.error.median())) for node in found.nodes
     )
@@ -366,6 +359,21 @@ def blind(
     classes = tuple(network.class_name(label) for label in last.labels)
     seconds = sum(node.seconds for node in found.nodes)
     return Way(layers, found.stopped, seconds, figures.tiles(last.consensus), classes=classes)
+
+
+def _solve(
+    network: Model,
+    observation: Observation,
+    texts: Sequence[str],
+    seed: int,
+    progress: Callable[[SolvedNode], None] | None,
+) -> tuple[Observation, AttackConfig, Recovered]:
+    """The gradient behind some defences, the attack on it, and what is solved."""
+    observation = lessons.defended(observation, texts, seed)
+    # Behind a defence, testing corrections of the labels takes long and finds nothing.
+    read = "ilrg" if texts else "auto"
+    config = AttackConfig.preset("demo", network.name, labels=read, seeds=1, iterations=SEARCH)
+    return observation, config, recover(network, observation, config, progress=progress)
 
 
 def _search(network: Model, observation: Observation, config: AttackConfig, found: Recovered) -> Snapshot:

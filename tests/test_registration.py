@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv.attack.registration import align, displacement, warp
+from gradinv.attack.registration import displacement, warp
 from gradinv.images import to_pixels
 from gradinv.metrics import psnr
 from gradinv.paths import ASSETS
@@ -19,6 +19,10 @@ from gradinv.types import GradinvError, Preprocessing
 SIDE = 64
 NAMES = ("beagle", "cab", "chelsea", "coffee", "mosque", "pizza", "tiger", "wombat")
 EDGE = SIDE // 8  # displacements are compared inside: at the border there may be nothing to see
+
+
+def align(images, reference):
+    return warp(images, displacement(images, reference))
 
 
 def pictures(side: int = SIDE, names: tuple[str, ...] = NAMES) -> Tensor:

@@ -41,15 +41,6 @@ ROUNDS = 4  # Gauss-Newton steps a level
 
 
 @torch.no_grad()
-def align(images: Tensor, reference: Tensor) -> Tensor:
-    """Each of the images (B, 3, H, W), normalised or pixels, warped onto its own reference (B, 3, H, W).
-
-    What `displacement` leaves alone comes back exactly.
-    """
-    return warp(images, displacement(images, reference))
-
-
-@torch.no_grad()
 def displacement(images: Tensor, reference: Tensor) -> Tensor:
     """The field u (B, 2, H, W), in pixels, that lays each image (B, 3, H, W) on its reference (B, 3, H, W).
 

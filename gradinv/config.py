@@ -254,8 +254,10 @@ def _without_luma(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Luma had a share `tv_luma` beside `tv_chroma`: two numbers say what these and `tv` said."""
     found = dict(settings)
     luma = found.pop("tv_luma", 1.0)
-    if not _real(luma) or not 0 < luma < math.inf:
-        raise GradinvError(f"tv_luma={luma} is gone; luma counts 1, set tv and tv_chroma.")
+    if not _real(luma) or not 0 <= luma < math.inf:
+        raise GradinvError(f"tv_luma was a finite number of at least 0, not {luma!r}; set tv and tv_chroma instead.")
+    if (gone := retired("tv_luma", float(luma))) is not None:
+        raise GradinvError(gone)
     form, tv, chroma = (found.get(name, getattr(Attack, name)) for name in ("tv_form", "tv", "tv_chroma"))
     if luma != 1 and form in ("luma-chroma", "smooth"):
         found |= {"tv": tv * luma, "tv_chroma": chroma / luma}
@@ -279,6 +281,7 @@ def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
 _RETIRED = {
     ("registration", "shift"): "affine, which finds shifts as well",
     ("registration", "flow"): "affine: dense flow gained nothing over it",
+    ("tv_luma", "0.0"): "another tv_chroma, since luma always counts 1",
     ("stepping", "packed"): "traced, which is as fast or faster by now",
 }
 RENAMED = {"box": "project"}

@@ -173,8 +173,9 @@ def test_settings_of_older_versions_mean_what_they_meant() -> None:
     old = {"tv": 0.2, "tv_form": "smooth", "tv_luma": 0.5, "tv_chroma": 2.0}
     assert AttackConfig.from_dict(old) == AttackConfig(tv=0.1, tv_form="smooth", tv_chroma=4.0)
     assert AttackConfig.from_dict(old | {"tv_form": "rgb"}) == AttackConfig(tv=0.2, tv_form="rgb", tv_chroma=2.0)
-    with pytest.raises(GradinvError, match=r"^tv_luma=0 is gone; "):
-        AttackConfig.from_dict({"tv_luma": 0})
+    with pytest.raises(GradinvError, match=r"^tv_luma=0.0 is gone; "):
+        AttackConfig.from_dict({"tv_luma": 0.0})
+    assert recorded({"tv_luma": 0.0}) == AttackConfig().to_dict() | {"tv_luma": 0.0}
 
 
 @pytest.mark.parametrize(

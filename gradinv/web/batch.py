@@ -165,9 +165,7 @@ def _pool(name: str) -> Pool | None:
     """The pictures to search; None as long as the folder is being looked at."""
     if not _has_folder():
         return lessons.samples(name)
-    among = st.segmented_control(
-        "Search among", AMONG, default=AMONG[0], required=True, key="among", bind="query-params"
-    )
+    among = shared.choose("Search among", AMONG, AMONG[0], "among")
     if among == AMONG[0]:
         return lessons.samples(name)
     index = Index.of(name)

@@ -202,19 +202,12 @@ def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
     repeats, side = 1, None
     with st.container(key="lesson-controls"):
         left, middle, right, last = st.columns([3, 3, 3, 4], gap="medium", vertical_alignment="bottom")
-        network = left.segmented_control(
-            "Network", NETWORKS, default=NETWORKS[0], required=True, key="network", bind="query-params"
-        )
+        with left:
+            network = shared.choose("Network", NETWORKS, NETWORKS[0], "network")
         size = middle.slider("Batch size", 1, most, 4 if sides else 8, key="size", bind="query-params")
         if sides:
-            side = right.segmented_control(
-                "Side of the pictures, in pixels",
-                sides,
-                default=sides[0],
-                required=True,
-                key="side",
-                bind="query-params",
-            )
+            with right:
+                side = shared.choose("Side of the pictures, in pixels", sides, sides[0], "side")
         else:
             repeats = right.slider(
                 "Pictures of one class",
@@ -230,7 +223,7 @@ def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
             # A slider: number_input fails at an address that says infinity.
             seed = st.slider("Draw", 0, DRAWS, 0, key="draw", bind="query-params", width=150)
             st.button("Shuffle", icon=":material/shuffle:", key="shuffle", on_click=_shuffle)
-    return Choice(str(network), size, repeats, int(seed), None if side is None else int(side))
+    return Choice(network, size, repeats, int(seed), None if side is None else int(side))
 
 
 def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from gradinv.paths import ASSETS
 from gradinv.recording import Recording
 from gradinv.sources import Credit
 from gradinv.types import GradinvError
-from gradinv.web import guess, head, markup, solved
+from gradinv.web import guess, head, markup, shared, solved
 from gradinv.web.guard import guarded
 from gradinv.web.solved import MISFIT
 
@@ -171,10 +171,7 @@ def _page() -> None:
     )
     if not runs:
         raise GradinvError("No recorded run is installed; record some with: python assets/runs/record.py.")
-    mode = st.segmented_control(
-        "Recorded runs", ("watch", "guess"), default="watch", required=True, key="mode", bind="query-params",
-        label_visibility="collapsed",
-    )  # fmt: skip
+    mode = shared.choose("Recorded runs", ("watch", "guess"), "watch", "mode", label_visibility="collapsed")
     if mode == "guess":
         _guess()
         return

@@ -12,6 +12,7 @@ from gradinv.config import AttackConfig
 from gradinv.models import MODELS, fitted_file
 from gradinv.prior import DECODERS
 from gradinv.types import GradinvError
+from gradinv.web import shared
 from gradinv.web.markup import TERMS
 
 MODEL, PRESET = "resnet18-tiny", "demo"
@@ -53,18 +54,10 @@ def choose_model(given: str | None = None) -> str:
     if given is not None and st.session_state.get("model", st.query_params.get("model", MODEL)) != given:
         st.session_state.model = given
         _restore_defaults()
-    name = st.segmented_control(
-        "Network whose gradient is shared",
-        models(),
-        default=MODEL,
-        required=True,
-        key="model",
-        bind="query-params",
-        on_change=_restore_defaults,
-        disabled=given is not None,
-    )
+    more: dict[str, Any] = {"on_change": _restore_defaults, "disabled": given is not None}
+    name = shared.choose("Network whose gradient is shared", models(), MODEL, "model", **more)
     st.caption(f"{MODELS[name].description}. Top-1 accuracy {MODELS[name].accuracy:g} %. {_origin(name)}")
-    return str(name)
+    return name
 
 
 def size_of(name: str) -> int:
@@ -83,14 +76,7 @@ def choose_size(name: str, given: int | None = None) -> int:
     asked = str(st.session_state.get("size", st.query_params.get("size", usual)))
     with st.container(horizontal=True, vertical_alignment="bottom", key="sizes"):
         sizes = MORE_SIZES if st.session_state.get("all_sizes") or asked not in map(str, SIZES) else SIZES
-        chosen = st.segmented_control(
-            "Side of the pictures, in pixels",
-            [str(size) for size in sizes],
-            default=str(usual),
-            required=True,
-            key="size",
-            bind="query-params",
-        )
+        chosen = shared.choose("Side of the pictures, in pixels", map(str, sizes), str(usual), "size")
         if sizes == SIZES:
             st.button("More sizes", type="tertiary", key="more-sizes", on_click=_show_all_sizes)
     told = f"The network was trained at {trained} px; it takes larger pictures, too."
@@ -153,18 +139,9 @@ def _told(
     help: str | None = None,
 ) -> str:
     """A choice between options, with what the chosen one means below it."""
-    chosen = st.segmented_control(
-        label,
-        list(options),
-        default=default,
-        required=True,
-        key=key,
-        bind="query-params",
-        on_change=on_change,
-        help=help,
-    )
+    chosen = shared.choose(label, options, default, key, on_change=on_change, help=help)
     st.caption(options[chosen])
-    return str(chosen)
+    return chosen
 
 
 def _advanced(base: AttackConfig) -> dict[str, Any]:

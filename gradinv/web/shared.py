@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
@@ -166,3 +166,10 @@ def pixels_of(pictures: Sequence[Picture], network: Model) -> Tensor:
     if not pictures:
         raise GradinvError("Choose at least one picture.")
     return sources.pixels_of(pictures, network.preprocessing)
+
+
+def choose(label: str, options: Iterable[str], default: str, key: str, **more: Any) -> str:
+    """One of some words, which the address keeps; `more` is what Streamlit's control takes besides."""
+    return str(
+        st.segmented_control(label, list(options), default=default, required=True, key=key, bind="query-params", **more)
+    )

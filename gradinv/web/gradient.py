@@ -22,7 +22,7 @@ from gradinv.jobs import Limits, Shared, manager
 from gradinv.models import MODELS, Model
 from gradinv.recovery.examination import Examined, examine
 from gradinv.recovery.labels import UPDATE, restore_labels
-from gradinv.sources import find, gallery
+from gradinv.sources import find, gallery, pixels_of
 from gradinv.types import GradinvError, Observation
 from gradinv.web import markup, shared, uploads
 
@@ -237,7 +237,7 @@ def sample(name: str, pictures: Sequence[str]) -> bytes:
     network = shared.model(name)
     chosen = [find(gallery(network), picture) for picture in pictures]
     labels = torch.tensor([network.class_index(picture.wnid or "") for picture in chosen])
-    pixels = shared.pixels_of(chosen, network)
+    pixels = pixels_of(chosen, network.preprocessing)
     with shared.using:
         return observe(network, pixels, labels).pack()
 

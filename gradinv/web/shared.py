@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
@@ -16,7 +16,7 @@ import torch
 from PIL import ImageOps
 from torch import Tensor
 
-from gradinv import figures, sources
+from gradinv import figures
 from gradinv.client import observe
 from gradinv.defenses import parse_all
 from gradinv.models import MODELS, Model, load_model
@@ -159,13 +159,6 @@ def folder() -> ImageFolder:
 def sample_set() -> SampleSet:
     """The public sample set, fetched picture by picture."""
     return SampleSet()
-
-
-def pixels_of(pictures: Sequence[Picture], network: Model) -> Tensor:
-    """Pixels (B, 3, S, S) in [0, 1] as the model takes them. Raises GradinvError for one that cannot be decoded."""
-    if not pictures:
-        raise GradinvError("Choose at least one picture.")
-    return sources.pixels_of(pictures, network.preprocessing)
 
 
 def choose(label: str, options: Iterable[str], default: str, key: str, **more: Any) -> str:

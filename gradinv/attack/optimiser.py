@@ -66,16 +66,6 @@ class Optimiser(Protocol):
         """Go back to where `tensors` was called."""
 
 
-def optimiser_of(
-    config: AttackConfig, preprocessing: Preprocessing, images: Tensor, separable: bool = False
-) -> Optimiser:
-    """The one that the config names, at normalised images (g, B, 3, h, h); `separable` says whether the objective is a
-    sum over images."""
-    if config.optimiser == "adam":
-        return Adam(config, preprocessing, images)
-    return LBFGS(preprocessing, images, separable)
-
-
 class Adam:
     """Adam (Kingma and Ba 2015), fed with the gradient or its sign, with pixel noise and clamping after each step."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradinv.attack.consensus import consensus
-from gradinv.attack.optimiser import optimiser_of, upsample
+from gradinv.attack.optimiser import LBFGS, Adam, Optimiser, upsample
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
 from gradinv.models import Model
@@ -86,7 +86,11 @@ class Run:
         images = self.normal((len(self._mine), batch_size, 3, side, side)) * config.start_scale
         if start is not None:
             images += F.interpolate(start, (side, side), mode="area")
-        self.optimiser = optimiser_of(config, model.preprocessing, images, separable)
+        self.optimiser: Optimiser
+        if config.optimiser == "adam":
+            self.optimiser = Adam(config, model.preprocessing, images)
+        else:
+            self.optimiser = LBFGS(model.preprocessing, images, separable)
         self._group: Tensor | None = None
         self._gathered: dict[str, Tensor] | None = None
 

@@ -106,7 +106,7 @@ class Attack:
     learning_rate: float = _option(0.1, "Adam's learning rate after warm-up, then cosine decay to 0", least=0)
     warmup: int = _option(50, "steps of linear warm-up (at most a tenth of the run)", least=0)
     noise: float = _option(0.2, "pixel noise after each step, α_n, times the current learning rate", least=0)
-    project: bool = _option(False, "project pixels onto [0, 1] after each step")
+    projection: bool = _option(False, "project pixels onto [0, 1] after each step")
     start: str = _option(
         "random",
         "what a seed starts from: noise, or the picture that a learned decoder makes of the lowest solved activations, "
@@ -284,7 +284,7 @@ _RETIRED = {
     ("tv_luma", "0.0"): "another tv_chroma, since luma always counts 1",
     ("stepping", "packed"): "traced, which is as fast or faster by now",
 }
-RENAMED = {"box": "project"}
+RENAMED = {"box": "projection"}
 """Settings of older versions that have another name now."""
 
 _ERRORS = {"predicted": "loss", "recovered": "logits"}
@@ -318,7 +318,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimiser_step": "sign",
         "learning_rate": 0.2,
         "noise": 0.0,
-        "project": True,
+        "projection": True,
         "start_scale": 0.1,
         "stages": (0.25, 0.3, 0.45),
     },
@@ -343,7 +343,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pooling": (0.3, 1.0, 3.0, 10.0, 0.0, 3.0, 10.0, 0.0),
         "meetings": (0.625,),
         "noise": 0.0,
-        "project": True,
+        "projection": True,
         "start_scale": 0.45,
     },
 }

@@ -142,7 +142,7 @@ def test_the_command_line_that_does_the_same_is_shown(visit: Open) -> None:
     app = visit(pictures="goldfish.tree-frog", seeds="3", set_stages="0.5, 0.5", set_box="false")
     expected = "gradinv invert goldfish tree-frog --model resnet18-tiny --preset demo"
     (shown,) = (item.value for item in app.code if item.value.startswith("gradinv invert"))
-    assert shown == f"{expected} --seeds 3 --iterations 1 --no-project --stages 0.5,0.5"
+    assert shown == f"{expected} --seeds 3 --iterations 1 --no-projection --stages 0.5,0.5"
     assert "command" not in text(visit(pictures=""))
 
 
@@ -247,7 +247,7 @@ def test_every_setting_is_read_from_the_address(visit: Open) -> None:
     shown = (
         app.selectbox(key="set_match").value,
         app.number_input(key="set_tv").value,
-        app.toggle(key="set_box").value,
+        app.toggle(key="set_projection").value,
     )
     assert shown == ("l2", 0.3, False)
     assert app.text_input(key="set_stages").value == "0.5, 0.5" and app.number_input(key="set_seed").value == 5

@@ -391,7 +391,7 @@ def test_every_field_is_an_option(item: dataclasses.Field[Any]) -> None:
 def test_what_is_not_given_is_the_presets() -> None:
     args = cli._parser("invert").parse_args(["invert", "lion", "--no-box", "--tv-luma", "2", "--stages", ""])
     config = config_from("demo", "resnet18-tiny", settings_given(args))
-    assert config == AttackConfig.preset("demo", "resnet18-tiny", project=False, tv=1.2, tv_chroma=0.5, stages=())
+    assert config == AttackConfig.preset("demo", "resnet18-tiny", projection=False, tv=1.2, tv_chroma=0.5, stages=())
 
 
 def test_a_configuration_file_stands_between_preset_and_flags(tmp_path: Path) -> None:
@@ -743,7 +743,7 @@ def test_changed_weights_are_not_resumed(stopped: str, capsys: pytest.CaptureFix
         (["--preset", "paper"], "--preset"),
         (["--out", "x"], "--out"),
         (["--observation", "x"], "--observation"),
-        (["--no-project"], "--project"),
+        (["--no-projection"], "--projection"),
         (["--tv-form", "rgb"], "--tv-form"),
     ],
 )

@@ -48,7 +48,7 @@ def test_defaults_are_the_constants_of_the_paper() -> None:
     )
     # What the paper does not have is off.
     assert (paper.features, paper.layers, paper.boundary, paper.optimiser_step) == (0, "all", "loss", "gradient")
-    assert paper.project is False and paper.stages == () and paper.activations == 0
+    assert paper.projection is False and paper.stages == () and paper.activations == 0
     assert paper.optimiser == "adam" and paper.pooling == paper.tv_schedule == ()
 
 
@@ -130,7 +130,7 @@ def test_words_that_are_no_choice(name: str) -> None:
         ("tv", "0.1"),
         ("tv", None),
         ("tv", False),
-        ("project", 1),
+        ("projection", 1),
         ("match", 3),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_older_versions_called_errors_is_read(errors: str, tmp_path: Path) 
 
 
 def test_settings_of_older_versions_mean_what_they_meant() -> None:
-    assert AttackConfig.from_dict({"box": True}) == AttackConfig(project=True)
+    assert AttackConfig.from_dict({"box": True}) == AttackConfig(projection=True)
     old = {"tv": 0.2, "tv_form": "smooth", "tv_luma": 0.5, "tv_chroma": 2.0}
     assert AttackConfig.from_dict(old) == AttackConfig(tv=0.1, tv_form="smooth", tv_chroma=4.0)
     assert AttackConfig.from_dict(old | {"tv_form": "rgb"}) == AttackConfig(tv=0.2, tv_form="rgb", tv_chroma=2.0)

@@ -118,7 +118,7 @@ def check_what_they_say_to_one_another(ranks: Ranks) -> None:
         {"group": 0.1, "seeds": 7},
         {"group": 0.1, "registration": "affine", "registration_start": 0.3, "registration_interval": 0.25},
         {"group": 0.1, "registration": "affine", "registration_start": 0.0, "optimiser_step": "sign", "seeds": 5},
-        {"group": 0.1, "registration": "affine", "registration_start": 0.6, "features": 0.5, "project": True},
+        {"group": 0.1, "registration": "affine", "registration_start": 0.6, "features": 0.5, "projection": True},
     ],
 )
 def check_every_snapshot(

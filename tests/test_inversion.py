@@ -20,7 +20,7 @@ from gradinv.metrics import constant_colour, pair, psnr
 from gradinv.stepping import resolve_mode
 from gradinv.types import BatchNormStatistics, GradinvError
 
-CONFIG = dataclasses.replace(PLAIN, seeds=2, iterations=60, optimiser_step="sign", project=True)
+CONFIG = dataclasses.replace(PLAIN, seeds=2, iterations=60, optimiser_step="sign", projection=True)
 
 
 def test_reconstruction_beats_its_start_by_4_db_and_a_constant_colour_by_1(small_model, small_batch, observation):
@@ -323,7 +323,7 @@ RESUMABLE = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("changes", [{}, {"project": False, "optimiser_step": "sign", "registration": "lazy"}])
+@pytest.mark.parametrize("changes", [{}, {"projection": False, "optimiser_step": "sign", "registration": "lazy"}])
 def test_a_run_resumed_after_any_step_ends_with_the_same_bits(small_model, observation, changes, tmp_path, monkeypatch):
     """Also in the last step before a stage begins and in the first one after, and between two registrations."""
     config = dataclasses.replace(RESUMABLE, **changes)

@@ -104,7 +104,7 @@ class Adam:
         self._images.data += noise
 
     def project(self) -> None:
-        if self._config.project:
+        if self._config.projection:
             low, high = self._limits
             self._images.data.clamp_(low, high)
 

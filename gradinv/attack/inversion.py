@@ -15,7 +15,7 @@ from gradinv.attack.boundary import settled
 from gradinv.attack.memory import check_memory, parallel_seeds
 from gradinv.attack.objective import Objective
 from gradinv.attack.optimiser import Adam, upsample
-from gradinv.attack.state import Run, RunState, learning_rate, meeting_steps, stage_at
+from gradinv.attack.state import Run, RunState, learning_rate, meeting_steps
 from gradinv.checks import check_observation
 from gradinv.config import AttackConfig
 from gradinv.distributed import ALONE, Ranks
@@ -27,6 +27,8 @@ from gradinv.stepping import Gradient, Stepper
 from gradinv.types import GradinvError, Observation, Prior, Recovered, Snapshot, SolvedNode, Term
 
 T = TypeVar("T")
+
+DIVERGED = "The objective stopped being finite at iteration {}; take a lower learning rate or other weights."
 
 
 @torch.inference_mode(False)
@@ -83,10 +85,8 @@ def invert(
     if resume is not None:
         run.restore(resume)
     parallel = parallel_seeds(model, observation.batch_size, replace(config, seeds=share))
-    begun, seconds = (0, 0.0) if resume is None else (resume.step, resume.seconds)
-    emission = _Emission(run, recovered, prior, parallel, every, interval, seconds)
-    stop = stop or threading.Event()
-    stream = iterate(run, objective, parallel, stop, emission.due, emission.snapshot, begun)
+    emission = _Emission(run, recovered, prior, parallel, every, interval, 0.0 if resume is None else resume.seconds)
+    stream = iterate(run, objective, parallel, stop or threading.Event(), emission.due, emission.snapshot)
     return Snapshots(run, stream, recovered)
 
 
@@ -97,9 +97,8 @@ def iterate(
     stop: threading.Event,
     due: Callable[[int], bool],
     emit: Callable[[int, Done | None], T],
-    begun: int = 0,
 ) -> Generator[T]:
-    """The loop, from the state after `begun` steps: evaluate, step, noise, project, emit.
+    """The loop, from where the run stands: evaluate, step, noise, project, emit.
 
     Yields `emit(steps, what the last one found)` at the start, after each step that is `due`, and where `stop` is set,
     which ends it. Several ranks go through it together. Raises GradinvError where the objective is not finite on any
@@ -108,35 +107,27 @@ def iterate(
     config, optimiser, ranks = run.config, run.optimiser, run.ranks
     annealed: tuple[float | None, float] | None = None
     done: Done | None = None
-    yield emit(begun, None)
-    for step in range(begun, config.iterations):
-        stage = stage_at(run.plan, step)
+    yield emit(run.begun, None)
+    for step in range(run.begun, config.iterations):
+        stage = run.enter(step)
         if stage.annealed != annealed:
             annealed = stage.annealed
             judged = objective.annealed(*annealed)
             stepper = Stepper(judged, config.stepping, steps=_evaluations(run, annealed), parallel=parallel)
-        if step == stage.first:
-            optimiser.enter(upsample(optimiser.images, stage.side))
 
         # Evaluate Eqn 1 and Eqn 2 of each seed: L_grad (Eqn 3) with the labels of Eqn 8, R_fidelity (Eqn 9, Eqn 10),
         # R_group (Eqn 11) towards the group's mean (Eqn 12); and the gradient with respect to the pixels.
         trial = optimiser.trial.requires_grad_()
         full = upsample(trial, run.model.preprocessing.size)
         found = stepper.each(full.detach(), run.group_target(step, stage), stop)
-        complete = len(found) == len(full)
-        if complete:
-            values = torch.stack([one.parts for one in found])
-            # Through the upsampling of a coarse stage.
-            (gradient,) = torch.autograd.grad(full, trial, torch.stack([one.gradient for one in found]))
-        stopped, diverged = ranks.any(not complete, complete and not optimiser.usable(gradient, values))
-        if stopped:  # on the way, on any rank: nothing has changed
+        if any(ranks.any(len(found) < len(full))):  # stopped on the way, on any rank: nothing has changed
             yield emit(step, done)
             return
-        if diverged:
-            raise GradinvError(
-                f"The objective stopped being finite at iteration {step + 1}; "
-                "take a lower learning rate or other weights."
-            )
+        values = torch.stack([one.parts for one in found])
+        # Through the upsampling of a coarse stage.
+        (gradient,) = torch.autograd.grad(full, trial, torch.stack([one.gradient for one in found]))
+        if any(ranks.any(not optimiser.usable(gradient, values))):
+            raise GradinvError(DIVERGED.format(step + 1))
         done = Done(found, judged.weights, stepper)
 
         # Step: by Adam with the learning rate λ(t), or by L-BFGS, which takes neither rate nor noise.

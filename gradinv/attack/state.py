@@ -58,7 +58,7 @@ class RunState:
 class Run:
     """The state that is optimised: the images of this rank's seeds with their optimiser, and their generators.
 
-    `_group` is the group's mean that the seeds are drawn to: once registration has begun it is held between two, and
+    `begun` is how many steps were done before, where it was restored. `_group` is the group's mean that the seeds are drawn to: once registration has begun it is held between two, and
     with L-BFGS for a stage. Where there are several ranks, all of them call each method that tells of the group or of
     other ranks' seeds.
     """
@@ -91,6 +91,7 @@ class Run:
             self.optimiser = Adam(config, model.preprocessing, images)
         else:
             self.optimiser = LBFGS(model.preprocessing, images, separable)
+        self.begun = 0
         self._group: Tensor | None = None
         self._gathered: dict[str, Tensor] | None = None
 
@@ -144,6 +145,14 @@ class Run:
         except (GradinvError, KeyError, IndexError, RuntimeError, TypeError) as error:
             raise GradinvError(f"The saved state is that of another run ({error}); start this one again.") from error
         self._group = tensors["group"].to(device, copy=True) if "group" in tensors else None
+        self.begun = state.step
+
+    def enter(self, step: int) -> Stage:
+        """The stage of the step after `step` others; with its first step the images get its size."""
+        stage = stage_at(self.plan, step)
+        if step == stage.first:
+            self.optimiser.enter(upsample(self.optimiser.images, stage.side))
+        return stage
 
     def full_size(self) -> Tensor:
         """This rank's normalised images (g, B, 3, S, S), upsampled where the stage is coarser."""

@@ -58,9 +58,9 @@ class RunState:
 class Run:
     """The state that is optimised: the images of this rank's seeds with their optimiser, and their generators.
 
-    `begun` is how many steps were done before, where it was restored. `_group` is the group's mean that the seeds are drawn to: once registration has begun it is held between two, and
-    with L-BFGS for a stage. Where there are several ranks, all of them call each method that tells of the group or of
-    other ranks' seeds.
+    `begun` is how many steps were done before, where it was restored. `_group` is the group's mean that the seeds are
+    drawn to: once registration has begun it is held between two, and with L-BFGS for a stage. Where there are several
+    ranks, all of them call each method that tells of the group or of other ranks' seeds.
     """
 
     def __init__(

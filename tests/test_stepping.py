@@ -533,7 +533,7 @@ def test_an_evaluation_stays_on_its_device_and_waits_for_no_number(small_model, 
     observation = observe(small_model, *small_batch, share_bn=True)
     config = AttackConfig(**{**ALL_TERMS, "bn_form": "relative", "tv_form": "luma-chroma", **changes})
     found = solved(small_model, observation, small_batch[1], config)
-    moved = {name: getattr(found, name).to("meta") for name in ("labels", "features", "errors")}
+    moved = {name: getattr(found, name).to("meta") for name in ("labels", "features", "output_errors")}
     model = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
     objective = Objective(model, observation, dataclasses.replace(found, **moved), config)
     assert set(objective.weights) == {"features", "gradient", "bn", "tv", "l2", "group"}

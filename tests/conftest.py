@@ -167,6 +167,26 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
+# --- the page
+
+
+@pytest.fixture
+def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page's queue and what it holds of visitors are the test's own, and it names no folder."""
+    from gradinv import jobs
+    from gradinv.web import gradient, shared
+
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+    # A warm worker model saves a visitor a second and would cost these tests several.
+    monkeypatch.setattr(shared, "warm", lambda name: None)
+    monkeypatch.setattr(shared, "owner", shared.visitor)  # what AppTest gives for cookies is no text
+    monkeypatch.setattr(gradient, "_shelf", gradient.Shelf())
+    shared.folder.clear()
+    jobs.reset()
+    yield
+    jobs.reset()
+
+
 # --- the command line
 
 
@@ -191,4 +211,6 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """Run a command that has to fail as bad use: → its one sentence."""
     capsys.readouterr()
     assert cli.main(args) == 2
-    return one_sentence(capsys.readouterr().err)
+    *aside, last = capsys.readouterr().err.splitlines(keepends=True)
+    assert not aside or "--json" in args
+    return one_sentence(last)

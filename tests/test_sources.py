@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import os
 import resource
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Server, encoded
 from PIL import Image
 from torch import nn
 
@@ -30,12 +28,6 @@ GOLDFISH, TENCH, LION, UNKNOWN = "n01443537", "n01440764", "n02129165", "n999999
 def model_of(classes: tuple[ImageClass, ...]) -> Model:
     """A model of which nothing but its classes is asked."""
     return Model("classes", nn.Identity(), "0" * 64, Preprocessing(64, 64), classes, None)
-
-
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()
 
 
 def picture_bytes(colour: str = "red") -> bytes:
@@ -210,16 +202,9 @@ def imagenet(tmp_path: Path) -> Path:
     """Three classes, one of them unknown to ImageNet, one as in Tiny ImageNet, and things that are neither."""
     root = tmp_path / "imagenet"
     for name in (
-        f"{GOLDFISH}/b.JPEG",
-        f"{GOLDFISH}/a.jpg",
-        f"{GOLDFISH}/c.PNG",
-        f"{GOLDFISH}/.hidden.JPEG",
-        f"{GOLDFISH}/readme.txt",
-        f"{TENCH}/images/{TENCH}_0.JPEG",
-        f"{TENCH}/{TENCH}_boxes.txt",
-        f"{UNKNOWN}/only.jpeg",
-        "devkit/help.png",
-        f"{LION}.txt",
+        *(f"{GOLDFISH}/{file}" for file in ("b.JPEG", "a.jpg", "c.PNG", ".hidden.JPEG", "readme.txt")),
+        *(f"{TENCH}/images/{TENCH}_0.JPEG", f"{TENCH}/{TENCH}_boxes.txt", f"{UNKNOWN}/only.jpeg"),
+        *("devkit/help.png", f"{LION}.txt"),
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(picture_bytes())
@@ -308,44 +293,6 @@ def test_folder_that_is_missing_or_holds_no_classes(tmp_path: Path) -> None:
 # --- the sample set, from a local server
 
 
-class Server(ThreadingHTTPServer):
-    """Serves `files` and notes in `asked` what was asked for; `claim` is added to the length that it states."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-    claim: int
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        server = self.server
-        assert isinstance(server, Server)
-        server.asked.append(self.path)
-        body = server.files.get(self.path)
-        if body is None:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body) + server.claim))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.files, server.asked, server.claim = {}, [], 0
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
 # Noise, so that the file is large enough to be cut; a name with characters that an address has to escape.
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 TENCH_FILE, TENCH_DATA = f"{TENCH}_jack-o'-lantern.png", encoded(Image.fromarray(NOISE))
@@ -361,7 +308,7 @@ def samples(tmp_path: Path, server: Server) -> SampleSet:
         writer.writerow((0, TENCH, "tench", TENCH_FILE, len(TENCH_DATA), hashlib.sha256(TENCH_DATA).hexdigest()))
         writer.writerow((1, GOLDFISH, "goldfish", "missing.JPEG", 10, "0" * 64))
     server.files[f"/set/{TENCH}_jack-o%27-lantern.png"] = TENCH_DATA
-    return SampleSet(tmp_path / "cache", f"http://127.0.0.1:{server.server_port}/set", index)
+    return SampleSet(tmp_path / "cache", f"{server.url}/set", index)
 
 
 def kept(samples: SampleSet) -> list[str]:
@@ -384,15 +331,11 @@ def test_sample_that_the_server_lacks(samples: SampleSet) -> None:
     assert kept(samples) == []
 
 
-def damaged(data: bytes) -> bytes:
-    return data[:-1] + bytes([data[-1] ^ 1])
-
-
-@pytest.mark.parametrize("change", [damaged, lambda data: data + b"!", lambda data: data[:-1]])
-def test_sample_with_other_contents_is_not_kept(
-    samples: SampleSet, server: Server, change: Callable[[bytes], bytes]
-) -> None:
-    server.files = {path: change(data) for path, data in server.files.items()}
+@pytest.mark.parametrize(
+    "contents", [TENCH_DATA[:-1] + b"!", TENCH_DATA + b"!", TENCH_DATA[:-1]], ids=["same", "more", "less"]
+)
+def test_sample_with_other_contents_is_not_kept(samples: SampleSet, server: Server, contents: bytes) -> None:
+    server.files = dict.fromkeys(server.files, contents)
     assert "with other contents than expected" in sentence(samples.pictures[0].open)
     assert kept(samples) == []
 
@@ -411,9 +354,8 @@ def test_connection_that_breaks_off_leaves_nothing(samples: SampleSet, server: S
 
 
 def test_no_network(tmp_path: Path, samples: SampleSet, server: Server) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
-        port = closed.server_port
-    samples.base_url = f"http://127.0.0.1:{port}/"
+    with Server() as closed:
+        samples.base_url = f"{closed.url}/"
     assert "no connection; try again later or take pictures of the gallery" in sentence(samples.pictures[0].open)
     assert kept(samples) == []
 

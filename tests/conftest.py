@@ -72,6 +72,12 @@ def objective_for(model: Model, observation: Observation, labels: Tensor, config
     return Objective(model, observation, solved(model, observation, labels, config), config)
 
 
+def smooth(count: int, seed: int, coarse: int = 2, size: int = SIZE) -> Tensor:
+    """Pictures (count, 3, size, size) without fine detail, pixels in [0, 1]."""
+    values = torch.rand(count, 3, coarse, coarse, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(values, (size, size), mode="bilinear")
+
+
 @pytest.fixture(autouse=True)
 def own_main() -> Iterator[None]:
     """Streamlit's AppTest leaves the app as the main module, which a process started later would run."""
@@ -99,10 +105,7 @@ def small_model() -> Model:
 @pytest.fixture
 def small_batch() -> tuple[Tensor, Tensor]:
     """Three smooth pictures (pixels in [0, 1], (3, 3, 8, 8)) and their distinct labels."""
-    generator = torch.Generator().manual_seed(1)
-    coarse = torch.rand(3, 3, 2, 2, generator=generator)
-    pixels = nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear")
-    return pixels, torch.tensor([4, 1, 2])
+    return smooth(3, 1), torch.tensor([4, 1, 2])
 
 
 @pytest.fixture

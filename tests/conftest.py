@@ -187,6 +187,7 @@ def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     shared.folder.clear()
     jobs.reset()
     yield
+    shared.folder.clear()
     jobs.reset()
 
 

@@ -303,11 +303,11 @@ def test_a_gradient_of_ones_own_takes_the_batchs_place(name, monkeypatch):
 
 
 def test_labels_that_repeat_are_beyond_column_minimum():
-    said = text(visit("lessons_labels", size="8", repeats="2", draw="3"))
-    assert "**8 pictures of 4 classes**" in said
-    assert "Here **4 of 8** of these rows are classes of the batch, which holds 4 classes." in said
+    said = text(visit("lessons_labels", size="4", repeats="2", draw="3"))
+    assert "**4 pictures of 2 classes**" in said
+    assert "Here **2 of 4** of these rows are classes of the batch, which holds 2 classes." in said
     columns = said.split("<tfoot>")[1].split("</tfoot>")[0]
-    assert columns.startswith("<tr><td>Right</td><td>8</td><td>8 of 8</td><td>4 of 8</td>")  # truth, auto, minimum
+    assert columns.startswith("<tr><td>Right</td><td>4</td><td>4 of 4</td><td>2 of 4</td>")  # truth, auto, minimum
     assert "100 % sure" in said
 
 

@@ -8,7 +8,9 @@ from conftest import smooth
 from torch.nn import functional as F
 
 from gradinv.client import observe
+from gradinv.config import AttackConfig
 from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, recover_features
+from gradinv.recovery.recover import recover
 from gradinv.types import GradinvError, Observation
 
 
@@ -159,3 +161,6 @@ def test_as_many_images_as_classes_are_refused(small_model):
     observation = observe(small_model, torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), labels)
     with pytest.raises(GradinvError, match="fewer images than the 6 classes, not for 6"):
         recover_features(small_model, observation, labels)
+    for features, advice in ((1.0, "set features to 0 and boundary to loss"), (0.0, "set boundary to loss")):
+        with pytest.raises(GradinvError, match=f"not for 6; {advice}"):
+            recover(small_model, observation, AttackConfig(boundary="logits", features=features))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import objective_for, solved
+from conftest import objective_for, smooth, solved
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import ResNet
@@ -68,8 +68,7 @@ def model() -> Model:
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
     """Two smooth pictures (pixels in [0, 1]) and their labels."""
-    coarse = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    return F.interpolate(coarse, (SIZE, SIZE), mode="bilinear"), torch.tensor([3, 1])
+    return smooth(2, 1, 4, SIZE), torch.tensor([3, 1])
 
 
 def known(model: Model, batch: tuple[Tensor, Tensor], scale: float = 1.0, error: float = 0.0) -> Recovered:

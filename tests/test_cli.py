@@ -43,10 +43,10 @@ from gradinv.models import MODELS, load_model
 from gradinv.recording import Recording
 from gradinv.types import GradinvError, Observation, Recovered, Snapshot
 
-SMALL = ["--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu"]
-QUICK = [*SMALL, "--preset", "matching", "--seeds", "1", "--iterations", "2"]
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
+SMALL = ["--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu"]
+QUICK = [*SMALL, "--preset", "matching", "--seeds", "1", "--iterations", "2"]
 GOLDFISH, TENCH = "n01443537", "n01440764"  # the bundled models know the first only
 
 
@@ -80,7 +80,7 @@ def begun(*args: str, records: int) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def whole(tmp_path_factory):
     """A run of two pictures, recorded once for all tests, and what was said of it."""
     folder = tmp_path_factory.mktemp("whole")
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as said:
@@ -90,7 +90,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture
-def recorded(whole: tuple[Path, str]) -> Path:
+def recorded(whole):
     """A copy of that run in ./run."""
     return Path(shutil.copytree(whole[0], "run"))
 
@@ -105,7 +105,7 @@ def changed_run(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 # --- whole runs as a process
 
 
-def test_invert_prints_the_table_and_keeps_the_run(whole: tuple[Path, str]) -> None:
+def test_invert_prints_the_table_and_keeps_the_run(whole):
     folder, said = whole
     lines, run = said.splitlines(), json.loads((folder / "run.json").read_text())
     assert lines[0] == "resnet18-tiny: 200 classes at 32 × 32 px, top-1 44.5 %, on cpu"
@@ -130,7 +130,7 @@ def test_invert_prints_the_table_and_keeps_the_run(whole: tuple[Path, str]) -> N
     assert (folder / "images" / "consensus_01.png").is_file()
 
 
-def test_json_is_all_that_stands_in_the_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_is_all_that_stands_in_the_output(tmp_path, capfd):
     assert cli.main(["invert", "lion", *QUICK, "--preset", "demo", "--json"]) == 0
     run = json.loads(capfd.readouterr().out)
     (folder,) = (tmp_path / "runs").iterdir()
@@ -142,7 +142,7 @@ def test_json_is_all_that_stands_in_the_output(tmp_path: Path, capfd: pytest.Cap
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_signal_keeps_the_run() -> None:
+def test_a_signal_keeps_the_run():
     """SIGTERM; Ctrl-C is sent within this process below."""
     args = ["goldfish", "tabby", *QUICK, "--iterations", "100000", "--every", "1"]
     with begun(*args, records=3) as started:
@@ -157,7 +157,7 @@ def test_a_signal_keeps_the_run() -> None:
     assert "PSNR constant" in output
 
 
-def test_help_and_the_version_are_quick_because_they_leave_torch_alone() -> None:
+def test_help_and_the_version_are_quick_because_they_leave_torch_alone():
     script = (
         "import sys; from gradinv.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -171,14 +171,14 @@ def test_help_and_the_version_are_quick_because_they_leave_torch_alone() -> None
     assert done.stdout.startswith(f"gradinv {gradinv.__version__}\n")
 
 
-def test_help_names_every_setting_also_on_a_plain_terminal() -> None:
+def test_help_names_every_setting_also_on_a_plain_terminal():
     done = process("invert", "--help", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "examples:" in done.stdout
     for item in dataclasses.fields(AttackConfig):
         assert f"--{item.name.replace('_', '-')}" in done.stdout
 
 
-def test_a_reader_that_goes_away() -> None:
+def test_a_reader_that_goes_away():
     with subprocess.Popen(
         [sys.executable, "-m", "gradinv", "models"], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
     ) as started:
@@ -191,9 +191,7 @@ def test_a_reader_that_goes_away() -> None:
 # --- bad use
 
 
-def test_an_output_folder_without_permission(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_folder_without_permission(monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "is write-protected; name another with --out" in fails(capsys, "invert", "lion", *QUICK, "--out", "a/b")
 
@@ -232,9 +230,7 @@ def test_an_output_folder_without_permission(
         (["lion", "--out", "text.png/run"], "Nothing can be written to text.png/run"),
     ],
 )
-def test_bad_use_is_one_sentence_and_leaves_nothing(
-    args: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_use_is_one_sentence_and_leaves_nothing(args, sentence, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "list.json").write_text("[1]")
     picture(tmp_path / "mine.png")
@@ -268,9 +264,7 @@ def test_bad_use_is_one_sentence_and_leaves_nothing(
     ],
     ids=" ".join,
 )
-def test_mistyped_arguments_are_one_sentence(
-    args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistyped_arguments_are_one_sentence(args, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(args)
     assert ended.value.code == 2
@@ -297,7 +291,7 @@ def changed(item: dataclasses.Field[Any]) -> tuple[list[str], Any]:
 
 
 @pytest.mark.parametrize("item", dataclasses.fields(AttackConfig), ids=lambda item: item.name)
-def test_every_field_is_an_option(item: dataclasses.Field[Any]) -> None:
+def test_every_field_is_an_option(item):
     flags, value = changed(item)
     args = cli._parser("invert").parse_args(["invert", "lion", *flags])
     settings = settings_given(args)
@@ -305,20 +299,20 @@ def test_every_field_is_an_option(item: dataclasses.Field[Any]) -> None:
     assert config_from("paper", "resnet18-tiny", settings) == AttackConfig(**{item.name: value})
 
 
-def test_what_is_not_given_is_the_presets() -> None:
+def test_what_is_not_given_is_the_presets():
     args = cli._parser("invert").parse_args(["invert", "lion", "--no-box", "--stages", ""])
     config = config_from("demo", "resnet18-tiny", settings_given(args))
     assert config == AttackConfig.preset("demo", "resnet18-tiny", box=False, stages=())
 
 
-def test_a_configuration_file_stands_between_preset_and_flags(tmp_path: Path) -> None:
+def test_a_configuration_file_stands_between_preset_and_flags(tmp_path):
     (tmp_path / "settings.json").write_text('{"seeds": 5, "iterations": 7}')
     args = cli._parser("invert").parse_args(["invert", "lion", "--config", "settings.json", "--seeds", "6"])
     config = config_from("demo", "resnet18-tiny", settings_given(args))
     assert config == AttackConfig.preset("demo", "resnet18-tiny", seeds=6, iterations=7)
 
 
-def test_an_earlier_run_is_repeated_exactly(recorded: Path) -> None:
+def test_an_earlier_run_is_repeated_exactly(recorded):
     args = ["invert", "goldfish", "tabby", *SMALL, "--config", "run/run.json", "--out", "again"]
     assert cli.main(args) == 0
     first, second = Recording.open(recorded), Recording.open("again")
@@ -331,13 +325,13 @@ def test_an_earlier_run_is_repeated_exactly(recorded: Path) -> None:
 # --- where pictures and their classes come from
 
 
-def test_pictures_by_path_and_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_by_path_and_their_classes(tmp_path, capsys):
     files = [str(picture(tmp_path / "a.png", 1)), str(picture(tmp_path / "b.png", 2)), "goldfish"]
     assert cli.main(["invert", *files, *QUICK, "--class", "LION", "--class", "n02123045", "--out", "run"]) == 0
     assert "The client's batch: lion, tabby, goldfish\n" in capsys.readouterr().out
 
 
-def test_one_class_for_all_files_and_the_folders_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_class_for_all_files_and_the_folders_class(tmp_path, capsys):
     files = [str(picture(tmp_path / GOLDFISH / f"{name}.JPEG", seed)) for seed, name in enumerate("ab")]
     assert cli.main(["invert", *files, *QUICK, "--labels", "column-minimum", "--out", "known"]) == 0
     output = capsys.readouterr().out
@@ -348,9 +342,7 @@ def test_one_class_for_all_files_and_the_folders_class(tmp_path: Path, capsys: p
     assert "The client's batch: lion, lion\n" in capsys.readouterr().out
 
 
-def test_files_without_a_class_are_what_the_network_takes_them_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_without_a_class_are_what_the_network_takes_them_for(tmp_path, capsys):
     """Of a large batch some classes are named."""
     files = [str(picture(tmp_path / f"{name}.png", seed)) for seed, name in enumerate("abcdefghijklmno")]
     assert cli.main(["invert", *files, *QUICK, "--save-observation", "o.safetensors"]) == 0
@@ -359,7 +351,7 @@ def test_files_without_a_class_are_what_the_network_takes_them_for(
     assert re.search(r"The client's batch: (.+, ){11}.+ and 3 more\n", said)
 
 
-def test_samples_are_drawn_by_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_are_drawn_by_the_seed(capsys):
     drawn = []
     for number, (how, seed) in enumerate((("--samples", "3"), ("--batch-size", "3"), ("--batch-size", "4"))):
         args = ["invert", *QUICK, how, "3", "--seed", seed, "--save-observation", f"{number}.safetensors"]
@@ -369,9 +361,7 @@ def test_samples_are_drawn_by_the_seed(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
-def test_pictures_of_an_imagenet_folder(
-    by_variable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_of_an_imagenet_folder(by_variable, tmp_path, monkeypatch, capsys):
     for seed, wnid in enumerate((GOLDFISH, TENCH)):
         picture(tmp_path / "val" / wnid / f"{wnid}_1.JPEG", seed)
     where = [] if by_variable else ["--imagenet", "val"]
@@ -382,7 +372,7 @@ def test_pictures_of_an_imagenet_folder(
     assert "The client's batch: goldfish\n" in capsys.readouterr().out
 
 
-def test_notes_on_a_picture_are_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_on_a_picture_are_passed_on(tmp_path, capsys):
     Image.new("RGBA", (40, 40), (200, 30, 30, 128)).save(tmp_path / "clear.png")
     assert cli.main(["invert", "clear.png", *QUICK, "--class", "lion", "--json"]) == 0
     captured = capsys.readouterr()
@@ -399,10 +389,8 @@ def test_notes_on_a_picture_are_passed_on(tmp_path: Path, capsys: pytest.Capture
         ("none", "are not matched"),
     ],
 )
-def test_what_the_client_shares_of_bn_statistics_is_said(
-    bn: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = ["lion", "tabby", *QUICK, "--preset", "matching", "--bn", bn, "--gradient", "0"]
+def test_what_the_client_shares_of_bn_statistics_is_said(bn, said, capsys):
+    args = ["lion", "tabby", *QUICK, "--bn", bn, "--gradient", "0"]
     assert cli.main(["invert", *args, "--save-observation", "o.safetensors"]) == 0
     output = capsys.readouterr().out
     assert said in output and f"(--bn {bn})" in output
@@ -411,7 +399,7 @@ def test_what_the_client_shares_of_bn_statistics_is_said(
     assert (shared.bn is not None, shared.mode) == (bn == "exact", "train" if bn == "inferred" else "eval")
 
 
-def test_defences_are_applied_in_order_said_and_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_defences_are_applied_in_order_said_and_recorded(capsys):
     given = ["--defence", "clip:1", "--defence", "quantise:4"]
     assert cli.main(["invert", "lion", *QUICK, *given, "--save-observation", "defended.safetensors"]) == 0
     assert cli.main(["invert", "lion", *QUICK, "--save-observation", "plain.safetensors"]) == 0
@@ -434,7 +422,7 @@ def test_defences_are_applied_in_order_said_and_recorded(capsys: pytest.CaptureF
 
 
 @pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def observed(tmp_path_factory):
     """What the server receives of two pictures, in a file."""
     path = tmp_path_factory.mktemp("observed") / "observation.safetensors"
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -446,13 +434,11 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def saved(observed: Path) -> str:
+def saved(observed):
     return str(shutil.copy(observed, "observation.safetensors"))
 
 
-def test_an_observation_is_inverted_without_anything_that_needs_its_pictures(
-    saved: str, recorded: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_observation_is_inverted_without_anything_that_needs_its_pictures(saved, recorded, capsys):
     Path("settings.json").write_text('{"seeds": 2}')
     # Its model and size are its own.
     args = [*QUICK[4:8], "--iterations", "2", "--config", "settings.json"]
@@ -471,7 +457,7 @@ def test_an_observation_is_inverted_without_anything_that_needs_its_pictures(
     assert "PSNR" not in replayed and "goldfish" in replayed and Path("blind.gif").is_file()
 
 
-def test_progress_without_originals_has_no_psnr(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_without_originals_has_no_psnr(saved, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert cli.main(["invert", "--observation", saved, *QUICK[4:], "--every", "1"]) == 0
@@ -492,9 +478,7 @@ def test_progress_without_originals_has_no_psnr(saved: str, monkeypatch: pytest.
         (["--observation", "missing.safetensors"], "Cannot read an observation from missing.safetensors"),
     ],
 )
-def test_an_observation_that_something_contradicts(
-    saved: str, args: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_observation_that_something_contradicts(saved, args, sentence, capsys):
     assert cli.main(["invert", "--observation", saved, *QUICK[4:], *args]) == 2
     captured = capsys.readouterr()
     # What cannot be used is not described.
@@ -502,14 +486,14 @@ def test_an_observation_that_something_contradicts(
     assert not Path("runs").exists()
 
 
-def test_an_observation_of_weights_that_have_no_name(saved: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_observation_of_weights_that_have_no_name(saved, capsys):
     dataclasses.replace(Observation.load(saved), model_name="mine").save("mine.safetensors")
     assert "of 'mine', which is not the name of a model; name the weights file with --model" in fails(
         capsys, "invert", "--observation", "mine.safetensors"
     )
 
 
-def test_an_observation_from_a_plain_training_loop(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_observation_from_a_plain_training_loop(capsys):
     """What the README shows: nothing of gradinv touches the loop itself."""
     model = load_model("resnet18-tiny", device="cpu", image_size=32)
     network = copy.deepcopy(model.network)
@@ -532,7 +516,7 @@ LONG = [
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_killed_run_is_shown_and_resumed_to_the_same_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_run_is_shown_and_resumed_to_the_same_bits(tmp_path, capfd):
     """At a random moment of it: after some records, and a random time more."""
     assert cli.main(["invert", *LONG, "--out", "whole"]) == 0
     with begun(*LONG, records=random.randrange(1, 8)) as started:
@@ -562,7 +546,7 @@ def test_a_killed_run_is_shown_and_resumed_to_the_same_bits(tmp_path: Path, capf
 
 
 @pytest.fixture
-def stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def stopped(monkeypatch, capsys):
     """A run of the user's own weights that was stopped by Ctrl-C before its first step."""
     network = torchvision.models.resnet18(num_classes=3)
     safetensors.torch.save_file(network.state_dict(), "mine.safetensors")
@@ -575,15 +559,13 @@ def stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     monkeypatch.setattr(state.Run, "step", signalled)
     args = ["a.png", "--class", "class 1", *QUICK, "--model", "mine.safetensors", "--features", "0", "--out", "run"]
-    assert cli.main(["invert", *args, "--preset", "matching", "--boundary", "loss"]) == 130
+    assert cli.main(["invert", *args, "--boundary", "loss"]) == 130
     monkeypatch.setattr(state.Run, "step", step)
     capsys.readouterr()
     return "run"
 
 
-def test_a_stopped_run_of_own_weights_goes_on(
-    stopped: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_stopped_run_of_own_weights_goes_on(stopped, capsys, monkeypatch, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     assert cli.main(["invert", "--resume", f"../{stopped}", "--json"]) == 0
@@ -594,7 +576,7 @@ def test_a_stopped_run_of_own_weights_goes_on(
     assert Recording.open(f"../{stopped}").steps == [0, 1, 2]
 
 
-def test_changed_weights_are_not_resumed(stopped: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_weights_are_not_resumed(stopped, capsys):
     network = torchvision.models.resnet18(num_classes=3)
     safetensors.torch.save_file(network.state_dict(), "mine.safetensors")
     sentence = fails(capsys, "invert", "--resume", stopped)
@@ -619,21 +601,19 @@ def test_changed_weights_are_not_resumed(stopped: str, capsys: pytest.CaptureFix
         (["--tv-form", "rgb"], "--tv-form"),
     ],
 )
-def test_a_resumed_run_keeps_its_own_settings(args: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_keeps_its_own_settings(args, what, capsys):
     assert fails(capsys, "invert", "--resume", "run", *args) == (
         f"A resumed run keeps its own pictures and settings; leave {what} out."
     )
 
 
-def test_other_threads_than_before_are_said(stopped: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_threads_than_before_are_said(stopped, capsys):
     changed_run(Path(stopped), lambda run: run["environment"].update(threads=run["environment"]["threads"] + 1))
     assert cli.main(["invert", "--resume", stopped]) == 0
     assert re.search(r"It ran with threads \d+ and goes on with \d+: the last digits may", capsys.readouterr().out)
 
 
-def test_a_run_of_a_gpu_is_not_resumed_without_one(
-    stopped: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_a_gpu_is_not_resumed_without_one(stopped, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     changed_run(Path(stopped), lambda run: run["environment"].update(device="cuda:1"))
     assert "is one of a CUDA device, whose random numbers a CPU does not repeat" in fails(
@@ -673,15 +653,7 @@ def breaking(error: BaseException) -> Any:
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
-def test_a_run_that_breaks_is_kept_and_shown(
-    error: BaseException,
-    code: int,
-    status: str,
-    sentence: str,
-    as_json: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_run_that_breaks_is_kept_and_shown(error, code, status, sentence, as_json, monkeypatch, capsys):
     monkeypatch.setattr(inversion, "invert", breaking(error))
     assert cli.main(["invert", "lion", *QUICK, "--out", "run", *(["--json"] if as_json else [])]) == code
     captured = capsys.readouterr()
@@ -696,7 +668,7 @@ def test_a_run_that_breaks_is_kept_and_shown(
     assert f": {status}\n{recording.run.get('error', '')}\n" in capsys.readouterr().out
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setattr(inversion, "invert", breaking(RuntimeError("no kernel")))
     with pytest.raises(RuntimeError, match="no kernel"):
         cli.main(["invert", "lion", *QUICK, "--out", "a", "--debug"])
@@ -715,15 +687,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["error", "Ctrl-C", "Ctrl-C while importing"],
 )
-def test_what_breaks_before_the_run(
-    error: BaseException,
-    code: int,
-    sentence: str,
-    module: Any,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_breaks_before_the_run(error, code, sentence, module, name, monkeypatch, capsys):
     def broken(*_: Any, **__: Any) -> None:
         raise error
 
@@ -733,7 +697,7 @@ def test_what_breaks_before_the_run(
     assert not Path("runs").exists()
 
 
-def test_the_first_signal_stops_and_the_second_quits() -> None:
+def test_the_first_signal_stops_and_the_second_quits():
     stop = threading.Event()
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with signals_set(stop) as received:
@@ -752,7 +716,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_on_a_terminal_never_shows_psnr_without_its_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_a_terminal_never_shows_psnr_without_its_baseline(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert cli.main(["invert", "lion", *QUICK, "--every", "1"]) == 0
@@ -761,12 +725,12 @@ def test_progress_on_a_terminal_never_shows_psnr_without_its_baseline(monkeypatc
     assert " dB (constant " in last.split("PSNR")[1]
 
 
-def test_every_decides_what_is_recorded() -> None:
+def test_every_decides_what_is_recorded():
     assert cli.main(["invert", "lion", *QUICK, "--iterations", "5", "--every", "2", "--out", "run"]) == 0
     assert Recording.open("run").steps == [0, 2, 4, 5]
 
 
-def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models(capsys):
     assert cli.main(["models"]) == 0
     output = capsys.readouterr().out
     assert cli.main(["models", "--json"]) == 0
@@ -778,9 +742,7 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["bundled"] is info.bundled and row["accuracy"] == info.accuracy and row["size"] == info.size
 
 
-def test_replay_shows_the_same_table_and_makes_a_gif(
-    recorded: Path, whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_replay_shows_the_same_table_and_makes_a_gif(recorded, whole, capsys):
     live = whole[1]
     assert cli.main(["replay", "run", "--gif", "deep/consensus.GIF"]) == 0
     assert live[live.index("#  class") : live.index("The run is kept")] in capsys.readouterr().out
@@ -792,7 +754,7 @@ def test_replay_shows_the_same_table_and_makes_a_gif(
     assert json.loads(capsys.readouterr().out) == json.loads((recorded / "run.json").read_text())
 
 
-def test_replay_of_a_run_without_originals_or_records(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_of_a_run_without_originals_or_records(recorded, capsys):
     changed_run(recorded, lambda run: run.update(labels={**run["labels"], "true": None}, metrics=None))
     assert cli.main(["replay", "run"]) == 0
     output = capsys.readouterr().out
@@ -803,7 +765,7 @@ def test_replay_of_a_run_without_originals_or_records(recorded: Path, capsys: py
     assert "nothing to animate" in fails(capsys, "replay", "run", "--gif", "a.gif")
 
 
-def test_replay_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_of_something_else(tmp_path, capsys):
     assert fails(capsys, "replay", ".") == ". is not a recorded run: it holds no run.json."
     assert "missing is not a recorded run" in fails(capsys, "replay", "missing")
     assert not (tmp_path / "missing").exists()
@@ -814,16 +776,14 @@ def first_row(output: str) -> list[str]:
     return next(line for line in output.splitlines() if line.startswith("0  goldfish")).split()
 
 
-def test_an_undefined_number_is_a_dash(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_undefined_number_is_a_dash(recorded, capsys):
     changed_run(recorded, lambda run: run["metrics"]["consensus"].update(psnr=[None, None]))
     assert cli.main(["replay", "run"]) == 0
     row = first_row(capsys.readouterr().out)
     assert row[4] == "–" and row[3] != "–"
 
 
-def test_a_run_recorded_before_there_was_an_fft2d(
-    recorded: Path, whole: tuple[Path, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_recorded_before_there_was_an_fft2d(recorded, whole, capsys):
     def older(run: dict[str, Any]) -> None:
         for measured in (run["metrics"]["consensus"], run["metrics"]["baseline"], *run["metrics"]["seeds"]):
             del measured["fft2d"], measured["lpips"]
@@ -835,9 +795,7 @@ def test_a_run_recorded_before_there_was_an_fft2d(
     assert "SSIM constant\n" in output and "FFT2D" not in output and "LPIPS" not in output
 
 
-def test_an_lpips_that_cannot_be_had_is_a_dash_with_its_reason(
-    recorded: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_lpips_that_cannot_be_had_is_a_dash_with_its_reason(recorded, capsys):
     for lpips, shown in ((None, "–"), (0.25, "0.250")):
         changed_run(recorded, lambda run, lpips=lpips: run["metrics"]["consensus"].update(lpips=[lpips, lpips]))
         assert cli.main(["replay", "run"]) == 0

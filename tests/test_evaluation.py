@@ -51,7 +51,7 @@ def fill(folder: Path, wnids: list[str], each: int = EACH, side: int = 12) -> Pa
 
 
 @pytest.fixture
-def folder(elsewhere: Path) -> Path:
+def folder(elsewhere):
     return fill(elsewhere / "val", [f"n{label:08d}" for label in range(6)])
 
 
@@ -79,7 +79,7 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def small(folder: Path, small_model: Model) -> Callable[..., Bench]:
+def small(folder, small_model):
     """Makes a bench of a plan with these rows, on the small network."""
     return lambda command="ablation", *rows, **changes: Bench(plan(folder, command, rows=rows, **changes), small_model)
 
@@ -87,7 +87,7 @@ def small(folder: Path, small_model: Model) -> Callable[..., Bench]:
 # --- which pictures
 
 
-def test_a_batch_is_the_same_every_time_and_for_every_row(folder: Path, small_model: Model) -> None:
+def test_a_batch_is_the_same_every_time_and_for_every_row(folder, small_model):
     rows = plans.ablation_rows(QUICK, 3)
     bench, again = (Bench(plan(folder, rows=rows), small_model) for _ in range(2))
     keys = [[[p.key for p in b.draw(row, n).pictures] for row in rows] for n in range(3) for b in (bench, again)]
@@ -97,9 +97,7 @@ def test_a_batch_is_the_same_every_time_and_for_every_row(folder: Path, small_mo
     assert [p.key for p in seeded.draw(rows[0], 0).pictures] != keys[0][0]
 
 
-def test_distinct_batches_have_distinct_labels_and_smaller_ones_begin_larger_ones(
-    folder: Path, small_model: Model
-) -> None:
+def test_distinct_batches_have_distinct_labels_and_smaller_ones_begin_larger_ones(folder, small_model):
     rows = plans.label_rows((1, 3, 6))
     bench = Bench(plan(folder, "labels", rows=rows), small_model)
     largest = bench.draw(rows[2], 0)
@@ -111,7 +109,7 @@ def test_distinct_batches_have_distinct_labels_and_smaller_ones_begin_larger_one
         assert one.wnid == small_model.classes[label].wnid
 
 
-def test_repeated_labels_come_from_few_classes_and_no_picture_twice(small: Callable[..., Bench]) -> None:
+def test_repeated_labels_come_from_few_classes_and_no_picture_twice(small):
     row = Row("K=8", 8, repeats=True)
     bench = small("labels", row)
     for number in range(5):
@@ -120,7 +118,7 @@ def test_repeated_labels_come_from_few_classes_and_no_picture_twice(small: Calla
         assert 2 <= len(set(batch.labels.tolist())) <= 3  # 8 · 10/32, rounded up
 
 
-def test_halves_part_each_class(folder: Path, small_model: Model) -> None:
+def test_halves_part_each_class(folder, small_model):
     parts = {half: Bench(plan(folder, half=half), small_model).files(2) for half in plans.HALVES}
     assert [p.title for p in parts["report"]] == ["00", "01", "02", "03"]
     assert [p.title for p in parts["tune"]] == ["04", "05", "06", "07"]
@@ -133,7 +131,7 @@ def test_halves_part_each_class(folder: Path, small_model: Model) -> None:
 # --- what is measured
 
 
-def test_the_final_gradient_is_the_one_of_autograd(folder: Path, small_model: Model) -> None:
+def test_the_final_gradient_is_the_one_of_autograd(folder, small_model):
     row = Row("K=8", 8, repeats=True)
     bench = Bench(plan(folder, "labels", rows=(row,)), small_model)
     batch = bench.draw(row, 0)
@@ -149,7 +147,7 @@ def test_the_final_gradient_is_the_one_of_autograd(folder: Path, small_model: Mo
             torch.testing.assert_close(value, true[name], rtol=5e-3, atol=2e-4)
 
 
-def test_the_originals_match_their_own_gradient(small_model: Model, small_batch: tuple[torch.Tensor, ...]) -> None:
+def test_the_originals_match_their_own_gradient(small_model, small_batch):
     pixels, labels = small_batch
     observation = observe(small_model, pixels, labels)
     same = tasks.gradient_match(small_model, pixels, labels, observation)
@@ -162,9 +160,7 @@ def test_the_originals_match_their_own_gradient(small_model: Model, small_batch:
     assert other["sign_match"] == pytest.approx(100 * float((ours.sign() == theirs.sign()).double().mean()))
 
 
-def test_labels_of_distinct_classes_are_restored_and_repeats_are_beyond_column_minimum(
-    small: Callable[..., Bench],
-) -> None:
+def test_labels_of_distinct_classes_are_restored_and_repeats_are_beyond_column_minimum(small):
     rows = plans.label_rows((2, 8))
     bench = small("labels", rows[0], rows[3])
     for number in range(3):
@@ -175,7 +171,7 @@ def test_labels_of_distinct_classes_are_restored_and_repeats_are_beyond_column_m
     assert repeated["labels column-minimum"] is None
 
 
-def test_pictures_are_found_from_the_gradient_and_not_behind_a_strong_defence(folder: Path, small_model: Model) -> None:
+def test_pictures_are_found_from_the_gradient_and_not_behind_a_strong_defence(folder, small_model):
     rows = plans.identification_rows((2,), ("none", "noise:100", "clip:1"))
     assert [row.name for row in rows] == ["K=2 distinct", "K=2 repeated", "K=2 noise:100", "K=2 clip:1"]
     bench = Bench(plan(folder, "identify", rows=rows, half="all"), small_model)
@@ -186,7 +182,7 @@ def test_pictures_are_found_from_the_gradient_and_not_behind_a_strong_defence(fo
     assert undefended["found"] == 100 and undefended["labels"] == 100
 
 
-def test_every_batch_has_its_own_noise_of_a_defence(small: Callable[..., Bench], small_model: Model) -> None:
+def test_every_batch_has_its_own_noise_of_a_defence(small, small_model):
     (row,) = plans.defence_rows(QUICK, 2, ("clip:1+noise:1e-1",))
     bench = small("defences", row)
     batch = bench.draw(row, 0)
@@ -195,7 +191,7 @@ def test_every_batch_has_its_own_noise_of_a_defence(small: Callable[..., Bench],
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
-def test_an_inversion_is_measured_in_full(small: Callable[..., Bench]) -> None:
+def test_an_inversion_is_measured_in_full(small):
     row = plans.ablation_rows(QUICK, 2)[3]
     bench = small("ablation", row)
     values, again = (tasks.inversion_task(bench, row, 0) for _ in range(2))
@@ -213,7 +209,7 @@ def test_an_inversion_is_measured_in_full(small: Callable[..., Bench]) -> None:
     assert values["constant_psnr"] == pytest.approx(float((-10 * error.log10()).mean()))
 
 
-def test_a_client_in_train_mode_is_measured_in_train_mode(folder: Path, small_model: Model) -> None:
+def test_a_client_in_train_mode_is_measured_in_train_mode(folder, small_model):
     row = Row("inferred", 3, config=dataclasses.replace(QUICK, bn="inferred"))
     bench = Bench(plan(folder, rows=(row,)), small_model)
     batch = bench.draw(row, 0)
@@ -225,7 +221,7 @@ def test_a_client_in_train_mode_is_measured_in_train_mode(folder: Path, small_mo
     assert tasks.inversion_task(bench, row, 0)["psnr"] is not None
 
 
-def test_both_ways_to_compare_gradients_start_with_the_same_pull(folder: Path, small_model: Model) -> None:
+def test_both_ways_to_compare_gradients_start_with_the_same_pull(folder, small_model):
     config = dataclasses.replace(QUICK, match="cosine", gradient=0.7)
     l2, cosine = plans.matching_rows(config, 2)
     assert (l2.weigh_like, cosine.weigh_like) == ("cosine", "") and l2.config is not None
@@ -246,7 +242,7 @@ def test_both_ways_to_compare_gradients_start_with_the_same_pull(folder: Path, s
     assert tasks.inversion_task(bench, l2, 0)["sign_match"] is not None
 
 
-def test_the_batch_size_and_the_defences_also_count_who_is_recognised(small: Callable[..., Bench]) -> None:
+def test_the_batch_size_and_the_defences_also_count_who_is_recognised(small):
     rows = plans.size_rows(QUICK, (1, 3))
     values = tasks.inversion_task(small("batch-size", *rows), rows[1], 0)
     assert values["iip"] in [pytest.approx(100 * k / 3) for k in range(4)]
@@ -257,7 +253,7 @@ def test_the_batch_size_and_the_defences_also_count_who_is_recognised(small: Cal
 # --- the rows
 
 
-def test_the_ablation_adds_one_thing_a_row() -> None:
+def test_the_ablation_adds_one_thing_a_row():
     config = AttackConfig.preset("matching", "resnet18-tiny", seeds=4, bn="exact", group=0.0, registration="lazy")
     rows = {row.name: row for row in plans.ablation_rows(config, 4)}
     settings = {name: row.config.to_dict() for name, row in rows.items() if row.config}
@@ -286,7 +282,7 @@ def test_the_ablation_adds_one_thing_a_row() -> None:
             rows_of(demo, 4)
 
 
-def test_the_comparison_has_equal_iterations_and_a_single_seed() -> None:
+def test_the_comparison_has_equal_iterations_and_a_single_seed():
     config = AttackConfig.preset("demo", "resnet18-tiny", seeds=4, iterations=300)
     rows = plans.comparison_rows(config, 8, several=True)
     assert [row.name for row in rows] == [
@@ -310,7 +306,7 @@ def test_the_comparison_has_equal_iterations_and_a_single_seed() -> None:
         plans.comparison_rows(dataclasses.replace(config, bn="inferred"), 8, several=True)
 
 
-def test_ingredients_are_left_out_one_at_a_time() -> None:
+def test_ingredients_are_left_out_one_at_a_time():
     config = AttackConfig.preset("demo", seeds=2, iterations=50)
     rows = plans.ingredient_rows(config, 4)
     assert rows[0].config == config and rows[0].over == ()
@@ -324,7 +320,7 @@ def test_ingredients_are_left_out_one_at_a_time() -> None:
 # --- the table
 
 
-def test_means_standard_errors_and_paired_gains(folder: Path) -> None:
+def test_means_standard_errors_and_paired_gains(folder):
     rows = (Row("a", 2), Row("b", 2, over=("a",), judged="consensus"), Row("c", 2, over=("a", "b")))
     measured = {
         ("a", 0): {"psnr": 10.0, "consensus_psnr": 0.0, "distance": None},
@@ -348,7 +344,7 @@ def test_means_standard_errors_and_paired_gains(folder: Path) -> None:
     assert table.summarise(plan(folder, rows=rows, batches=1), measured)[0]["mean"]["psnr"] == 10
 
 
-def test_standard_error_of_few_values() -> None:
+def test_standard_error_of_few_values():
     assert table.standard_error([]) is None and table.standard_error([1.0]) is None
     assert table.standard_error([1.0, 3.0]) == pytest.approx(1.0)
     assert table.standard_error([1.0, None, 3.0]) is None
@@ -356,7 +352,7 @@ def test_standard_error_of_few_values() -> None:
     assert table.standard_error(values) == pytest.approx(statistics.stdev(values) / 2)
 
 
-def test_the_files_say_what_the_table_says(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_the_files_say_what_the_table_says(folder, small_model, tmp_path):
     ledger = Ledger(tmp_path / "out", plan(folder), small_model)
     result = run(ledger, small_model)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
@@ -376,7 +372,7 @@ def test_the_files_say_what_the_table_says(folder: Path, small_model: Model, tmp
     assert (tmp_path / "out" / "figure.html").stat().st_size > 1000
 
 
-def test_a_figure_over_the_batch_size_has_one_line_a_method(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_a_figure_over_the_batch_size_has_one_line_a_method(folder, small_model, tmp_path):
     pytest.importorskip("plotly")
     ledger = Ledger(tmp_path / "out", plan(folder, "labels", rows=plans.label_rows((1, 2, 4))), small_model)
     run(ledger, small_model)
@@ -387,9 +383,7 @@ def test_a_figure_over_the_batch_size_has_one_line_a_method(folder: Path, small_
     assert "auto % repeated" in lines
 
 
-def test_without_plotly_there_is_no_figure(
-    folder: Path, small_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_plotly_there_is_no_figure(folder, small_model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.subplots", None)
     note = Ledger(tmp_path / "out", plan(folder), small_model).draw()
     assert note is not None and "plotly is not installed" in note
@@ -398,7 +392,7 @@ def test_without_plotly_there_is_no_figure(
 # --- keeping and going on
 
 
-def test_a_stopped_evaluation_goes_on_to_the_same_table(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_a_stopped_evaluation_goes_on_to_the_same_table(folder, small_model, tmp_path):
     whole = run(Ledger(tmp_path / "whole", plan(folder), small_model), small_model)
     stop = threading.Event()
     ledger = Ledger(tmp_path / "parts", plan(folder), small_model)
@@ -419,7 +413,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_table(folder: Path, small_mode
     assert list(running.measure(done, small_model)) == []
 
 
-def test_more_batches_continue_an_evaluation(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_more_batches_continue_an_evaluation(folder, small_model, tmp_path):
     first = run(Ledger(tmp_path / "out", plan(folder, batches=1), small_model), small_model)
     more = Ledger(tmp_path / "out", plan(folder, batches=3), small_model)
     assert {batch for _, batch in more.missing} == {1, 2}
@@ -428,7 +422,7 @@ def test_more_batches_continue_an_evaluation(folder: Path, small_model: Model, t
     assert back.missing == [] and back.write()["rows"] == first["rows"]
 
 
-def test_rows_can_be_measured_one_after_the_other(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_rows_can_be_measured_one_after_the_other(folder, small_model, tmp_path):
     rows = plans.ablation_rows(QUICK, 2)
     whole = run(Ledger(tmp_path / "whole", plan(folder), small_model), small_model)
     first = plans.chosen_rows(rows, ["gradient*"])
@@ -446,7 +440,7 @@ def test_rows_can_be_measured_one_after_the_other(folder: Path, small_model: Mod
         plans.chosen_rows(rows, ["x"])
 
 
-def test_an_inversion_that_was_stopped_midway_is_not_kept(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_an_inversion_that_was_stopped_midway_is_not_kept(folder, small_model, tmp_path):
     rows = plans.ablation_rows(dataclasses.replace(QUICK, iterations=1_000_000), 2)
     stop = threading.Event()
     ledger = Ledger(tmp_path / "out", plan(folder, rows=rows), small_model)
@@ -455,7 +449,7 @@ def test_an_inversion_that_was_stopped_midway_is_not_kept(folder: Path, small_mo
     assert ledger.values == {} and ledger.errors == {}
 
 
-def test_a_batch_that_fails_is_said_and_tried_again(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_a_batch_that_fails_is_said_and_tried_again(folder, small_model, tmp_path):
     mine = plan(folder, rows=plans.ablation_rows(QUICK, 2)[:2])
     bench = Bench(mine, small_model)
     picture = folder / bench.draw(mine.rows[0], 1).pictures[0].key
@@ -474,7 +468,7 @@ def test_a_batch_that_fails_is_said_and_tried_again(folder: Path, small_model: M
     assert Ledger(tmp_path / "out", mine, small_model).errors == {}
 
 
-def test_where_every_batch_fails_the_reason_is_raised(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_where_every_batch_fails_the_reason_is_raised(folder, small_model, tmp_path):
     config = dataclasses.replace(QUICK, start="decoder")  # the small network has no decoder
     ledger = Ledger(tmp_path / "out", plan(folder, rows=(Row("a", 2, config=config),)), small_model)
     with pytest.raises(GradinvError, match=r"^There is no decoder for small at 8 px"):
@@ -491,16 +485,14 @@ def test_where_every_batch_fails_the_reason_is_raised(folder: Path, small_model:
         ({"rows": plans.ablation_rows(QUICK, 3)}, r"batch_size 2, not 3"),
     ],
 )
-def test_another_evaluation_is_refused(
-    changes: dict[str, Any], what: str, folder: Path, small_model: Model, tmp_path: Path
-) -> None:
+def test_another_evaluation_is_refused(changes, what, folder, small_model, tmp_path):
     Ledger(tmp_path / "out", plan(folder), small_model).begin()
     sentence = rf"^{tmp_path}/out holds another evaluation \({what}\); repeat its command or name another folder with"
     with pytest.raises(GradinvError, match=sentence):
         Ledger(tmp_path / "out", plan(folder, **{"command": "ablation", **changes}), small_model)
 
 
-def test_an_evaluation_from_before_a_setting_existed_goes_on(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_an_evaluation_from_before_a_setting_existed_goes_on(folder, small_model, tmp_path):
     Ledger(tmp_path / "out", plan(folder), small_model).begin()
     known = json.loads((tmp_path / "out" / "plan.json").read_text())
     for row in known["rows"]:
@@ -513,7 +505,7 @@ def test_an_evaluation_from_before_a_setting_existed_goes_on(folder: Path, small
         Ledger(tmp_path / "out", plan(folder), small_model)
 
 
-def test_other_weights_are_another_evaluation(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_other_weights_are_another_evaluation(folder, small_model, tmp_path):
     Ledger(tmp_path / "out", plan(folder), small_model).begin()
     other = dataclasses.replace(small_model, sha256="1" * 64)
     with pytest.raises(GradinvError, match=r"holds another evaluation \(another version of the model small\)"):
@@ -531,16 +523,14 @@ def test_other_weights_are_another_evaluation(folder: Path, small_model: Model, 
     ],
     ids=["torn plan", "list", "empty line", "number", "zeros"],
 )
-def test_damaged_files_are_one_sentence(
-    name: str, text: str, sentence: str, folder: Path, small_model: Model, tmp_path: Path
-) -> None:
+def test_damaged_files_are_one_sentence(name, text, sentence, folder, small_model, tmp_path):
     Ledger(tmp_path / "out", plan(folder), small_model).begin()
     (tmp_path / "out" / name).write_text(text)
     with pytest.raises(GradinvError, match=sentence):
         Ledger(tmp_path / "out", plan(folder), small_model)
 
 
-def test_a_folder_of_something_else_is_left_alone(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(folder, small_model, tmp_path):
     with pytest.raises(GradinvError, match=r"val is not empty and holds no evaluation; name another folder with --out"):
         Ledger(folder, plan(folder), small_model)
     (tmp_path / "file").touch()
@@ -564,14 +554,14 @@ def test_a_folder_of_something_else_is_left_alone(folder: Path, small_model: Mod
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_measured_is_said(changes: dict[str, Any], sentence: str, folder: Path) -> None:
+def test_what_cannot_be_measured_is_said(changes, sentence, folder):
     row = Row("a", 2, config=QUICK)
     usual = {"command": "ablation", "model": "small", "imagenet": str(folder), "rows": (row,), "batches": 1}
     with pytest.raises(GradinvError, match=sentence):
         Plan(**{**usual, **changes})
 
 
-def test_a_folder_that_does_not_suffice_is_one_sentence(folder: Path, small_model: Model) -> None:
+def test_a_folder_that_does_not_suffice_is_one_sentence(folder, small_model):
     with pytest.raises(GradinvError, match=r"^There is no folder .*nowhere; name the one that holds the class folders"):
         Bench(plan(folder / "nowhere"), small_model)
     rows = (Row("a", 7, config=QUICK),)
@@ -588,7 +578,7 @@ def test_a_folder_that_does_not_suffice_is_one_sentence(folder: Path, small_mode
         few.draw(many, 0)
 
 
-def test_at_least_one_worker(folder: Path, small_model: Model, tmp_path: Path) -> None:
+def test_at_least_one_worker(folder, small_model, tmp_path):
     ledger = Ledger(tmp_path / "out", plan(folder), small_model)
     with pytest.raises(GradinvError, match=r"^At least one worker has to do the work, not 0\.$"):
         list(running.measure(ledger, small_model, workers=0))
@@ -600,9 +590,7 @@ def test_at_least_one_worker(folder: Path, small_model: Model, tmp_path: Path) -
 # --- the comparison
 
 
-def test_peers_get_our_labels_and_are_timed_in_turn(
-    folder: Path, small_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peers_get_our_labels_and_are_timed_in_turn(folder, small_model, tmp_path, monkeypatch):
     calls: list[tuple[str, list[int], int]] = []
 
     def attack(
@@ -636,7 +624,7 @@ def test_peers_get_our_labels_and_are_timed_in_turn(
     assert table["ours"]["gain"]["psnr"]["over"].startswith("breaching ")
 
 
-def test_a_short_run_for_timing_is_executed_as_the_whole_one() -> None:
+def test_a_short_run_for_timing_is_executed_as_the_whole_one():
     cpu = torch.device("cpu")
     whole = AttackConfig(seeds=4, iterations=300, registration_interval=0.01)
     short = tasks._shortened(whole, cpu)
@@ -650,7 +638,7 @@ def test_a_short_run_for_timing_is_executed_as_the_whole_one() -> None:
 
 
 @pytest.fixture
-def command(small_model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def command(small_model, folder, monkeypatch):
     """Runs the command `evaluate NAME` on the small network and the folder, with two batches and steps."""
     monkeypatch.setattr(models, "load_model", lambda *_, **__: small_model)
 
@@ -662,9 +650,7 @@ def command(small_model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return command
 
 
-def test_the_command_prints_the_table_and_keeps_it(
-    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_the_table_and_keeps_it(command, capsys):
     assert command("ablation") == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -684,9 +670,7 @@ def test_the_command_prints_the_table_and_keeps_it(
     assert captured.err.startswith("12 of 12 parts are in evaluations/ablation-small already.")
 
 
-def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
-    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(command, monkeypatch, capsys):
     measured = tasks.TASKS["labels"]
     done: list[Row] = []
 
@@ -706,9 +690,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(
     assert len(done) == 8 and "3 of 8 parts are in mine already." in capsys.readouterr().out
 
 
-def test_ctrl_c_while_the_gallery_is_made_loses_nothing(
-    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_while_the_gallery_is_made_loses_nothing(command, monkeypatch, capsys):
     def of(*_: Any, progress: Callable[[int, int], None], **__: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         progress(1, 2)
@@ -729,13 +711,7 @@ def test_ctrl_c_while_the_gallery_is_made_loses_nothing(
     ],
     ids=["refused", "memory"],
 )
-def test_failed_batches_are_listed(
-    command: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    error: Exception,
-    sentence: str,
-) -> None:
+def test_failed_batches_are_listed(command, monkeypatch, capsys, error, sentence):
     measured = tasks.TASKS["labels"]
 
     def task(bench: Bench, row: Row, batch: int) -> Values:
@@ -764,21 +740,17 @@ def test_failed_batches_are_listed(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_bad_use_is_one_sentence(
-    args: tuple[str, ...], sentence: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_use_is_one_sentence(args, sentence, command, capsys):
     assert command(*args) == 2
     assert one_sentence(capsys.readouterr().err).startswith(sentence)
     assert not Path("evaluations").exists()
 
 
-def test_an_evaluation_needs_a_folder(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_needs_a_folder(elsewhere, capsys):
     assert fails(capsys, "evaluate", "ablation").startswith("Which pictures? Name a folder")
 
 
-def test_a_network_with_another_normalisation_is_measured_with_it(
-    elsewhere: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_network_with_another_normalisation_is_measured_with_it(elsewhere, capsys):
     fill(elsewhere / "tiny", ["n01443537", "n01629819"], side=32)
     args = ["evaluate", "labels", "--imagenet", "tiny", "--model", "resnet18-tiny", "--device", "cpu", "--image-size"]
     args += ["32", "--sizes", "1", "--batches", "1", "--rows", "K=1 distinct", "--out", "out", "--json"]
@@ -793,7 +765,7 @@ def test_a_network_with_another_normalisation_is_measured_with_it(
 
 
 @pytest.mark.slow
-def test_several_processes_measure_the_same(elsewhere: Path) -> None:
+def test_several_processes_measure_the_same(elsewhere):
     """What starts the processes is one itself, as from a shell: each of them runs its main module."""
     fill(elsewhere / "tiny", ["n01443537", "n01629819", "n01641577"], side=32)
     args = ["evaluate", "matching", "--imagenet", "tiny", "--seeds", "1", "--model", "resnet18-tiny", "--image-size"]

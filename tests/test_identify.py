@@ -15,11 +15,10 @@ from gradinv import cli, gallery, sources
 from gradinv.cli import identify
 from gradinv.client import observe
 from gradinv.images import to_pixels
-from gradinv.models import Model, load_model
+from gradinv.models import load_model
 from gradinv.paths import ASSETS
 from gradinv.recovery.labels import RestoredLabels
 from gradinv.sources import from_path
-from gradinv.types import Observation
 
 OWN = ("n00000001/05.JPEG", "n00000002/02.JPEG", "mine/12.JPEG")  # in the order of their labels
 LABELS = (17, 3, 150)
@@ -29,12 +28,12 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model():
     return load_model("resnet18-tiny", device="cpu", image_size=32)
 
 
 @pytest.fixture
-def observed(model: Model, elsewhere: Path) -> Observation:
+def observed(model, elsewhere):
     """The gradient of OWN, three of thirteen pictures in `val`; saved as observation.safetensors."""
     for number in range(13):
         picture(Path("val") / (f"n{number % 4:08d}" if number < 12 else "mine") / f"{number:02d}.JPEG", number)
@@ -48,7 +47,7 @@ IDENTIFY = ["identify", "--observation", "observation.safetensors", "--imagenet"
 
 
 @pytest.mark.usefixtures("observed")
-def test_json_names_the_pictures_of_the_batch(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_names_the_pictures_of_the_batch(model, capsys):
     (Path("val") / "mine" / "broken.png").write_bytes(b"no picture")
     assert cli.main([*IDENTIFY, "--top", "3", "--json"]) == 0
     captured = capsys.readouterr()
@@ -68,7 +67,7 @@ def test_json_names_the_pictures_of_the_batch(model: Model, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("observed")
-def test_table_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_table_for_people(capsys, monkeypatch, model):
     monkeypatch.setenv("GRADINV_IMAGENET", "val")
     assert cli.main([*IDENTIFY[:3], "--top", "2"]) == 0
     captured = capsys.readouterr()
@@ -82,7 +81,7 @@ def test_table_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert lines[7].startswith("13 pictures in val,") and "they are the client's own" in lines[8] and len(lines) == 9
 
 
-def test_without_a_folder_the_bundled_pictures_are_searched(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_folder_the_bundled_pictures_are_searched(model, capsys):
     chosen = [sources.find(sources.gallery(model), name) for name in ("lion", "goldfish")]
     labels = torch.tensor([model.class_index(picture.wnid or "") for picture in chosen])
     pixels = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in chosen])
@@ -95,7 +94,7 @@ def test_without_a_folder_the_bundled_pictures_are_searched(model: Model, capsys
     assert min(match["similarity"] for match in found) > 0.99
 
 
-def test_a_changed_gradient_is_said_to_be_less_sure(observed: Observation, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_gradient_is_said_to_be_less_sure(observed, capsys):
     weight = observed.gradients["fc.weight"]
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
     replace(observed, gradients={**observed.gradients, "fc.weight": weight + noise}).save("observation.safetensors")
@@ -104,7 +103,7 @@ def test_a_changed_gradient_is_said_to_be_less_sure(observed: Observation, capsy
 
 
 @pytest.mark.usefixtures("observed")
-def test_what_is_not_among_the_pictures_is_said_to_lack(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_among_the_pictures_is_said_to_lack(capsys):
     Path("other").mkdir()
     for known in sources.gallery()[:4]:
         known.open().save(Path("other") / f"{known.key}.png")
@@ -115,7 +114,7 @@ def test_what_is_not_among_the_pictures_is_said_to_lack(capsys: pytest.CaptureFi
     assert "0.9:" not in capsys.readouterr().out
 
 
-def test_single_pictures_that_lack_are_named() -> None:
+def test_single_pictures_that_lack_are_named():
     similarity = torch.tensor([[0.9999, 0.5], [0.7, 0.6], [0.89, 0.1]])
     for rows, said in (
         ((0, 1), "Nothing is as similar as 0.9 to #1, which seems not to be among these pictures."),
@@ -130,7 +129,7 @@ def test_single_pictures_that_lack_are_named() -> None:
 
 
 @pytest.mark.usefixtures("observed")
-def test_a_second_call_takes_the_index(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_takes_the_index(capsys, monkeypatch):
     assert cli.main([*IDENTIFY, "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
 
@@ -145,7 +144,7 @@ def test_a_second_call_takes_the_index(capsys: pytest.CaptureFixture[str], monke
 
 
 @pytest.mark.usefixtures("observed")
-def test_ctrl_c_says_what_is_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_says_what_is_kept(capsys, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -157,9 +156,7 @@ def test_ctrl_c_says_what_is_kept(capsys: pytest.CaptureFixture[str], monkeypatc
     assert one_sentence(capsys.readouterr().err) == "Interrupted; nothing was kept."
 
 
-def test_a_client_in_train_mode_is_noted(
-    observed: Observation, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_client_in_train_mode_is_noted(observed, model, tmp_path, capsys):
     paths = [tmp_path / "val" / name for name in OWN]
     pixels = torch.stack([to_pixels(from_path(path).open(), model.preprocessing) for path in paths])
     observe(model, pixels, torch.tensor(LABELS), mode="train").save("observation.safetensors")
@@ -171,9 +168,7 @@ def test_a_client_in_train_mode_is_noted(
     assert "train mode" not in capsys.readouterr().err
 
 
-def test_own_weights_are_named(
-    observed: Observation, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Model
-) -> None:
+def test_own_weights_are_named(observed, tmp_path, capsys, model):
     weights = tmp_path / "mine.safetensors"
     shutil.copy(ASSETS / "models" / "resnet18-tiny.safetensors", weights)
     replace(observed, model_name="mine").save("observation.safetensors")
@@ -183,7 +178,7 @@ def test_own_weights_are_named(
     assert json.loads(capsys.readouterr().out)["model"]["name"] == "mine"
 
 
-def test_mistakes_are_one_sentence(observed: Observation, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(observed, capsys):
     assert "at least 1, not 0" in fails(capsys, *IDENTIFY, "--top", "0")
     assert "There is no folder missing" in fails(capsys, *IDENTIFY[:4], "missing")
     Path("empty").mkdir()
@@ -199,7 +194,7 @@ def test_mistakes_are_one_sentence(observed: Observation, capsys: pytest.Capture
     assert not Path("cache").exists()  # found before any picture was looked at
 
 
-def test_observation_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+def test_observation_is_required(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["identify", "--imagenet", "val"])
     assert left.value.code == 2 and "--observation" in capsys.readouterr().err

@@ -29,7 +29,7 @@ SHALLOW = ["--boundary", "layer4.0.conv1"]  # three layers take less than a seco
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model():
     return load_model("resnet18-tiny", device="cpu")
 
 
@@ -53,7 +53,7 @@ def rows(output: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in table[1 : table.index([])]}
 
 
-def test_one_picture_is_solved_down_to_the_stem(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_picture_is_solved_down_to_the_stem(model, capsys):
     assert cli.main(["recover", "goldfish", *TINY]) == 0
     said = capsys.readouterr()
     assert said.err == "" and "goldfish (1 of 1 right)" in said.out and "The final layer is solved but for " in said.out
@@ -69,7 +69,7 @@ def test_one_picture_is_solved_down_to_the_stem(model: Model, capsys: pytest.Cap
     assert len({len(line) for line in lines if line.startswith(("node ", "layer", "maxpool"))}) == 1
 
 
-def test_json_and_the_file_hold_what_the_network_sees(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_the_file_hold_what_the_network_sees(model, capsys):
     names = ("goldfish", "tabby")
     assert cli.main(["recover", *names, *TINY, *SHALLOW, "--json", "--out", "deep/layers.safetensors"]) == 0
     said = capsys.readouterr()
@@ -99,9 +99,7 @@ def test_json_and_the_file_hold_what_the_network_sees(model: Model, capsys: pyte
         assert tensors[f"error/{node}"].shape == (2,)
 
 
-def test_an_observation_needs_no_pictures_and_has_no_true_error(
-    model: Model, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_observation_needs_no_pictures_and_has_no_true_error(model, capsys):
     observation = observed(model, "goldfish")
     observation.save("shared.safetensors")
     assert cli.main(["recover", "--observation", "shared.safetensors", *SHALLOW, "--json"]) == 0
@@ -113,7 +111,7 @@ def test_an_observation_needs_no_pictures_and_has_no_true_error(
     assert "other weights of resnet18-tiny" in fails(capsys, "recover", "--observation", "other.safetensors")
 
 
-def test_a_changed_gradient_stops_the_way_down(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_gradient_stops_the_way_down(capsys):
     assert cli.main(["recover", "goldfish", *TINY, "--defence", "noise:1e-2", "--json"]) == 0
     said = capsys.readouterr()
     facts = json.loads(said.out)
@@ -122,7 +120,7 @@ def test_a_changed_gradient_stops_the_way_down(capsys: pytest.CaptureFixture[str
     assert facts["stopped"] in said.err.splitlines() and "exactly" not in said.err
 
 
-def test_without_any_layer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_any_layer(capsys):
     assert cli.main(["recover", "goldfish", *TINY, "--mode", "train", "--out", "none.safetensors"]) == 0
     output = capsys.readouterr().out
     assert "In train mode batch normalisation mixes the images" in output and "node " not in output
@@ -132,7 +130,7 @@ def test_without_any_layer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "The final layer is solved but for " in capsys.readouterr().out
 
 
-def test_ctrl_c_keeps_the_layers_so_far(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_keeps_the_layers_so_far(monkeypatch, capsys):
     # Not by its name in the package, which is the function's.
     recovery = importlib.import_module("gradinv.recovery.recover")
     solve = recovery.solve_layers
@@ -166,20 +164,18 @@ def test_ctrl_c_keeps_the_layers_so_far(monkeypatch: pytest.MonkeyPatch, capsys:
         (["lion", "--observation", "missing"], "leave the picture lion or --observation out"),
     ],
 )
-def test_bad_use_is_one_sentence_before_any_work(
-    args: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_use_is_one_sentence_before_any_work(args, sentence, tmp_path, capsys):
     Path("file").write_text("not a folder")
     assert sentence in fails(capsys, "recover", *TINY, *args)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_a_node_that_the_gradient_does_not_determine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_that_the_gradient_does_not_determine(capsys):
     args = ["goldfish", *TINY, "--defence", "noise:1e-2", "--boundary", "layer4.0"]
     assert "The gradient does not determine layer4.0: " in fails(capsys, "recover", *args)
 
 
-def test_invert_says_how_deep_it_is_solved_and_keeps_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invert_says_how_deep_it_is_solved_and_keeps_the_table(capsys):
     settings = ["--seeds", "1", "--iterations", "1", "--out", "run", "--boundary", "layer4.0.conv1"]
     assert cli.main(["invert", "goldfish", *TINY, *settings]) == 0
     output = capsys.readouterr().out

@@ -1,25 +1,37 @@
-"""What several test files share: a network small enough to invert in a second, and what its inversion needs."""
+"""What several test files share: a network small enough to invert in a second, pictures, a server, the command line."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 # Before torch is imported, here or in a process that a test starts: the threads of one wait for each other, which takes
 # minutes where other work has the cores, and what is tested is small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from gradinv import cli
 from gradinv.attack.objective import Objective
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import ImageClass, Model
 from gradinv.recovery.final_layer import FinalLayer
 from gradinv.types import Observation, Preprocessing, Recovered
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # of a process that a test starts
+PATIENCE = 900.0  # seconds after which something hangs; nothing depends on how fast it is
 
 SIZE = 8
 CLASSES = 6
@@ -60,6 +72,12 @@ def objective_for(model: Model, observation: Observation, labels: Tensor, config
     return Objective(model, observation, solved(model, observation, labels, config), config)
 
 
+def smooth(count: int, seed: int, coarse: int = 2, size: int = SIZE) -> Tensor:
+    """Pictures (count, 3, size, size) without fine detail, pixels in [0, 1]."""
+    values = torch.rand(count, 3, coarse, coarse, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(values, (size, size), mode="bilinear")
+
+
 @pytest.fixture(autouse=True)
 def own_main() -> Iterator[None]:
     """Streamlit's AppTest leaves the app as the main module, which a process started later would run."""
@@ -87,13 +105,116 @@ def small_model() -> Model:
 @pytest.fixture
 def small_batch() -> tuple[Tensor, Tensor]:
     """Three smooth pictures (pixels in [0, 1], (3, 3, 8, 8)) and their distinct labels."""
-    generator = torch.Generator().manual_seed(1)
-    coarse = torch.rand(3, 3, 2, 2, generator=generator)
-    pixels = nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bilinear")
-    return pixels, torch.tensor([4, 1, 2])
+    return smooth(3, 1), torch.tensor([4, 1, 2])
 
 
 @pytest.fixture
 def observation(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> Observation:
     """What the server has of this batch: its gradient in eval mode."""
     return observe(small_model, *small_batch)
+
+
+# --- pictures, and who gives them out
+
+
+def picture(path: Path, seed: int = 0, side: int = 40) -> Path:
+    """Save a smooth picture, each seed another: → its path. As PNG, whatever the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC).save(path, format="PNG")
+    return path
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` by path and notes in `asked` what was asked for; `claim` is added to the length that it states."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        self.claim = 0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server: Any = self.server
+        server.asked.append(self.path)
+        body = server.files.get(self.path)
+        if body is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + server.claim))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Requests are not worth a line each."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+# --- the page
+
+
+@pytest.fixture
+def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page's queue and what it holds of visitors are the test's own, and it names no folder."""
+    from gradinv import jobs
+    from gradinv.web import gradient, shared
+
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+    # A warm worker model saves a visitor a second and would cost these tests several.
+    monkeypatch.setattr(shared, "warm", lambda name: None)
+    monkeypatch.setattr(shared, "owner", shared.visitor)  # what AppTest gives for cookies is no text
+    monkeypatch.setattr(gradient, "_store", gradient.GradientStore())
+    shared.folder.clear()
+    jobs.reset()
+    yield
+    shared.folder.clear()
+    jobs.reset()
+
+
+# --- the command line
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder and the cache are the test's own, and nothing is set by who runs it. → the folder"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
+    monkeypatch.delenv("GRADINV_DEBUG", raising=False)
+    return tmp_path
+
+
+def one_sentence(text: str) -> str:
+    """What the command complains of, after its name: one line that is no traceback."""
+    assert text.startswith("gradinv: ") and text.endswith("\n") and "Traceback" not in text
+    assert len(text.splitlines()) == 1
+    return text.removeprefix("gradinv: ").rstrip("\n")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command that has to fail as bad use: → its one sentence."""
+    capsys.readouterr()
+    assert cli.main(args) == 2
+    *aside, last = capsys.readouterr().err.splitlines(keepends=True)
+    assert not aside or "--json" in args
+    return one_sentence(last)

@@ -6,86 +6,58 @@ import io
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import headless
 import numpy as np
 import pytest
-import streamlit as st
+from conftest import encoded
+from headless import PATIENCE, address, group, press, sound, text, wait
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
 from gradinv import jobs, pace
 from gradinv.config import AttackConfig
-from gradinv.jobs import Handle, JobState, Status, manager
+from gradinv.jobs import Handle, Status, manager
 from gradinv.recording import MemoryStore, Recording
 from gradinv.sources import Credit, gallery, search
 from gradinv.types import GradinvError
 from gradinv.web import markup, pick, run, settings, shared, uploads
 from gradinv.web.pick import FIRST
 
-APP = str(Path(__file__).resolve().parent.parent / "gradinv" / "web" / "pages.py")
-PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
+pytestmark = pytest.mark.usefixtures("own_server")
+
 TINY = {"model": "resnet18-tiny", "seeds": "1", "iterations": "1"}
 
-Open = Callable[..., AppTest]
 
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
-    # A warm worker model saves a visitor a second and would cost these tests several.
-    monkeypatch.setattr(shared, "warm", lambda name: None)
-    monkeypatch.setattr(shared, "owner", shared.visitor)  # what AppTest gives for cookies is no text
-    st.cache_resource.clear()
-    jobs.reset()
-    yield
-    jobs.reset()
-
-
-@pytest.fixture
-def visit() -> Open:
+def visit(**given: str) -> AppTest:
     """Open the page at an address, as a new visitor."""
-
-    def visit(**address: str) -> AppTest:
-        app = AppTest.from_file(APP, default_timeout=PATIENCE)
-        for name, value in (address if "job" in address else {**TINY, **address}).items():
-            app.query_params[name] = value
-        return app.run()
-
-    return visit
+    return headless.visit(**(given if "job" in given else {**TINY, **given}))
 
 
-def text(app: AppTest) -> str:
-    """Everything that the page says in words."""
-    kinds = (app.markdown, app.header, app.caption, app.info, app.warning, app.error, app.get("html"))
-    return "\n".join(getattr(item, "value", None) or item.proto.body for kind in kinds for item in kind)
+def start(**given: str) -> AppTest:
+    """Open the page and press its button."""
+    return sound(visit(**given).button(key="start").click().run())
 
 
-def address(app: AppTest, name: str) -> str:
-    """A parameter of the page's address."""
-    value = app.query_params[name]
-    return value if isinstance(value, str) else value[-1]
+def board(app: AppTest) -> str:
+    """The markup of the pictures that a run shows."""
+    return next(item.value for item in app.markdown if "gi-board" in item.value)
 
 
-def sound(app: AppTest) -> None:
-    assert not app.exception
+def command(app: AppTest) -> str:
+    """The command line that does the same."""
+    return next(item.value for item in app.code if item.value.startswith("gradinv invert"))
 
 
-def wait(app: AppTest, until: Callable[[JobState], bool] = lambda state: state.finished) -> AppTest:
-    """Let the page's job come that far, then let the page tick."""
-    assert manager().wait(address(app, "job"), until, PATIENCE)
-    return app.run()
+def recorded(app: AppTest) -> Recording:
+    """What the page's run has recorded."""
+    return Recording.open(manager().state(address(app)["job"]).update.store)
 
 
-def press(app: AppTest, label: str) -> AppTest:
-    return next(button for button in app.button if button.label == label).click().run()
-
-
-def test_the_page_opens_ready_to_start(visit: Open) -> None:
+def test_the_page_opens_ready_to_start():
     app = visit()
-    sound(app)
     assert not app.error and not app.warning
     assert [item.picture.key for item in app.session_state.batch] == list(FIRST)
     assert "4 of 4 labels read from the gradient alone" in text(app)
@@ -94,32 +66,32 @@ def test_the_page_opens_ready_to_start(visit: Open) -> None:
     assert not app.button(key="start").disabled
 
 
-def test_author_licence_and_that_it_was_cropped_stand_at_every_picture(visit: Open) -> None:
+def test_author_licence_and_that_it_was_cropped_stand_at_every_picture():
     cards = [item.value for item in visit().markdown if 'class="gi-card"' in item.value]
     assert len(cards) == 4
     assert all("https://creativecommons.org/" in card and ", cropped" in card for card in cards)
     assert "Kevin Pluck</a>" in cards[2] and "CC BY 2.0</a>" in cards[2]
 
 
-def test_picking_in_the_gallery_changes_the_batch_and_the_address(visit: Open) -> None:
+def test_picking_in_the_gallery_changes_the_batch_and_the_address():
     app = visit(pictures="goldfish")
-    grid = next(item for item in app.button_group if item.key == "gallery_grid")
+    grid = group(app, "gallery_grid")
     assert grid.value == ["goldfish"]
     grid.set_value(["goldfish", "bison"]).run()
     sound(app)
-    assert address(app, "pictures") == "goldfish.bison"
+    assert address(app)["pictures"] == "goldfish.bison"
     assert "2 of 2 labels" in text(app)
     press(app, "Remove")
-    assert address(app, "pictures") == "bison"
+    assert address(app)["pictures"] == "bison"
 
 
-def test_searching_the_gallery_keeps_what_was_picked(visit: Open) -> None:
+def test_searching_the_gallery_keeps_what_was_picked():
     app = visit()
     app.text_input(key="gallery_search").set_value("king penguin").run()
-    grid = next(item for item in app.button_group if item.key == "gallery_grid")
+    grid = group(app, "gallery_grid")
     assert len(grid.options) == 1
     grid.set_value(["penguin"]).run()
-    assert address(app, "pictures") == ".".join([*FIRST, "penguin"])
+    assert address(app)["pictures"] == ".".join([*FIRST, "penguin"])
     app.text_input(key="gallery_search").set_value("submarine").run()
     assert "the ImageNet folder, the public sample set or an upload." in app.info[0].value
 
@@ -134,21 +106,18 @@ def test_searching_the_gallery_keeps_what_was_picked(visit: Open) -> None:
         ("insect", {"bee", "mantis", "dragonfly"}),
     ],
 )
-def test_everyday_names_find_pictures(word: str, found: set[str]) -> None:
+def test_everyday_names_find_pictures(word, found):
     assert {picture.key for picture in search(gallery(shared.model("resnet18-tiny")), word)} == found
 
 
-def test_the_command_line_that_does_the_same_is_shown(visit: Open) -> None:
+def test_the_command_line_that_does_the_same_is_shown():
     app = visit(pictures="goldfish.tree-frog", seeds="3", set_stages="0.5, 0.5", set_box="false")
     expected = "gradinv invert goldfish tree-frog --model resnet18-tiny --preset demo"
-    (shown,) = (item.value for item in app.code if item.value.startswith("gradinv invert"))
-    assert shown == f"{expected} --seeds 3 --iterations 1 --no-projection --stages 0.5,0.5"
+    assert command(app) == f"{expected} --seeds 3 --iterations 1 --no-projection --stages 0.5,0.5"
     assert "command" not in text(visit(pictures=""))
 
 
-def test_how_long_a_run_takes_is_told_before_the_first_and_follows_what_is_measured(
-    visit: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_long_a_run_takes_is_told_before_the_first_and_follows_what_is_measured(monkeypatch):
     monkeypatch.setattr(pace, "probe", lambda model: 0.1)
     app = visit(pictures="goldfish", preset="matching", seeds="2", iterations="1000")
     assert "2 seeds × 1,000 iterations · about 2 min" in text(app)  # 0.7 of the probe for each
@@ -159,30 +128,24 @@ def test_how_long_a_run_takes_is_told_before_the_first_and_follows_what_is_measu
 
 
 @pytest.mark.parametrize(("given", "side"), [({}, 64), ({"size": "128"}, 128), ({"size": "96"}, 96)])
-def test_the_pictures_have_the_size_that_the_address_says(visit: Open, given: dict[str, str], side: int) -> None:
+def test_the_pictures_have_the_size_that_the_address_says(given, side):
     app = visit(pictures="goldfish", **given)
-    sound(app)
     assert f"**1 picture** of {side} px" in text(app) and "1 of 1 labels read" in text(app)
-    command = next(item.value for item in app.code if item.value.startswith("gradinv invert"))
-    assert ("--image-size" in command) == (side != 64)
+    assert ("--image-size" in command(app)) == (side != 64)
 
 
-def test_a_run_has_the_chosen_size_and_leads_back_to_it(visit: Open) -> None:
-    app = visit(pictures="goldfish", size="96")
-    app = wait(app.button(key="start").click().run())
-    sound(app)
+def test_a_run_has_the_chosen_size_and_leads_back_to_it():
+    app = wait(start(pictures="goldfish", size="96", preset="matching"))
     assert "1 picture of 96 px" in text(app)
-    recorded = Recording.open(manager().state(address(app, "job")).update.store)
-    assert recorded.run["model"]["image_size"] == 96 and recorded.images("consensus").shape[-1] == 96
-    other = press(visit(job=address(app, "job")), "New run")
-    assert address(other, "size") == "96" and "of 96 px" in text(other)
+    assert recorded(app).run["model"]["image_size"] == 96 and recorded(app).images("consensus").shape[-1] == 96
+    other = press(visit(job=address(app)["job"]), "New run")
+    assert address(other)["size"] == "96" and "of 96 px" in text(other)
 
 
-def test_a_random_draw_has_the_size_that_was_asked_for(visit: Open) -> None:
+def test_a_random_draw_has_the_size_that_was_asked_for():
     app = visit()
     app.number_input(key="draw_size").set_value(3).run()
     press(app, "Draw at random")
-    sound(app)
     assert len(app.session_state.batch) == 3
     app.number_input(key="draw_size").set_value(100).run()
     press(app, "Draw at random")
@@ -190,60 +153,52 @@ def test_a_random_draw_has_the_size_that_was_asked_for(visit: Open) -> None:
     assert len(app.session_state.batch) == 3
 
 
-def test_an_empty_batch_is_a_sentence_and_no_start(visit: Open) -> None:
+def test_an_empty_batch_is_a_sentence_and_no_start():
     app = visit(pictures="")
-    sound(app)
     assert "Choose at least one picture." in text(app)
     assert app.button(key="start").disabled
 
 
-def test_a_class_that_the_model_lacks_is_named_and_can_be_removed(visit: Open) -> None:
+def test_a_class_that_the_model_lacks_is_named_and_can_be_removed():
     app = visit(pictures="goldfish.tiger")
-    sound(app)
     assert "does not know the class of the gallery's tiger" in text(app)
     assert app.button(key="start").disabled
     press(app, "Remove what cannot be used")
     assert not app.button(key="start").disabled
 
 
-def test_repeated_classes_are_counted_or_warned_of(visit: Open) -> None:
+def test_repeated_classes_are_counted_or_warned_of():
     app = visit(pictures="tabby.chelsea")
-    sound(app)
     assert "2 of 2 labels read" in text(app) and "100 % sure of them" in text(app)
     assert "Some pictures share a class" not in text(app)
     app = visit(pictures="tabby.chelsea", preset="paper")
-    sound(app)
     assert "Some pictures share a class" in text(app)
     assert "1 of 2 labels read" in text(app) and "Read by column-minimum" in text(app)
 
 
-def test_hostile_addresses_do_no_harm(visit: Open) -> None:
+def test_hostile_addresses_do_no_harm():
     app = visit(pictures="../../etc.<script>", model="nothing", seeds="-1", iterations="many", bn="'", preset="x")
-    sound(app)
     assert "Choose at least one picture." in text(app)
 
 
-def test_numbers_in_the_address_that_no_setting_takes_are_dropped_and_said(visit: Open) -> None:
+def test_numbers_in_the_address_that_no_setting_takes_are_dropped_and_said():
     app = visit(model="resnet50-tiny", seeds="1e999", iterations="9" * 400)
-    sound(app)
     assert not app.error
     (said,) = (item.value for item in app.warning)  # several are a list
     assert "- The address asks for seeds=1e999, but" in said
     assert f"- The address asks for iterations={'9' * 40}…, but" in said
-    assert "seeds" not in app.query_params and address(app, "model") == "resnet50-tiny"
+    assert "seeds" not in app.query_params and address(app)["model"] == "resnet50-tiny"
 
 
-def test_settings_are_read_from_the_address(visit: Open) -> None:
+def test_settings_are_read_from_the_address():
     app = visit(preset="paper", bn="none", seeds="2", iterations="7")
-    sound(app)
     assert "Paper: the constants" in text(app) and "None: the attack does without." in text(app)
     assert "2 seeds × 7 iterations" in text(app)
     assert app.selectbox(key="set_match").value == "l2"
 
 
-def test_every_setting_is_read_from_the_address(visit: Open) -> None:
+def test_every_setting_is_read_from_the_address():
     app = visit(set_match="l2", set_tv="0.3", set_stages="0.5, 0.5", set_box="false", set_seed="5")
-    sound(app)
     shown = (
         app.selectbox(key="set_match").value,
         app.number_input(key="set_tv").value,
@@ -253,9 +208,9 @@ def test_every_setting_is_read_from_the_address(visit: Open) -> None:
     assert app.text_input(key="set_stages").value == "0.5, 0.5" and app.number_input(key="set_seed").value == 5
 
 
-def test_a_preset_brings_its_own_settings(visit: Open) -> None:
+def test_a_preset_brings_its_own_settings():
     app = visit(seeds="3")
-    next(item for item in app.button_group if item.key == "preset").set_value("paper").run()
+    group(app, "preset").set_value("paper").run()
     sound(app)
     assert app.number_input(key="seeds").value == 8
     assert app.number_input(key="iterations").value == 20_000
@@ -264,7 +219,7 @@ def test_a_preset_brings_its_own_settings(visit: Open) -> None:
     assert labels == ["BN weight", "TV", "TV chroma", "Learning rate"]
 
 
-def test_a_wrong_advanced_setting_is_one_sentence(visit: Open) -> None:
+def test_a_wrong_advanced_setting_is_one_sentence():
     app = visit()
     app.text_input(key="set_stages").set_value("half").run()
     sound(app)
@@ -274,50 +229,43 @@ def test_a_wrong_advanced_setting_is_one_sentence(visit: Open) -> None:
     assert "sum to 1" in text(app)
 
 
-def test_more_seeds_than_memory_are_refused_before_the_start(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_seeds_than_memory_are_refused_before_the_start(monkeypatch):
     monkeypatch.setattr("gradinv.attack.memory.estimate_memory", lambda *_: 10**15)
     app = visit(seeds="9")
-    sound(app)
     assert "take fewer seeds or a smaller batch" in text(app)
     assert app.button(key="start").disabled
 
 
-def test_a_model_that_needs_a_download_says_so_and_loads_nothing(visit: Open) -> None:
+def test_a_model_that_needs_a_download_says_so_and_loads_nothing():
     app = visit(model="resnet50")
-    sound(app)
     assert "98 MB" in text(app)
     labels = [button.label for button in app.button]
     assert "Load resnet50" in labels and "Rebuild the pictures" not in labels
 
 
-def test_a_failed_download_is_one_sentence(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_one_sentence(monkeypatch):
     def fail(name: str) -> None:
         raise GradinvError("The weights of resnet50 could not be downloaded; take resnet50-tiny.")
 
     app = visit(model="resnet50")
     monkeypatch.setattr(shared, "load_model", fail)
     press(app, "Load resnet50")
-    sound(app)
     assert "could not be downloaded" in app.error[0].value
 
 
-def test_an_unexpected_error_is_one_sentence_without_a_traceback(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_one_sentence_without_a_traceback(monkeypatch):
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a secret of the server")
 
     monkeypatch.setattr(pick, "gallery", fail)
     app = visit()
-    sound(app)
     assert app.error[0].value == "This page failed unexpectedly (ZeroDivisionError); the server's log says more."
 
 
-def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
-    app = visit(pictures="goldfish.tabby")
-    app.button(key="start").click().run()
-    sound(app)
+def test_a_run_from_the_button_to_the_numbers():
+    app = start(pictures="goldfish.tabby")
     assert "job" in app.query_params
     app = wait(app)
-    sound(app)
     said = text(app)
     assert "**Finished** after 1 of 1 iteration" in said
     boards = [item.value for item in app.markdown if "gi-board" in item.value]
@@ -325,94 +273,65 @@ def test_a_run_from_the_button_to_the_numbers(visit: Open) -> None:
     for alt in ("Original: goldfish", "Original: tabby", "Reconstruction of goldfish", "Reconstruction of tabby"):
         assert boards[0].count(f'alt="{alt}"') == 1
     # A single seed is its own consensus: neither is said, nor shown twice. Between, what a layer holds of each.
-    assert (
-        boards[0].count("<img") == 6
-        and boards[0].count('alt="What ') == 2
-        and "consensus" not in said
-        and "Seed" not in boards[0]
-    )
+    assert boards[0].count("<img") == 6 and boards[0].count('alt="What ') == 2
+    assert "consensus" not in said and "Seed" not in boards[0]
     assert "2 of 2 right" in said and "constant colour" in said
     # No picture's PSNR stands without its baseline.
     assert len(re.findall(r"<small>[\d.]+\u00a0dB \(constant\u00a0[\d.]+\)</small>", boards[0])) == 2
     assert len(app.get("download_button")) == 4
     assert len(app.get("plotly_chart")) == 2
 
-    # Another tab with the link sees the same, and a new run starts from the same settings and pictures.
-    other = visit(job=address(app, "job"))
-    assert [item.value for item in other.markdown if "gi-board" in item.value] == boards
-    press(other, "New run")
-    sound(other)
-    assert "job" not in other.query_params
-    assert address(other, "pictures") == "goldfish.tabby"
-    assert "**2 pictures** of 64 px · resnet18-tiny · 1 seed × 1 iteration" in text(other)
-    # The address has them too, for whoever gets it; what is so by default it leaves out.
-    assert (address(other, "iterations"), address(other, "seeds")) == ("1", "1")
-    assert settings.MODEL == "resnet18-tiny" and "model" not in other.query_params
-
-
-def test_the_originals_can_be_hidden_and_so_are_the_true_classes(visit: Open) -> None:
-    app = visit(pictures="goldfish")
-    app.button(key="start").click().run()
-    app = wait(app)
-    app.toggle(key="hide").set_value(True).run()
-    sound(app)
-    board = next(item.value for item in app.markdown if "gi-board" in item.value)
-    assert "Hidden original" in board and "gi-right" not in board
-    assert "goldfish" not in text(app)
-
-
-def test_a_presentation_shows_the_pictures_only_and_the_originals_after_the_reveal(visit: Open) -> None:
-    app = visit(pictures="goldfish")
-    app.button(key="start").click().run()
-    app = wait(app)
-    app.button(key="present").click().run()
-    sound(app)
-    assert address(app, "present") == "1"
-    assert "goldfish" not in text(app) and "gi-presenting" in text(app)
-    assert not app.get("download_button") and not app.get("plotly_chart") and not app.toggle
-    app.button(key="reveal").click().run()
-    assert 'alt="Original: goldfish"' in text(app)
-    # The link leads a class to the same, with everything hidden again.
-    other = visit(job=address(app, "job"), present="1")
-    sound(other)
-    assert "goldfish" not in text(other)
-    app.button(key="present").click().run()
-    sound(app)
-    assert "present" not in app.query_params and len(app.get("download_button")) == 4
-
-
-def test_the_summary_is_one_page_with_pictures_numbers_settings_and_credits(visit: Open) -> None:
-    app = visit(pictures="goldfish.tabby")
-    app.button(key="start").click().run()
-    app = wait(app)
-    state = manager().state(address(app, "job"))
-    assert state is not None
-    recorded = Recording.open(state.update.store)
-    page = run._summary(state, state.update, recorded, [("in all", "<1 s>")]).decode()
+    # On paper it is one page with pictures, numbers, settings and credits.
+    state = manager().state(address(app)["job"])
+    page = run._summary(state, state.update, recorded(app), [("in all", "<1 s>")]).decode()
     assert page.count("<img ") == 2 * 2 and page.count('src="data:image/webp;base64,') == 4
     assert "finished: 1 of 1 iterations" in page and "&lt;1 s&gt;" in page and "<1 s>" not in page
     assert "<dt>boundary</dt><dd>auto</dd>" in page and "2 of 2 right" in page
     assert "creativecommons.org" in page and not re.search(r'(src|href)="(?!data:image|https://)', page)
 
+    # Another tab with the link sees the same, and a new run starts from the same settings and pictures.
+    other = visit(job=address(app)["job"])
+    assert [item.value for item in other.markdown if "gi-board" in item.value] == boards
+    press(other, "New run")
+    assert "job" not in other.query_params
+    assert address(other)["pictures"] == "goldfish.tabby"
+    assert "**2 pictures** of 64 px · resnet18-tiny · 1 seed × 1 iteration" in text(other)
+    # The address has them too, for whoever gets it; what is so by default it leaves out.
+    assert (address(other)["iterations"], address(other)["seeds"]) == ("1", "1")
+    assert settings.MODEL == "resnet18-tiny" and "model" not in other.query_params
 
-def test_the_replay_shows_an_earlier_step(visit: Open) -> None:
-    app = visit(pictures="goldfish", iterations="2")
-    app.button(key="start").click().run()
-    app = wait(app)
-    last = next(item.value for item in app.markdown if "gi-board" in item.value)
-    app.select_slider[0].set_value(0).run()
-    sound(app)
-    first = next(item.value for item in app.markdown if "gi-board" in item.value)
-    assert first != last
+
+def test_the_originals_can_be_hidden_and_so_are_the_true_classes():
+    app = wait(start(pictures="goldfish", preset="matching"))
+    sound(app.toggle(key="hide").set_value(True).run())
+    assert "Hidden original" in board(app) and "gi-right" not in board(app)
+    assert "goldfish" not in text(app)
 
 
-def test_the_seeds_of_a_single_picture_stand_side_by_side(visit: Open) -> None:
-    app = visit(pictures="goldfish", seeds="2")
-    app.button(key="start").click().run()
-    app = wait(app)
-    sound(app)
-    board = next(item.value for item in app.markdown if "gi-board" in item.value)
-    top, seeds = board.split('<div class="gi-board ')[1:]
+def test_a_presentation_shows_the_pictures_only_and_the_originals_after_the_reveal():
+    app = wait(start(pictures="goldfish", preset="matching"))
+    sound(app.button(key="present").click().run())
+    assert address(app)["present"] == "1"
+    assert "goldfish" not in text(app) and "gi-presenting" in text(app)
+    assert not app.get("download_button") and not app.get("plotly_chart") and not app.toggle
+    app.button(key="reveal").click().run()
+    assert 'alt="Original: goldfish"' in text(app)
+    # The link leads a class to the same, with everything hidden again.
+    assert "goldfish" not in text(visit(job=address(app)["job"], present="1"))
+    sound(app.button(key="present").click().run())
+    assert "present" not in app.query_params and len(app.get("download_button")) == 4
+
+
+def test_the_replay_shows_an_earlier_step():
+    app = wait(start(pictures="goldfish", iterations="2", preset="matching"))
+    last = board(app)
+    sound(app.select_slider[0].set_value(0).run())
+    assert board(app) != last
+
+
+def test_the_seeds_of_a_single_picture_stand_side_by_side():
+    app = wait(start(pictures="goldfish", seeds="2"))
+    top, seeds = board(app).split('<div class="gi-board ')[1:]
     assert top.startswith("gi-n1") and top.count("<img") == 3
     assert seeds.startswith("gi-n2") and seeds.count("<img") == 2
 
@@ -430,11 +349,9 @@ class Blocking:
         return "stopped"
 
 
-def test_a_run_waits_its_turn_with_its_place_shown_and_can_leave(visit: Open) -> None:
+def test_a_run_waits_its_turn_with_its_place_shown_and_can_leave():
     blocking = manager().submit(Blocking())
-    app = visit(pictures="goldfish")
-    app.button(key="start").click().run()
-    sound(app)
+    app = start(pictures="goldfish")
     assert "Place 1 in the queue" in text(app) and "starts by itself" in text(app)
     press(app, "Leave the queue")
     app = app.run()
@@ -442,27 +359,23 @@ def test_a_run_waits_its_turn_with_its_place_shown_and_can_leave(visit: Open) ->
     manager().cancel(blocking)
 
 
-def test_a_visitor_has_one_run_at_a_time_and_finds_the_way_back_to_it(visit: Open) -> None:
+def test_a_visitor_has_one_run_at_a_time_and_finds_the_way_back_to_it():
     blocking = manager().submit(Blocking())
-    app = visit(pictures="goldfish")
-    app.button(key="start").click().run()
-    job = address(app, "job")
+    app = start(pictures="goldfish")
+    job = address(app)["job"]
     press(app, "New run")
-    sound(app)
     assert "Your last run has not ended yet" in text(app)
     assert "start" not in [button.key for button in app.button]
     press(app, "Back to it")
-    assert address(app, "job") == job and "Place 1 in the queue" in text(app)
+    assert address(app)["job"] == job and "Place 1 in the queue" in text(app)
     # Others have theirs.
-    other = visit(pictures="goldfish")
-    other.button(key="start").click().run()
-    sound(other)
-    assert address(other, "job") != job and "Place 2 in the queue" in text(other)
-    for one in (job, address(other, "job"), blocking):
+    other = start(pictures="goldfish")
+    assert address(other)["job"] != job and "Place 2 in the queue" in text(other)
+    for one in (job, address(other)["job"], blocking):
         manager().cancel(one)
 
 
-def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_keeps_what_there_is(monkeypatch):
     begun = threading.Event()
     take = jobs.Inversion.pictures
 
@@ -471,63 +384,52 @@ def test_stop_keeps_what_there_is(visit: Open, monkeypatch: pytest.MonkeyPatch) 
         return take(self, snapshot)  # type: ignore[arg-type]
 
     monkeypatch.setattr(jobs.Inversion, "pictures", noticed)
-    app = visit(pictures="goldfish", iterations="100000")
-    app.button(key="start").click().run()
+    app = start(pictures="goldfish", iterations="100000")
     assert begun.wait(PATIENCE)
     app = wait(app, lambda state: isinstance(state.update, jobs.Progress))
-    sound(app)
     assert "of 100,000" in text(app)
     press(app, "Stop and keep the result")
     app = wait(app)
-    sound(app)
     assert "**Stopped** after" in text(app)
     assert len(app.get("download_button")) == 4
 
     # And it goes on from there, as a run of its own.
-    before, stopped = address(app, "job"), manager().state(address(app, "job"))
+    before, stopped = address(app)["job"], manager().state(address(app)["job"])
     assert stopped is not None
     app.button(key="go-on").click().run()
     sound(app)
-    assert address(app, "job") != before
-    going = manager().state(address(app, "job"))
+    assert address(app)["job"] != before
+    going = manager().state(address(app)["job"])
     assert going is not None and going.work.before is stopped.update.kept  # type: ignore[attr-defined]
     app = wait(app, lambda state: isinstance(state.update, jobs.Progress))
-    assert manager().state(address(app, "job")).update.step >= stopped.update.step  # type: ignore[union-attr]
-    manager().cancel(address(app, "job"))
+    assert manager().state(address(app)["job"]).update.step >= stopped.update.step  # type: ignore[union-attr]
+    manager().cancel(address(app)["job"])
     wait(app)
 
 
-def test_the_same_batch_runs_again_behind_a_defence(visit: Open) -> None:
-    app = visit(pictures="goldfish.tabby")
-    app = wait(app.button(key="start").click().run())
-    before = address(app, "job")
+def test_the_same_batch_runs_again_behind_a_defence():
+    app = wait(start(pictures="goldfish.tabby", preset="matching"))
+    before = address(app)["job"]
     app.select_slider(key="again-noise").set_value("1e-2").run()
     press(app, "Start this run")
-    sound(app)
-    assert address(app, "job") != before
+    assert address(app)["job"] != before
     app = wait(app)
-    sound(app)
     assert "The client’s defence: Gaussian noise of standard deviation 0.01" in text(app)
-    run = Recording.open(manager().state(address(app, "job")).update.store).run  # type: ignore[union-attr]
-    assert run["client"]["defences"] == ["noise:1e-2"] and run["boundary"] == "logits"
+    assert recorded(app).run["client"]["defences"] == ["noise:1e-2"]
     # Its settings lead back to it.
-    other = press(visit(job=address(app, "job")), "New run")
-    assert address(other, "noise") == "1e-2" and other.select_slider(key="noise").value == "1e-2"
+    other = press(visit(job=address(app)["job"]), "New run")
+    assert address(other)["noise"] == "1e-2" and other.select_slider(key="noise").value == "1e-2"
 
 
-def test_what_a_client_shares_behind_a_defence_is_what_the_server_reads(visit: Open) -> None:
+def test_what_a_client_shares_behind_a_defence_is_what_the_server_reads():
     assert "2 of 2 labels" in text(visit(pictures="goldfish.tabby"))
     app = visit(pictures="goldfish.tabby", noise="1", preset="matching")
-    sound(app)
     assert "Gaussian noise of standard deviation 1 is added" in text(app)
     assert "2 of 2 labels" not in text(app)
-    command = next(item.value for item in app.code if item.value.startswith("gradinv invert"))
-    assert "--defence noise:1 " in command
+    assert "--defence noise:1 " in command(app)
 
 
-def test_each_layer_that_is_solved_shows_before_there_is_a_picture(
-    visit: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_layer_that_is_solved_shows_before_there_is_a_picture(monkeypatch):
     held, reached = threading.Event(), threading.Event()
     publish = jobs._Job.publish
 
@@ -538,8 +440,7 @@ def test_each_layer_that_is_solved_shows_before_there_is_a_picture(
             held.wait(PATIENCE)
 
     monkeypatch.setattr(jobs._Job, "publish", slowly)
-    app = visit(pictures="goldfish.tabby", iterations="2")
-    app.button(key="start").click().run()
+    app = start(pictures="goldfish.tabby", iterations="2")
     try:
         assert reached.wait(PATIENCE)
         sound(app.run())
@@ -551,89 +452,65 @@ def test_each_layer_that_is_solved_shows_before_there_is_a_picture(
     finally:
         held.set()
     app = wait(app)
-    sound(app)
     said = text(app)
     assert "Solved without a search in " in said and "Pixels are searched for below " in said
-    recorded = manager().state(address(app, "job")).update.store  # type: ignore[union-attr]
-    run = Recording.open(recorded).run
+    run = recorded(app).run
     assert f"searched for below {run['boundary']} only" in said
     assert said.count('class="gi-exact"') + said.count('class="gi-near"') == len(run["recovered"]["nodes"]) > 4
 
 
-def test_a_failed_run_says_why_and_the_next_one_works(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_says_why_and_the_next_one_works(monkeypatch):
     def fail(*_: object, **__: object) -> None:
-        raise GradinvError("The gradient of fc.weight holds values that are not finite, so there is nothing to match.")
+        raise GradinvError("The gradient of fc.weight holds values that are not finite.")
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "invert", fail)
-        app = visit(pictures="goldfish")
-        app.button(key="start").click().run()
-        app = wait(app)
-    sound(app)
-    assert [item.value for item in app.error] == [
-        "The gradient of fc.weight holds values that are not finite, so there is nothing to match."
-    ]
+        app = wait(start(pictures="goldfish", preset="matching"))
+    assert [item.value for item in app.error] == ["The gradient of fc.weight holds values that are not finite."]
     press(app, "New run")
     app.button(key="start").click().run()
     assert "**Finished**" in text(wait(app))
 
 
-def test_a_run_beyond_the_servers_limit_is_refused_and_nothing_is_lost(
-    visit: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_beyond_the_servers_limit_is_refused_and_nothing_is_lost(monkeypatch):
     monkeypatch.setenv("GRADINV_MAX_COST", "4096")
-    app = visit(pictures="goldfish.bison")
-    app.button(key="start").click().run()
-    sound(app)
+    app = start(pictures="goldfish.bison")
     assert "2.0 times as large as this server accepts" in app.error[0].value
     assert "job" not in app.query_params
-    assert address(app, "pictures") == "goldfish.bison"
+    assert address(app)["pictures"] == "goldfish.bison"
 
 
-def test_a_run_that_is_not_kept_is_said_so(visit: Open) -> None:
+def test_a_run_that_is_not_kept_is_said_so():
     app = visit(job="nobody-knows-this")
-    sound(app)
     assert "not kept here any more" in text(app)
     press(app, "Start a new run")
     assert "job" not in app.query_params and "The client’s pictures" in text(app)
 
 
 def picture_file(kind: str = "PNG") -> bytes:
-    packed = io.BytesIO()
     levels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8)
-    Image.fromarray(levels).save(packed, kind)
-    return packed.getvalue()
+    return encoded(Image.fromarray(levels), kind)
 
 
 def source(app: AppTest, name: str) -> AppTest:
-    return next(item for item in app.button_group if item.key == "source").set_value(name).run()
+    return group(app, "source").set_value(name).run()
 
 
-def test_uploads_are_classified_by_the_model_or_the_visitor_and_bad_ones_are_one_sentence(visit: Open) -> None:
+def test_uploads_are_classified_by_the_model_or_the_visitor_and_bad_ones_are_one_sentence():
     app = source(visit(pictures="goldfish"), "upload")
-    app.file_uploader[0].set_value(
-        [
-            ("mine.png", picture_file(), "image/png"),
-            ("text.png", b"not a picture", "image/png"),
-            ("no.png", b"", "image/png"),
-        ]
-    ).run()
-    sound(app)
+    files = {"mine.png": picture_file(), "text.png": b"not a picture", "no.png": b""}
+    sound(app.file_uploader[0].set_value([(name, data, "image/png") for name, data in files.items()]).run())
     said = text(app)
     assert "text.png is not a picture" in said and "no.png is an empty file" in said
     # Where they were brought, not above the batch.
     assert [item.type for item in app.main if item.type in ("file_uploader", "warning")] == ["file_uploader", "warning"]
     assert [item.source for item in app.session_state.batch] == ["gallery", "upload"]
-    chooser = next(box for box in app.selectbox if box.label == "Class of mine")
-    chooser.set_value(7).run()
-    sound(app)
+    sound(next(box for box in app.selectbox if box.label == "Class of mine").set_value(7).run())
     assert "**2 pictures**" in text(app)
-    assert address(app, "pictures") == "goldfish"
+    assert address(app)["pictures"] == "goldfish"
 
 
-def test_an_imagenet_folder_is_searched_by_class_name(
-    visit: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_imagenet_folder_is_searched_by_class_name(tmp_path, monkeypatch):
     for wnid in ("n01443537", "n02123045", "n00000001"):
         (tmp_path / wnid).mkdir()
         for number in range(2):
@@ -644,26 +521,21 @@ def test_an_imagenet_folder_is_searched_by_class_name(
     sound(app)
     assert app.selectbox(key="folder_class").options == ["goldfish (n01443537)", "tabby (n02123045)"]
     app.text_input(key="folder_search").set_value("tabby").run()
-    grid = next(item for item in app.button_group if (item.key or "").startswith("folder_grid"))
+    grid = group(app, "folder_grid")
     assert len(grid.options) == 2 and "damaged.JPEG is not a picture" in text(app)
-    grid.set_value(["n02123045/n02123045_1.JPEG"]).run()
-    sound(app)
+    sound(grid.set_value(["n02123045/n02123045_1.JPEG"]).run())
     assert "1 of 1 labels" in text(app)
     press(app, "Draw at random")
-    sound(app)
     assert len(app.session_state.batch) == 4
 
 
-def test_a_folder_is_offered_where_one_is_named(visit: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def offered() -> list[str]:
-        return next(list(item.options) for item in visit().button_group if item.key == "source")
-
-    assert "ImageNet folder" not in offered()
+def test_a_folder_is_offered_where_one_is_named(monkeypatch, tmp_path):
+    assert "ImageNet folder" not in group(visit(), "source").options
     monkeypatch.setenv("GRADINV_IMAGENET", str(tmp_path))
-    assert "ImageNet folder" in offered()
+    assert "ImageNet folder" in group(visit(), "source").options
 
 
-def test_what_users_write_is_escaped() -> None:
+def test_what_users_write_is_escaped():
     tile = markup.Tile("data:,", '"><script>', "<b>bold</b>")
     shown = markup.board([markup.Row("<i>", [tile])])
     assert "<script" not in shown and "<b>bold" not in shown and "<i>" not in shown
@@ -673,11 +545,11 @@ def test_what_users_write_is_escaped() -> None:
 @pytest.mark.parametrize(
     ("seconds", "said"), [(None, "–"), (0.4, "0 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (7320, "2 h 02 min")]
 )
-def test_durations_are_said_as_people_do(seconds: float | None, said: str) -> None:
+def test_durations_are_said_as_people_do(seconds, said):
     assert markup.duration(seconds) == said
 
 
-def test_wrongly_restored_labels_stand_beside_what_they_should_have_been() -> None:
+def test_wrongly_restored_labels_stand_beside_what_they_should_have_been():
     shown = markup.labels(["a", "b", "a"], ["a", "c", "b"], "llg", 0.256)
     assert "Read by llg, which is 26 % sure of them." in shown
     assert shown.count("restored correctly:") == 2 and shown.count("restored wrongly:") == 1
@@ -685,40 +557,36 @@ def test_wrongly_restored_labels_stand_beside_what_they_should_have_been() -> No
     assert "<td>a</td><td><span" in shown.split("restored wrongly:")[0]
 
 
-def test_a_large_upload_is_kept_small() -> None:
+def test_a_large_upload_is_kept_small():
     assert uploads._shrunk(Image.new("RGB", (1024, 2048))).size == (288, 576)
     assert uploads._shrunk(Image.new("RGB", (100, 300))).size == (100, 300)
 
 
-def test_an_error_in_a_tick_is_one_sentence_too(visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_tick_is_one_sentence_too(monkeypatch):
     def fail(*_: object) -> str:
         raise ZeroDivisionError
 
     blocking = manager().submit(Blocking())
-    app = visit(pictures="goldfish")
     monkeypatch.setattr(markup, "board", fail)
-    app.button(key="start").click().run()
-    sound(app)
+    app = start(pictures="goldfish")
     assert app.error[0].value == "This page failed unexpectedly (ZeroDivisionError); the server's log says more."
     manager().cancel(blocking)
 
 
-def test_the_archive_carries_the_credits_of_the_originals() -> None:
+def test_the_archive_carries_the_credits_of_the_originals():
     store = MemoryStore({"run.json": b"{}"})
     credit = Credit("Ada", "CC BY 2.0", "https://example.org/licence", "https://example.org/picture", "cropped")
     facts = run.Facts("resnet18-tiny", 64, "demo", (), (), (), ("lion", "mine"), (credit, None), ())
     with zipfile.ZipFile(io.BytesIO(run._archive(store, facts))) as archive:
         assert archive.namelist() == ["images/CREDITS.txt", "run.json"]
         credits = archive.read("images/CREDITS.txt").decode()
-    assert credits == (
-        "original_00.png: lion, Ada, CC BY 2.0, cropped https://example.org/licence https://example.org/picture\n"
-    )
+    assert credits.count("\n") == 1 and credits.startswith("original_00.png: lion, Ada, CC BY 2.0, cropped ")
+    assert credit.licence_url in credits and credit.source in credits
 
 
-def test_others_who_have_the_link_watch_and_neither_stop_a_run_nor_start_it_again(visit: Open) -> None:
-    app = visit(pictures="goldfish", iterations="100000")
-    app.button(key="start").click().run()
-    job = address(app, "job")
+def test_others_who_have_the_link_watch_and_neither_stop_a_run_nor_start_it_again():
+    app = start(pictures="goldfish", iterations="100000")
+    job = address(app)["job"]
     own, others = ({button.key for button in one.button} for one in (app.run(), visit(job=job)))
     assert {"stop", "again"} <= own and not {"stop", "again"} & others
     assert "somebody else has started" in text(visit(job=job))
@@ -727,7 +595,7 @@ def test_others_who_have_the_link_watch_and_neither_stop_a_run_nor_start_it_agai
     assert "again" in own and not {"again", "go-on"} & others
 
 
-def test_a_visitors_own_pictures_are_kept_in_the_visit_only() -> None:
+def test_a_visitors_own_pictures_are_kept_in_the_visit_only():
     asked: list[str] = []
 
     def cache(scope: str = "global", **_: object) -> Callable[..., Any]:

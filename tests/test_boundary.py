@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import objective_for, solved
+from conftest import objective_for, smooth, solved
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import ResNet
@@ -68,8 +68,7 @@ def model() -> Model:
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
     """Two smooth pictures (pixels in [0, 1]) and their labels."""
-    coarse = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    return F.interpolate(coarse, (SIZE, SIZE), mode="bilinear"), torch.tensor([3, 1])
+    return smooth(2, 1, 4, SIZE), torch.tensor([3, 1])
 
 
 def known(model: Model, batch: tuple[Tensor, Tensor], scale: float = 1.0, error: float = 0.0) -> Recovered:
@@ -387,12 +386,11 @@ ANNEALED = change(
 )
 
 
-@pytest.mark.parametrize("stepping", ["eager", "traced"])
-def test_a_run_resumed_after_any_step_ends_with_the_same_bits(model, batch, observation, tmp_path, stepping):
+def test_a_run_resumed_after_any_step_ends_with_the_same_bits(model, batch, observation, tmp_path):
     """Also in the last step before a stage begins and in the first one after."""
-    config, recovered = change(ANNEALED, stepping=stepping), known(model, batch)
+    config, recovered = change(ANNEALED, stepping="traced"), known(model, batch)
     whole = list(invert(model, observation, config, every=1, recovered=recovered))
-    for step in (0, 1, 7, 8, 9, 12, 13, 16, 17, 18, 23, 24):
+    for step in (0, 7, 8, 9, 12, 13, 16, 17, 24):
         stream = invert(model, observation, config, every=1, recovered=recovered)
         for snapshot in stream:
             if snapshot.step == step:
@@ -411,7 +409,7 @@ def test_a_run_stopped_within_a_step_is_resumed(model, batch, observation):
     config, recovered = change(ANNEALED, stepping="eager"), known(model, batch)
     *_, whole = invert(model, observation, config, recovered=recovered)
     convolve = model.network.conv1.forward
-    for at in (0, 3, 16, 24, 32, 33, 34):  # two evaluations a step; the ninth begins a stage, after the 17th they meet
+    for at in (0, 3, 16, 33, 34):  # two evaluations a step; the ninth begins a stage, after the 17th they meet
         stop, calls = threading.Event(), itertools.count()
 
         def counted(x, at=at, stop=stop, calls=calls):

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PLAIN
+from conftest import ENVIRONMENT, PATIENCE, PLAIN, ROOT
 
-import gradinv
 from gradinv import cli, distributed
 from gradinv.attack.inversion import invert
 from gradinv.distributed import ALONE, Ranks, joined
@@ -30,10 +29,7 @@ from gradinv.models import Model
 from gradinv.recording import Recording
 from gradinv.types import GradinvError, Observation, Snapshot
 
-ROOT = Path(gradinv.__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-PATIENCE = 600  # seconds for a run of a few steps, should the machine be busy with others
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 CONFIG = dataclasses.replace(PLAIN, seeds=4, iterations=12, noise=0.2, stages=(0.5, 0.5), registration="lazy")
 
@@ -201,16 +197,10 @@ def check_one_that_diverges_ends_all(ranks: Ranks, small_model: Model, observati
 
 
 SMALL = ["--model", "resnet18-tiny", "--image-size", "32", "--device", "cpu", "--labels", "column-minimum"]
-RUN = ["goldfish", *SMALL, "--seeds", "3", "--iterations", "16", "--every", "1", "--group", "0.1", "--noise", "0.2"]
-RUN += [
-    "--registration",
-    "affine",
-    "--registration-start",
-    "0.5",
-    "--registration-interval",
-    "0.1",
-    "--layers",
-    "layer4",
+RUN = [
+    *("goldfish", *SMALL, "--layers", "layer4", "--seeds", "3", "--iterations", "16"),
+    *("--every", "1", "--noise", "0.2", "--group", "0.1"),
+    *("--registration", "affine", "--registration-start", "0.5", "--registration-interval", "0.1"),
 ]
 
 
@@ -266,10 +256,7 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
     recording = Recording.open("run")
     done = recording.run["iterations"]["done"]
     (sentence,) = complaints(errors)
-    assert sentence == (
-        "gradinv: A rank was lost, or did not answer within 10 minutes; see what torchrun says of it, and resume the "
-        f"run. What had been recorded after {done} of 16 iterations is kept in run."
-    )
+    assert sentence.startswith("gradinv: A rank was lost, ") and f" {done} of 16 iterations is kept in run." in sentence
     assert 3 <= done < 16 and recording.run["status"] == "failed"
     assert recording.steps[: done + 1] == list(range(done + 1))
     assert len(list(recording.snapshots())) == len(recording.steps)
@@ -281,9 +268,8 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
     recording = Recording.open("run")
     done = recording.run["iterations"]["done"]
     assert 9 <= done < 16 and recording.run["status"] == "stopped"
-    assert complaints(errors) == [
-        f"gradinv: Stopped after {done} of 16 iterations; go on with: gradinv invert --resume run"
-    ]
+    (sentence,) = complaints(errors)
+    assert sentence.startswith(f"gradinv: Stopped after {done} of 16 iterations; ")
 
     capsys.readouterr()
     assert cli.main(["invert", "--resume", "run", "--json"]) == 0
@@ -305,7 +291,6 @@ def test_what_cannot_be_run_is_said_once(tmp_path: Path) -> None:
     with start(tmp_path, "goldfish", *SMALL, "--seeds", "1") as started:
         _, errors = started.communicate(timeout=PATIENCE)
     assert started.returncode != 0
-    assert complaints(errors) == [
-        "gradinv: 2 ranks cannot share 1 seed; take more seeds, or start torchrun with --nproc-per-node=1."
-    ]
+    (sentence,) = complaints(errors)
+    assert sentence.startswith("gradinv: 2 ranks cannot share 1 seed; ")
     assert not (tmp_path / "runs").exists()

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import smooth
 from torch.nn import functional as F
 
 from gradinv.client import observe
+from gradinv.config import AttackConfig
 from gradinv.recovery.final_layer import EXPLAINED, FinalLayer, recover_features
+from gradinv.recovery.recover import recover
 from gradinv.types import GradinvError, Observation
 
 
@@ -34,8 +37,7 @@ def test_features_and_errors_of_each_image_are_recovered(small_model, small_batc
 @pytest.mark.parametrize("repeated", [[3, 3, 0], [2, 2, 2], [1, 4, 4, 4], [0, 0, 5, 5]])
 def test_images_that_share_a_label_are_told_apart(small_model, repeated):
     labels = torch.tensor(repeated)
-    coarse = torch.rand(len(labels), 3, 2, 2, generator=torch.Generator().manual_seed(2))
-    pixels = F.interpolate(coarse, (8, 8), mode="bilinear")
+    pixels = smooth(len(labels), 2)
     recovered = recover_features(small_model, observe(small_model, pixels, labels), labels)
     truth = true_features(small_model, pixels)
     assert recovered.residual < EXPLAINED
@@ -159,3 +161,6 @@ def test_as_many_images_as_classes_are_refused(small_model):
     observation = observe(small_model, torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), labels)
     with pytest.raises(GradinvError, match="fewer images than the 6 classes, not for 6"):
         recover_features(small_model, observation, labels)
+    for features, advice in ((1.0, "set features to 0 and boundary to loss"), (0.0, "set boundary to loss")):
+        with pytest.raises(GradinvError, match=f"not for 6; {advice}"):
+            recover(small_model, observation, AttackConfig(boundary="logits", features=features))

@@ -16,6 +16,7 @@ import safetensors.torch
 import scipy.optimize
 import torch
 import torchvision
+from conftest import one_sentence
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +29,9 @@ from gradinv.models import MODELS, ModelInfo, load_model
 from gradinv.sources import ImageFolder
 
 COLOURS = {"n01443537": (220, 120, 20), "n02129165": (20, 160, 60), "n07920052": (40, 20, 200)}
-SMALL = ["--device", "cpu", "--image-size", "32"]
+SMALL = ["head", "--device", "cpu", "--image-size", "32"]
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def make_folder(root: Path, count: int, seed: int, wnids: tuple[str, ...] = tuple(COLOURS)) -> Path:
@@ -43,15 +46,8 @@ def make_folder(root: Path, count: int, seed: int, wnids: tuple[str, ...] = tupl
     return root
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture(scope="module")
-def encoder() -> dict[str, Tensor]:
+def encoder():
     """Random weights of a ResNet-18 without its final layer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -60,22 +56,32 @@ def encoder() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def backbone(tmp_path: Path, encoder: dict[str, Tensor]) -> str:
-    safetensors.torch.save_file(encoder, tmp_path / "backbone.safetensors", metadata={"arch": "resnet18"})
-    return str(tmp_path / "backbone.safetensors")
+def backbone(elsewhere, encoder):
+    safetensors.torch.save_file(encoder, "backbone.safetensors", metadata={"arch": "resnet18"})
+    return "backbone.safetensors"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> str:
-    return str(make_folder(tmp_path / "train", 10, seed=0))
+def folder(elsewhere):
+    return str(make_folder(Path("train"), 10, seed=0))
+
+
+@pytest.fixture
+def fit(backbone, folder):
+    """Fits a final layer to the backbone and the pictures, and writes it to a file. → the exit code"""
+
+    def fit(out: str, *more: str) -> int:
+        return cli.main([*SMALL, "--imagenet", folder, "--model", backbone, "--out", out, *more])
+
+    return fit
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
     """Run `gradinv head` and expect it to fail with one sentence: → that."""
-    assert cli.main(["head", *SMALL, *args]) == code
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert sum(line.startswith("gradinv: ") for line in lines) == 1 and lines[-1].startswith("gradinv: ")
-    return lines[-1]
+    assert cli.main([*SMALL, *args]) == code
+    *aside, last = capsys.readouterr().err.splitlines(keepends=True)
+    assert not any(line.startswith("gradinv: ") for line in aside)
+    return one_sentence(last)
 
 
 # --- the fit
@@ -98,7 +104,7 @@ def noisy(count: int = 90) -> tuple[Tensor, Tensor]:
     return z * torch.tensor([1.0, 100.0, 0.01, 3.0]) + torch.tensor([5.0, 300.0, 1.0, -2.0]), labels
 
 
-def test_fit_finds_the_minimum_that_scipy_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_finds_the_minimum_that_scipy_finds(monkeypatch):
     monkeypatch.setattr(head, "CHUNK", 32)  # parts of unequal length
     features, labels = noisy()
     weight, bias, passes = head.fit(features, labels, 3, epochs=100, decay=5)
@@ -112,7 +118,7 @@ def test_fit_finds_the_minimum_that_scipy_finds(monkeypatch: pytest.MonkeyPatch)
     assert 5 < passes <= 100
 
 
-def test_fit_does_not_depend_on_scales_nor_on_chance() -> None:
+def test_fit_does_not_depend_on_scales_nor_on_chance():
     features, labels = noisy()
     first, second = (head.fit(features, labels, 3, epochs=30, decay=5) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
@@ -120,20 +126,20 @@ def test_fit_does_not_depend_on_scales_nor_on_chance() -> None:
     assert torch.allclose(scaled[0] * 64, first[0], rtol=1e-3, atol=1e-4)
 
 
-def test_a_feature_that_never_changes_gets_no_weight() -> None:
+def test_a_feature_that_never_changes_gets_no_weight():
     features, labels = noisy()
     features[:, 3] = 7.0
     weight, bias, _ = head.fit(features, labels, 3, epochs=30, decay=5)
     assert not weight[:, 3].any() and weight[:, :3].all() and bias.isfinite().all()
 
 
-def test_decay_shrinks_the_weights() -> None:
+def test_decay_shrinks_the_weights():
     features, labels = noisy()
     norms = [float(head.fit(features, labels, 3, epochs=50, decay=decay)[0].norm()) for decay in (1, 10, 100)]
     assert norms[0] > norms[1] > norms[2] > 0
 
 
-def test_held_out_pictures_are_of_every_class_and_leave_one() -> None:
+def test_held_out_pictures_are_of_every_class_and_leave_one():
     labels = torch.tensor([0] * 10 + [1] * 20 + [2])
     pictures = head._Pictures(torch.arange(31.0)[:, None], labels, ["a", "b", "c"])
     fitted, held_out = head._split(pictures, 0.2, seed=0)
@@ -146,23 +152,9 @@ def test_held_out_pictures_are_of_every_class_and_leave_one() -> None:
 # --- the command
 
 
-def test_a_fitted_network_is_complete(
-    tmp_path: Path, backbone: str, encoder: dict[str, Tensor], folder: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fitted_network_is_complete(fit, encoder, folder, capsys):
     """It knows its classes by name, keeps the backbone, recognises new pictures, and can be attacked."""
-    command = [
-        "head",
-        *SMALL,
-        "--imagenet",
-        folder,
-        "--model",
-        backbone,
-        "--held-out",
-        "0.2",
-        "--out",
-        "new/own.safetensors",
-    ]
-    assert cli.main([*command, "--json"]) == 0
+    assert fit("new/own.safetensors", "--held-out", "0.2", "--json") == 0
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert result["pictures"] == {"fitted": 24, "held_out": 6} and result["classes"] == 3
@@ -173,7 +165,7 @@ def test_a_fitted_network_is_complete(
     assert [item.name for item in model.classes] == ["goldfish", "lion", "espresso"]
     assert model.preprocessing.size == 32 and model.accuracy == result["accuracy"]["held_out"]
     assert all(torch.equal(model.network.state_dict()[name], value) for name, value in encoder.items())
-    new = ImageFolder(make_folder(tmp_path / "new pictures", 5, seed=9))
+    new = ImageFolder(make_folder(Path("new pictures"), 5, seed=9))
     pixels = torch.stack(
         [to_pixels(picture.open(), model.preprocessing) for wnid in COLOURS for picture in new.pictures(wnid)]
     )
@@ -183,12 +175,12 @@ def test_a_fitted_network_is_complete(
     assert (features >= 0).all() and features.any()
 
     attack = ["invert", "--imagenet", folder, "--random", "2", "--model", "new/own.safetensors", "--device", "cpu"]
-    assert cli.main([*attack, "--seeds", "1", "--iterations", "2", "--out", "run"]) == 0
+    assert cli.main([*attack, "--preset", "matching", "--seeds", "1", "--iterations", "1", "--out", "run"]) == 0
     assert f"3 classes at 32 × 32 px, top-1 {model.accuracy:g} %" in capsys.readouterr().out
 
 
-def test_the_file_says_where_it_comes_from(backbone: str, folder: str) -> None:
-    assert cli.main(["head", *SMALL, "--imagenet", folder, "--model", backbone, "--out", "own.safetensors"]) == 0
+def test_the_file_says_where_it_comes_from(fit, backbone):
+    assert fit("own.safetensors") == 0
     with safetensors.safe_open("own.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["backbone"] == "backbone, backbone.safetensors" and metadata["arch"] == "resnet18"
@@ -196,58 +188,36 @@ def test_the_file_says_where_it_comes_from(backbone: str, folder: str) -> None:
     assert json.loads(metadata["fit"])["pictures"] == {"fitted": 27, "held_out": 3}
 
 
-def test_features_are_computed_once(backbone: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_computed_once(fit, monkeypatch):
     """The second fit needs no pass through the network, and the third finds what the second found."""
-    command = ["head", *SMALL, "--imagenet", folder, "--model", backbone, "--out"]
-    assert cli.main([*command, "first.safetensors"]) == 0
+    assert fit("first.safetensors") == 0
 
     def fail(*_: object) -> None:
         raise AssertionError("a picture was looked at again")
 
     monkeypatch.setattr("gradinv.gallery.pooled", fail)
-    assert cli.main([*command, "second.safetensors"]) == 0
-    assert cli.main([*command, "third.safetensors"]) == 0
+    assert fit("second.safetensors") == fit("third.safetensors") == 0
     second, third = (safetensors.torch.load_file(f"{name}.safetensors") for name in ("second", "third"))
     assert all(torch.equal(value, third[name]) for name, value in second.items())
 
 
-def test_a_second_folder_measures(
-    tmp_path: Path, backbone: str, folder: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_folder_measures(fit, folder, capsys):
     """Its classes are matched by their ids, and those that the first lacks are left out."""
-    part = make_folder(tmp_path / "part", 8, seed=1, wnids=("n02129165", "n07920052"))
-    command = [
-        "head",
-        *SMALL,
-        "--imagenet",
-        str(part),
-        "--model",
-        backbone,
-        "--val",
-        folder,
-        "--out",
-        "own.safetensors",
-    ]
-    assert cli.main([*command, "--json"]) == 0
+    part = make_folder(Path("part"), 8, seed=1, wnids=("n02129165", "n07920052"))
+    assert fit("own.safetensors", "--imagenet", str(part), "--val", folder, "--json") == 0
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert result["pictures"] == {"fitted": 16, "held_out": 20} and result["accuracy"]["held_out"] >= 80
     assert "Classes of the second folder that the first lacks are left out: 1." in said.err
 
 
-def test_moco_is_found_by_its_name_once_it_is_fitted(
-    tmp_path: Path,
-    encoder: dict[str, Tensor],
-    folder: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_moco_is_found_by_its_name_once_it_is_fitted(tmp_path, encoder, folder, monkeypatch, capsys):
     info = ModelInfo(
         "resnet50-moco", "", arch="resnet18", size=32, classes=1000, accuracy=71.1, origin="", headless=True
     )
     monkeypatch.setitem(MODELS, "resnet50-moco", info)
     attack = ["invert", "--imagenet", folder, "--random", "2", "--model", "resnet50-moco", "--device", "cpu"]
-    attack += ["--seeds", "1", "--iterations", "2"]
+    attack += ["--preset", "matching", "--seeds", "1", "--iterations", "1"]
     assert cli.main(attack) == 2
     assert "has no final layer yet; fit one once with `gradinv head --imagenet DIR`" in capsys.readouterr().err
 
@@ -269,7 +239,7 @@ def test_moco_is_found_by_its_name_once_it_is_fitted(
 # --- what can go wrong
 
 
-def test_nothing_to_fit_to(tmp_path: Path, backbone: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_fit_to(tmp_path, backbone, capsys):
     options = ["--model", backbone, "--out", "own.safetensors", "--imagenet"]
     assert "set GRADINV_IMAGENET" in sentence(capsys, *options[:-1])
     assert "There is no folder" in sentence(capsys, *options, "nowhere")
@@ -286,9 +256,7 @@ def test_nothing_to_fit_to(tmp_path: Path, backbone: str, capsys: pytest.Capture
     assert not Path("own.safetensors").exists()
 
 
-def test_held_out_pictures_that_measure_nothing(
-    tmp_path: Path, backbone: str, folder: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_held_out_pictures_that_measure_nothing(tmp_path, backbone, folder, capsys):
     options = ["--model", backbone, "--imagenet", folder, "--out", "own.safetensors"]
     assert "A share of 0.01 of so few pictures is none" in sentence(capsys, *options, "--held-out", "0.01")
     assert "between 0 and 1, not 1.5" in sentence(capsys, *options, "--held-out", "1.5")
@@ -300,16 +268,14 @@ def test_held_out_pictures_that_measure_nothing(
     assert not Path("own.safetensors").exists()
 
 
-def test_settings_that_cannot_be(backbone: str, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_cannot_be(backbone, folder, capsys):
     options = ["--model", backbone, "--imagenet", folder, "--out", "own.safetensors"]
     assert "--epochs takes a number of at least 1, not 0" in sentence(capsys, *options, "--epochs", "0")
     assert "--decay takes a number of at least 0, not -1" in sentence(capsys, *options, "--decay", "-1")
     assert "--decay takes a number of at least 0, not nan" in sentence(capsys, *options, "--decay", "nan")
 
 
-def test_output_that_cannot_be_written_is_said_first(
-    backbone: str, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_that_cannot_be_written_is_said_first(backbone, folder, monkeypatch, capsys):
     """Before the hours that the features of a million pictures take."""
 
     def fail(*_: object, **__: object) -> Any:
@@ -331,7 +297,7 @@ def test_output_that_cannot_be_written_is_said_first(
         assert "(Permission denied)" in sentence(capsys, *options, "--out", "closed/own.safetensors")
 
 
-def test_full_disk_leaves_nothing(backbone: str, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_leaves_nothing(backbone, folder, capsys):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
@@ -341,31 +307,19 @@ def test_full_disk_leaves_nothing(backbone: str, folder: str, capsys: pytest.Cap
     assert "out/own.safetensors cannot be written" in text and os.listdir("out") == []
 
 
-@pytest.mark.parametrize(
-    ("where", "text"),
-    [
-        ("gradinv.cli.head.fit", "gradinv: Interrupted. No network was written."),
-        ("gradinv.gallery.pooled", "call again to go on from there. No network was written."),
-    ],
-)
-def test_interrupted(
-    where: str,
-    text: str,
-    backbone: str,
-    folder: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.parametrize("where", ["gradinv.cli.head.fit", "gradinv.gallery.pooled"])
+def test_interrupted(where, backbone, folder, monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(where, interrupt)
     options = ["--model", backbone, "--imagenet", folder, "--out", "out/own.safetensors"]
-    assert text in sentence(capsys, *options, code=130)
+    said = sentence(capsys, *options, code=130)
+    assert "No network was written." in said and ("call again to go on" in said) == where.endswith("pooled")
     assert os.listdir("out") == []
 
 
-def test_weights_that_overflow(tmp_path: Path, encoder: dict[str, Tensor], folder: str, capsys: Any) -> None:
+def test_weights_that_overflow(tmp_path, encoder, folder, capsys):
     weights = {**encoder, **{f"layer4.1.bn{index}.weight": torch.full((512,), 3e38) for index in (1, 2)}}
     torch.save(weights, tmp_path / "huge.pth")
     text = sentence(capsys, "--model", "huge.pth", "--imagenet", folder, "--out", "own.safetensors")

@@ -7,66 +7,47 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import fails, one_sentence, picture
 
 from gradinv import cli, gallery, sources
 from gradinv.cli import identify
 from gradinv.client import observe
 from gradinv.images import to_pixels
-from gradinv.models import Model, load_model
+from gradinv.models import load_model
 from gradinv.paths import ASSETS
 from gradinv.recovery.labels import RestoredLabels
 from gradinv.sources import from_path
-from gradinv.types import Observation
 
 OWN = ("n00000001/05.JPEG", "n00000002/02.JPEG", "mine/12.JPEG")  # in the order of their labels
 LABELS = (17, 3, 150)
 
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model():
     return load_model("resnet18-tiny", device="cpu", image_size=32)
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
-    monkeypatch.delenv("GRADINV_DEBUG", raising=False)
-
-
 @pytest.fixture
-def observed(model: Model, tmp_path: Path) -> Observation:
+def observed(model, elsewhere):
     """The gradient of OWN, three of thirteen pictures in `val`; saved as observation.safetensors."""
     for number in range(13):
-        path = tmp_path / "val" / (f"n{number % 4:08d}" if number < 12 else "mine") / f"{number:02d}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        levels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(levels).resize((40, 40), Image.Resampling.BICUBIC).save(path, format="PNG")
-    paths = [tmp_path / "val" / name for name in OWN]
-    pixels = torch.stack([to_pixels(from_path(path).open(), model.preprocessing) for path in paths])
+        picture(Path("val") / (f"n{number % 4:08d}" if number < 12 else "mine") / f"{number:02d}.JPEG", number)
+    pixels = torch.stack([to_pixels(from_path(f"val/{name}").open(), model.preprocessing) for name in OWN])
     observation = observe(model, pixels, torch.tensor(LABELS))
-    observation.save(tmp_path / "observation.safetensors")
+    observation.save("observation.safetensors")
     return observation
 
 
 IDENTIFY = ["identify", "--observation", "observation.safetensors", "--imagenet", "val", "--device", "cpu"]
 
 
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """Run a command that has to fail as bad use: → its one sentence."""
-    assert cli.main(args) == 2
-    text = capsys.readouterr().err
-    assert text.startswith("gradinv: ") and text.endswith(".\n") and len(text.splitlines()) == 1
-    return text.removeprefix("gradinv: ").rstrip("\n")
-
-
 @pytest.mark.usefixtures("observed")
-def test_json_names_the_pictures_of_the_batch(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_names_the_pictures_of_the_batch(model, capsys):
     (Path("val") / "mine" / "broken.png").write_bytes(b"no picture")
     assert cli.main([*IDENTIFY, "--top", "3", "--json"]) == 0
     captured = capsys.readouterr()
@@ -86,7 +67,7 @@ def test_json_names_the_pictures_of_the_batch(model: Model, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("observed")
-def test_table_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_table_for_people(capsys, monkeypatch, model):
     monkeypatch.setenv("GRADINV_IMAGENET", "val")
     assert cli.main([*IDENTIFY[:3], "--top", "2"]) == 0
     captured = capsys.readouterr()
@@ -100,16 +81,12 @@ def test_table_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert lines[7].startswith("13 pictures in val,") and "they are the client's own" in lines[8] and len(lines) == 9
 
 
-def test_without_a_folder_the_bundled_pictures_are_searched(
-    model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
-    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path / "cache"))
+def test_without_a_folder_the_bundled_pictures_are_searched(model, capsys):
     chosen = [sources.find(sources.gallery(model), name) for name in ("lion", "goldfish")]
     labels = torch.tensor([model.class_index(picture.wnid or "") for picture in chosen])
     pixels = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in chosen])
-    observe(model, pixels, labels).save(tmp_path / "shared.safetensors")
-    assert cli.main(["identify", "--observation", str(tmp_path / "shared.safetensors"), "--top", "1", "--json"]) == 0
+    observe(model, pixels, labels).save("shared.safetensors")
+    assert cli.main(["identify", "--observation", "shared.safetensors", "--top", "1", "--json"]) == 0
     captured = capsys.readouterr()
     assert "The bundled pictures are searched" in captured.err
     found = [image["matches"][0] for image in json.loads(captured.out)["images"]]
@@ -117,7 +94,7 @@ def test_without_a_folder_the_bundled_pictures_are_searched(
     assert min(match["similarity"] for match in found) > 0.99
 
 
-def test_a_changed_gradient_is_said_to_be_less_sure(observed: Observation, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_gradient_is_said_to_be_less_sure(observed, capsys):
     weight = observed.gradients["fc.weight"]
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
     replace(observed, gradients={**observed.gradients, "fc.weight": weight + noise}).save("observation.safetensors")
@@ -126,20 +103,18 @@ def test_a_changed_gradient_is_said_to_be_less_sure(observed: Observation, capsy
 
 
 @pytest.mark.usefixtures("observed")
-def test_what_is_not_among_the_pictures_is_said_to_lack(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_among_the_pictures_is_said_to_lack(capsys):
     Path("other").mkdir()
-    for picture in sources.gallery()[:4]:
-        picture.open().save(Path("other") / f"{picture.key}.png")
+    for known in sources.gallery()[:4]:
+        known.open().save(Path("other") / f"{known.key}.png")
     search = [*IDENTIFY[:4], "other", *IDENTIFY[5:]]
     assert cli.main(search) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "All similarities are below 0.9: none of these pictures seems to be of the batch."
-    )
+    assert "none of these pictures seems to be of the batch" in capsys.readouterr().out.splitlines()[-1]
     assert cli.main(IDENTIFY) == 0
     assert "0.9:" not in capsys.readouterr().out
 
 
-def test_single_pictures_that_lack_are_named() -> None:
+def test_single_pictures_that_lack_are_named():
     similarity = torch.tensor([[0.9999, 0.5], [0.7, 0.6], [0.89, 0.1]])
     for rows, said in (
         ((0, 1), "Nothing is as similar as 0.9 to #1, which seems not to be among these pictures."),
@@ -154,7 +129,7 @@ def test_single_pictures_that_lack_are_named() -> None:
 
 
 @pytest.mark.usefixtures("observed")
-def test_a_second_call_takes_the_index(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_takes_the_index(capsys, monkeypatch):
     assert cli.main([*IDENTIFY, "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
 
@@ -169,23 +144,19 @@ def test_a_second_call_takes_the_index(capsys: pytest.CaptureFixture[str], monke
 
 
 @pytest.mark.usefixtures("observed")
-def test_ctrl_c_says_what_is_kept(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_says_what_is_kept(capsys, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gallery, "pooled", interrupted)
     assert cli.main(IDENTIFY) == 130
-    assert capsys.readouterr().err == (
-        "gradinv: Interrupted. 0 of 13 pictures are in the index; call again to go on from there.\n"
-    )
+    assert "0 of 13 pictures are in the index; call again" in one_sentence(capsys.readouterr().err)
     monkeypatch.setattr(gallery, "_files", interrupted)
     assert cli.main(IDENTIFY) == 130
-    assert capsys.readouterr().err == "gradinv: Interrupted; nothing was kept.\n"
+    assert one_sentence(capsys.readouterr().err) == "Interrupted; nothing was kept."
 
 
-def test_a_client_in_train_mode_is_noted(
-    observed: Observation, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_client_in_train_mode_is_noted(observed, model, tmp_path, capsys):
     paths = [tmp_path / "val" / name for name in OWN]
     pixels = torch.stack([to_pixels(from_path(path).open(), model.preprocessing) for path in paths])
     observe(model, pixels, torch.tensor(LABELS), mode="train").save("observation.safetensors")
@@ -197,9 +168,7 @@ def test_a_client_in_train_mode_is_noted(
     assert "train mode" not in capsys.readouterr().err
 
 
-def test_own_weights_are_named(
-    observed: Observation, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Model
-) -> None:
+def test_own_weights_are_named(observed, tmp_path, capsys, model):
     weights = tmp_path / "mine.safetensors"
     shutil.copy(ASSETS / "models" / "resnet18-tiny.safetensors", weights)
     replace(observed, model_name="mine").save("observation.safetensors")
@@ -209,26 +178,23 @@ def test_own_weights_are_named(
     assert json.loads(capsys.readouterr().out)["model"]["name"] == "mine"
 
 
-def test_mistakes_are_one_sentence(
-    observed: Observation, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Model
-) -> None:
+def test_mistakes_are_one_sentence(observed, capsys):
     assert "at least 1, not 0" in fails(capsys, *IDENTIFY, "--top", "0")
     assert "There is no folder missing" in fails(capsys, *IDENTIFY[:4], "missing")
-    (tmp_path / "empty").mkdir()
+    Path("empty").mkdir()
     assert "empty holds no pictures" in fails(capsys, *IDENTIFY[:4], "empty")
     assert "Cannot read an observation from no.file" in fails(capsys, *IDENTIFY[:2], "no.file", *IDENTIFY[3:])
     assert "not of resnet50-tiny" in fails(capsys, *IDENTIFY, "--model", "resnet50-tiny")
     assert "no model or weights file 'nothing'" in fails(capsys, *IDENTIFY, "--model", "nothing")
-    broken = dict(observed.gradients)
-    broken["fc.weight"] = broken["fc.weight"] * float("nan")
+    broken = {**observed.gradients, "fc.weight": observed.gradients["fc.weight"] * float("nan")}
     replace(observed, gradients=broken).save("observation.safetensors")
     assert "fc.weight" in fails(capsys, *IDENTIFY)
     replace(observed, batch_size=250).save("observation.safetensors")  # of 200 classes
     assert "250" in fails(capsys, *IDENTIFY)
-    assert not (tmp_path / "cache").exists()  # found before any picture was looked at
+    assert not Path("cache").exists()  # found before any picture was looked at
 
 
-def test_observation_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+def test_observation_is_required(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["identify", "--imagenet", "val"])
     assert left.value.code == 2 and "--observation" in capsys.readouterr().err

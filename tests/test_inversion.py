@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import PLAIN
 
-from gradinv.attack.consensus import consensus
 from gradinv.attack.inversion import invert
 from gradinv.attack.memory import estimate_memory
 from gradinv.attack.optimiser import upsample
@@ -215,11 +214,6 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(999, config) < 1e-5
     # A short run warms up for a tenth of it.
     assert learning_rate(1, dataclasses.replace(config, iterations=20)) == pytest.approx(0.1)
-
-
-def test_consensus_is_the_mean():
-    seeds = torch.stack([torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)])
-    assert torch.equal(consensus(seeds), torch.full((1, 3, 2, 2), 0.5))
 
 
 def broken(observation, name, value):

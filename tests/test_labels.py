@@ -4,16 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import smooth
 from torch.nn import functional as F
 
 from gradinv.client import observe
 from gradinv.recovery.labels import METHODS, bias_corrected, column_minimum, ilrg, llg, restore_labels
 from gradinv.types import GradinvError, Observation
-
-
-def pictures(count, seed=0):
-    coarse = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(coarse, (8, 8), mode="bilinear")
 
 
 def changed(observation, **gradients):
@@ -67,14 +63,14 @@ def test_restores_every_label_of_a_distinct_batch(small_model, small_batch, meth
 def test_auto_counts_repeated_labels_and_is_sure(small_model):
     for seed in range(5):
         labels = torch.tensor([3, 3, 0, 5])
-        restored = restore_labels(small_model, observe(small_model, pictures(4, seed), labels))
+        restored = restore_labels(small_model, observe(small_model, smooth(4, seed), labels))
         assert sorted(restored.labels.tolist()) == [0, 3, 3, 5]
         assert restored.confidence > 0.99
 
 
 def test_auto_counts_repeated_labels_of_a_clipped_gradient(small_model):
     labels = torch.tensor([3, 3, 0])
-    observation = observe(small_model, pictures(3, seed=2), labels)
+    observation = observe(small_model, smooth(3, 2), labels)
     clipped = dataclasses.replace(
         observation, gradients={name: 0.01 * value for name, value in observation.gradients.items()}
     )
@@ -87,7 +83,7 @@ def test_auto_counts_repeated_labels_of_a_clipped_gradient(small_model):
 def test_behind_noise_auto_falls_back_to_a_plain_reading(small_model, true):
     """A corrected reading would fit the noise: here every residual is large, so none decides."""
     labels = torch.tensor(true)
-    observation = observe(small_model, pictures(3, seed=2), labels)
+    observation = observe(small_model, smooth(3, 2), labels)
     generator = torch.Generator().manual_seed(0)
     noisy = dataclasses.replace(
         observation,
@@ -105,20 +101,20 @@ def test_behind_noise_auto_falls_back_to_a_plain_reading(small_model, true):
 
 def test_a_wrong_reading_is_not_trusted(small_model):
     """Column-minimum cannot repeat a label: the features do not explain the gradient, and the confidence says so."""
-    observation = observe(small_model, pictures(4), torch.tensor([3, 3, 0, 5]))
+    observation = observe(small_model, smooth(4, 0), torch.tensor([3, 3, 0, 5]))
     assert restore_labels(small_model, observation, "column-minimum").confidence < 0.5
 
 
 def test_train_mode_gradients_are_read_as_well(small_model):
     labels = torch.tensor([3, 3, 0, 5])
-    restored = restore_labels(small_model, observe(small_model, pictures(4), labels, mode="train"))
+    restored = restore_labels(small_model, observe(small_model, smooth(4, 0), labels, mode="train"))
     assert sorted(restored.labels.tolist()) == [0, 3, 3, 5]
 
 
 @pytest.mark.parametrize("method", ["auto", "llg", "bias-corrected", "ilrg"])
 def test_more_images_than_classes(small_model, method):
     labels = torch.tensor([0, 0, 0, 0, 0, 0, 3, 3, 3])
-    restored = restore_labels(small_model, observe(small_model, pictures(9), labels), method)
+    restored = restore_labels(small_model, observe(small_model, smooth(9, 0), labels), method)
     assert restored.labels.shape == (9,)
     assert set(restored.labels.tolist()) <= set(range(6)) and 0 <= restored.confidence <= 0.9
     right = torch.minimum(restored.labels.bincount(minlength=6), labels.bincount(minlength=6)).sum()

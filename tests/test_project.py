@@ -58,7 +58,9 @@ def test_everything_imported_is_declared() -> None:
     assert third_party([*library, *scripts]) - recipes <= requirements()
     assert third_party(drawing) - {"plotly"} <= requirements()
     assert third_party(page) <= requirements("app")
-    assert third_party(list(ROOT.glob("tests/*.py"))) - {"conftest"} - recipes - tools <= requirements("app", "test")
+    assert third_party(list(ROOT.glob("tests/*.py"))) - {"conftest", "headless"} - recipes - tools <= requirements(
+        "app", "test"
+    )
 
 
 def test_version_is_that_of_the_package() -> None:
@@ -207,26 +209,18 @@ def from_index(index: str) -> str:
     return f"pip install --index-url {index} torch torchvision"
 
 
-def test_app_installs_what_it_needs_once(makefile: Makefile) -> None:
+def test_app_and_tests_install_what_they_need_once(makefile: Makefile) -> None:
     assert makefile.make("app") == ["venv", TORCH, APP, SERVE]
     served = "run streamlit run app.py --server.address 0.0.0.0 --server.port 9000"
     assert makefile.make("app", "PORT=9000", "ADDRESS=0.0.0.0") == [served]
-
-
-def test_tests_add_their_own_tools_once(makefile: Makefile) -> None:
-    assert makefile.make("app") == ["venv", TORCH, APP, SERVE]
     assert makefile.make("test") == [TEST, *CHECKS]
     assert makefile.make("test") == CHECKS
     assert makefile.make("app") == [SERVE]
 
 
-def test_tests_install_all_that_the_app_needs(makefile: Makefile) -> None:
+def test_tests_install_all_that_the_app_needs_until_requirements_change(makefile: Makefile) -> None:
     assert makefile.make("test") == ["venv", TORCH, TEST, *CHECKS]
     assert makefile.make("app") == [SERVE]
-
-
-def test_changed_requirements_are_installed(makefile: Makefile) -> None:
-    makefile.make("test")
     later = (makefile.folder / ".venv/stamps/test").stat().st_mtime + 5
     os.utime(makefile.folder / "pyproject.toml", (later, later))
     assert makefile.make("app") == [APP, SERVE]
@@ -275,20 +269,16 @@ def test_environment_whose_python_is_gone_is_made_anew(makefile: Makefile) -> No
     assert makefile.make("app") == ["venv", TORCH, APP, SERVE]
 
 
-def test_environment_of_an_older_python_is_refused(makefile: Makefile) -> None:
-    (makefile.folder / ".venv/bin").mkdir(parents=True)
-    shutil.copy(makefile.bin / "python3", makefile.folder / ".venv/bin/python")
-    (makefile.folder / "old").touch()
-    assert makefile.make("app", fails=True) == []
-    assert "holds a Python older than 3.11; run 'make clean' first." in makefile.done.stderr
-
-
-def test_machine_without_a_suitable_python(makefile: Makefile) -> None:
+def test_a_python_that_does_not_suffice_is_refused(makefile: Makefile) -> None:
     (makefile.folder / "old").touch()
     assert makefile.make("app", fails=True) == []
     assert "No Python 3.11 or newer was found; install one" in makefile.done.stderr
-    (makefile.folder / "old").unlink()
-    (makefile.folder / "bare").touch()
+    (makefile.folder / ".venv/bin").mkdir(parents=True)
+    shutil.copy(makefile.bin / "python3", makefile.folder / ".venv/bin/python")
+    assert makefile.make("app", fails=True) == []
+    assert "holds a Python older than 3.11; run 'make clean' first." in makefile.done.stderr
+    shutil.rmtree(makefile.folder / ".venv")
+    (makefile.folder / "old").rename(makefile.folder / "bare")
     assert makefile.make("app", fails=True) == []
     assert "lacks venv or ensurepip; install them" in makefile.done.stderr
 

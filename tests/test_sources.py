@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import os
 import resource
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Server, encoded
 from PIL import Image
 from torch import nn
 
@@ -30,12 +28,6 @@ GOLDFISH, TENCH, LION, UNKNOWN = "n01443537", "n01440764", "n02129165", "n999999
 def model_of(classes: tuple[ImageClass, ...]) -> Model:
     """A model of which nothing but its classes is asked."""
     return Model("classes", nn.Identity(), "0" * 64, Preprocessing(64, 64), classes, None)
-
-
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()
 
 
 def picture_bytes(colour: str = "red") -> bytes:
@@ -54,7 +46,7 @@ def sentence(call: Callable[[], object]) -> str:
 # --- gallery
 
 
-def test_gallery_offers_each_model_the_pictures_whose_class_it_knows() -> None:
+def test_gallery_offers_each_model_the_pictures_whose_class_it_knows():
     large, small = model_of(imagenet_classes()), model_of(tiny_classes())
     assert (len(sources.gallery()), len(sources.gallery(large)), len(sources.gallery(small))) == (48, 48, 23)
     for model in (large, small):
@@ -65,12 +57,12 @@ def test_gallery_offers_each_model_the_pictures_whose_class_it_knows() -> None:
     assert sources.gallery(model_of((ImageClass(UNKNOWN, "nothing"),))) == []
 
 
-def test_gallery_names_the_class_of_the_model_at_hand() -> None:
+def test_gallery_names_the_class_of_the_model_at_hand():
     assert sources.find(sources.gallery(model_of(imagenet_classes())), "rocket").name == "missile"
     assert sources.find(sources.gallery(model_of(tiny_classes())), "rocket").name == "projectile"
 
 
-def test_gallery_pictures_open_and_carry_their_credit() -> None:
+def test_gallery_pictures_open_and_carry_their_credit():
     for picture in sources.gallery():
         assert picture.open().size == (288, 288)
         assert picture.credit is not None
@@ -89,18 +81,18 @@ def test_gallery_pictures_open_and_carry_their_credit() -> None:
         ("all rights reserved", None),
     ],
 )
-def test_licence_link(licence: str, link: str | None) -> None:
+def test_licence_link(licence, link):
     assert sources.licence_link(licence) == link
 
 
-def test_find_says_what_there_is_instead() -> None:
+def test_find_says_what_there_is_instead():
     offered = sources.gallery(model_of(tiny_classes()))
     assert sources.find(offered, "coffee").name == "espresso"
     assert "take goldfish." in sentence(lambda: sources.find(offered, "goldfihs"))
     assert "does not know the class of the gallery's tiger; take" in sentence(lambda: sources.find(offered, "tiger"))
 
 
-def test_search_needs_every_word_in_name_title_or_wnid() -> None:
+def test_search_needs_every_word_in_name_title_or_wnid():
     pictures = sources.gallery()
     assert {p.key for p in sources.search(pictures, "SHARK white")} == {"great-white-shark"}
     assert {p.key for p in sources.search(pictures, "espresso")} == {"coffee", "cappuccino"}
@@ -108,7 +100,7 @@ def test_search_needs_every_word_in_name_title_or_wnid() -> None:
     assert sources.search(pictures, "  ") == pictures and sources.search(pictures, "shark pizza") == []
 
 
-def test_known_keeps_the_classes_of_the_model() -> None:
+def test_known_keeps_the_classes_of_the_model():
     pictures = [sources.from_upload(picture_bytes(), "a.png", wnid) for wnid in (GOLDFISH, TENCH, None)]
     assert [p.wnid for p in sources.known(pictures, model_of(tiny_classes()))] == [GOLDFISH]
 
@@ -120,7 +112,7 @@ def plain(key: str, wnid: str | None) -> Picture:
     return Picture(key, wnid, "", key, None, lambda: (Image.new("RGB", (1, 1)), []))
 
 
-def test_draw_takes_distinct_classes_first_and_warns_of_repeats() -> None:
+def test_draw_takes_distinct_classes_first_and_warns_of_repeats():
     pictures = [plain(f"{wnid}-{i}", wnid) for wnid, many in (("a", 50), ("b", 3), ("c", 1)) for i in range(many)]
     for seed in range(20):
         chosen, warning = sources.draw(pictures, 3, seed)
@@ -131,7 +123,7 @@ def test_draw_takes_distinct_classes_first_and_warns_of_repeats() -> None:
         assert warning == "Only 3 classes could be drawn from for 5 pictures, so classes repeat."
 
 
-def test_draw_can_take_everything_and_no_more() -> None:
+def test_draw_can_take_everything_and_no_more():
     pictures = [plain(f"{i}", "ab"[i % 2]) for i in range(6)]
     chosen, _ = sources.draw(pictures, 6, 0)
     assert {p.key for p in chosen} == {p.key for p in pictures}
@@ -140,13 +132,13 @@ def test_draw_can_take_everything_and_no_more() -> None:
     assert "At least one" in sentence(lambda: sources.draw(pictures, 0, 0))
 
 
-def test_draw_follows_its_seed() -> None:
+def test_draw_follows_its_seed():
     pictures = [plain(str(i), str(i)) for i in range(100)]
     draws = [[p.key for p in sources.draw(pictures, 8, seed)[0]] for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_pictures_of_unknown_class_count_as_different() -> None:
+def test_pictures_of_unknown_class_count_as_different():
     assert sources.draw([plain("a", None), plain("b", None)], 2, 0)[1] is None
 
 
@@ -163,7 +155,7 @@ def test_pictures_of_unknown_class_count_as_different() -> None:
         ("n0144/holiday.png", None),
     ],
 )
-def test_class_of_a_file_from_its_name(tmp_path: Path, name: str, wnid: str | None) -> None:
+def test_class_of_a_file_from_its_name(tmp_path, name, wnid):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(picture_bytes())
@@ -173,7 +165,7 @@ def test_class_of_a_file_from_its_name(tmp_path: Path, name: str, wnid: str | No
     assert sources.from_path(path, LION).name == "lion"
 
 
-def test_file_that_is_missing_or_vanishes(tmp_path: Path) -> None:
+def test_file_that_is_missing_or_vanishes(tmp_path):
     assert "There is no picture file" in sentence(lambda: sources.from_path(tmp_path / "none.png"))
     path = tmp_path / "soon.png"
     path.write_bytes(picture_bytes())
@@ -182,21 +174,21 @@ def test_file_that_is_missing_or_vanishes(tmp_path: Path) -> None:
     assert "soon.png cannot be read" in sentence(picture.open)
 
 
-def test_file_is_read_only_as_far_as_decoding_accepts(tmp_path: Path) -> None:
+def test_file_is_read_only_as_far_as_decoding_accepts(tmp_path):
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
         file.truncate(1 << 35)  # 32 sparse gigabytes, which could not be read at once
     assert "huge.png is larger than 100 MB" in sentence(sources.from_path(path).open)
 
 
-def test_upload_is_decoded_at_once() -> None:
+def test_upload_is_decoded_at_once():
     picture = sources.from_upload(picture_bytes("blue"), "sea.png", GOLDFISH)
     assert (picture.wnid, picture.name, picture.title) == (GOLDFISH, "goldfish", "sea")
     assert picture.open().getpixel((3, 3)) == (0, 0, 255)
     assert "notes.png is not a picture" in sentence(lambda: sources.from_upload(b"hello", "notes.png"))
 
 
-def test_upload_keeps_its_notes_and_no_more_pixels_than_a_network_takes() -> None:
+def test_upload_keeps_its_notes_and_no_more_pixels_than_a_network_takes():
     data = encoded(Image.new("CMYK", (3000, 2048)), "JPEG")
     image, notes = sources.from_upload(data, "print.jpg").load()
     assert image.size == (1500, 1024) and len(notes) == 1 and "CMYK" in notes[0]
@@ -206,20 +198,13 @@ def test_upload_keeps_its_notes_and_no_more_pixels_than_a_network_takes() -> Non
 
 
 @pytest.fixture
-def imagenet(tmp_path: Path) -> Path:
+def imagenet(tmp_path):
     """Three classes, one of them unknown to ImageNet, one as in Tiny ImageNet, and things that are neither."""
     root = tmp_path / "imagenet"
     for name in (
-        f"{GOLDFISH}/b.JPEG",
-        f"{GOLDFISH}/a.jpg",
-        f"{GOLDFISH}/c.PNG",
-        f"{GOLDFISH}/.hidden.JPEG",
-        f"{GOLDFISH}/readme.txt",
-        f"{TENCH}/images/{TENCH}_0.JPEG",
-        f"{TENCH}/{TENCH}_boxes.txt",
-        f"{UNKNOWN}/only.jpeg",
-        "devkit/help.png",
-        f"{LION}.txt",
+        *(f"{GOLDFISH}/{file}" for file in ("b.JPEG", "a.jpg", "c.PNG", ".hidden.JPEG", "readme.txt")),
+        *(f"{TENCH}/images/{TENCH}_0.JPEG", f"{TENCH}/{TENCH}_boxes.txt", f"{UNKNOWN}/only.jpeg"),
+        *("devkit/help.png", f"{LION}.txt"),
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(picture_bytes())
@@ -227,7 +212,7 @@ def imagenet(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def listings(monkeypatch):
     """The names of the folders that were listed, one entry a listing."""
     seen: list[str] = []
     for function in ("scandir", "listdir"):
@@ -241,7 +226,7 @@ def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_folder_lists_classes_and_pictures_by_name(imagenet: Path) -> None:
+def test_folder_lists_classes_and_pictures_by_name(imagenet):
     folder = ImageFolder(imagenet)
     assert [(c.wnid, c.name) for c in folder.classes] == [
         (GOLDFISH, "goldfish"),
@@ -256,7 +241,7 @@ def test_folder_lists_classes_and_pictures_by_name(imagenet: Path) -> None:
     assert "no folder for the class n02129165" in sentence(lambda: folder.pictures(LION))
 
 
-def test_folder_of_many_pictures_is_listed_lazily(tmp_path: Path, listings: list[str]) -> None:
+def test_folder_of_many_pictures_is_listed_lazily(tmp_path, listings):
     """Opening, naming and searching list the root once; a class is listed when it is asked for or drawn."""
     root = tmp_path / "large"
     wnids = [f"n{index:08d}" for index in range(200)]
@@ -276,7 +261,7 @@ def test_folder_of_many_pictures_is_listed_lazily(tmp_path: Path, listings: list
     assert len(set(listings)) == 8 and warning is None
 
 
-def test_folder_draws_from_the_classes_of_a_model(imagenet: Path) -> None:
+def test_folder_draws_from_the_classes_of_a_model(imagenet):
     folder = ImageFolder(imagenet)
     chosen, warning = folder.draw(3, 0, wnids={GOLDFISH})
     assert {p.wnid for p in chosen} == {GOLDFISH} and len({p.key for p in chosen}) == 3
@@ -286,20 +271,20 @@ def test_folder_draws_from_the_classes_of_a_model(imagenet: Path) -> None:
     assert "only 5 pictures" in sentence(lambda: folder.draw(6, 0))
 
 
-def test_empty_class_folder_is_skipped_in_a_draw(imagenet: Path) -> None:
+def test_empty_class_folder_is_skipped_in_a_draw(imagenet):
     (imagenet / LION).mkdir()
     chosen, warning = ImageFolder(imagenet).draw(3, 0)
     assert {p.wnid for p in chosen} == {GOLDFISH, TENCH, UNKNOWN} and warning is None
 
 
-def test_folder_from_the_environment(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_from_the_environment(imagenet, monkeypatch):
     monkeypatch.setenv("GRADINV_IMAGENET", str(imagenet))
     assert len(ImageFolder().classes) == 3
     monkeypatch.delenv("GRADINV_IMAGENET")
     assert "set GRADINV_IMAGENET" in sentence(ImageFolder)
 
 
-def test_folder_that_is_missing_or_holds_no_classes(tmp_path: Path) -> None:
+def test_folder_that_is_missing_or_holds_no_classes(tmp_path):
     assert "There is no folder" in sentence(lambda: ImageFolder(tmp_path / "none"))
     (tmp_path / "train").mkdir()
     assert "holds no class folders" in sentence(lambda: ImageFolder(tmp_path))
@@ -308,51 +293,13 @@ def test_folder_that_is_missing_or_holds_no_classes(tmp_path: Path) -> None:
 # --- the sample set, from a local server
 
 
-class Server(ThreadingHTTPServer):
-    """Serves `files` and notes in `asked` what was asked for; `claim` is added to the length that it states."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-    claim: int
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        server = self.server
-        assert isinstance(server, Server)
-        server.asked.append(self.path)
-        body = server.files.get(self.path)
-        if body is None:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body) + server.claim))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.files, server.asked, server.claim = {}, [], 0
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
 # Noise, so that the file is large enough to be cut; a name with characters that an address has to escape.
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 TENCH_FILE, TENCH_DATA = f"{TENCH}_jack-o'-lantern.png", encoded(Image.fromarray(NOISE))
 
 
 @pytest.fixture
-def samples(tmp_path: Path, server: Server) -> SampleSet:
+def samples(tmp_path, server):
     """A set of two pictures, of which the server has one, at an address with a folder."""
     index = tmp_path / "index.csv"
     with index.open("w", newline="") as file:
@@ -361,7 +308,7 @@ def samples(tmp_path: Path, server: Server) -> SampleSet:
         writer.writerow((0, TENCH, "tench", TENCH_FILE, len(TENCH_DATA), hashlib.sha256(TENCH_DATA).hexdigest()))
         writer.writerow((1, GOLDFISH, "goldfish", "missing.JPEG", 10, "0" * 64))
     server.files[f"/set/{TENCH}_jack-o%27-lantern.png"] = TENCH_DATA
-    return SampleSet(tmp_path / "cache", f"http://127.0.0.1:{server.server_port}/set", index)
+    return SampleSet(tmp_path / "cache", f"{server.url}/set", index)
 
 
 def kept(samples: SampleSet) -> list[str]:
@@ -369,7 +316,7 @@ def kept(samples: SampleSet) -> list[str]:
     return sorted(path.name for path in samples.cache.iterdir()) if samples.cache.is_dir() else []
 
 
-def test_sample_is_fetched_when_opened_and_only_once(samples: SampleSet, server: Server) -> None:
+def test_sample_is_fetched_when_opened_and_only_once(samples, server):
     tench, goldfish = samples.pictures
     assert (tench.wnid, tench.name, goldfish.name) == (TENCH, "tench", "goldfish")
     assert server.asked == [] and kept(samples) == []
@@ -378,47 +325,42 @@ def test_sample_is_fetched_when_opened_and_only_once(samples: SampleSet, server:
     assert len(server.asked) == 1 and kept(samples) == [TENCH_FILE]
 
 
-def test_sample_that_the_server_lacks(samples: SampleSet) -> None:
+def test_sample_that_the_server_lacks(samples):
     text = sentence(samples.pictures[1].open)
     assert "does not give out missing.JPEG" in text and "404" in text
     assert kept(samples) == []
 
 
-def damaged(data: bytes) -> bytes:
-    return data[:-1] + bytes([data[-1] ^ 1])
-
-
-@pytest.mark.parametrize("change", [damaged, lambda data: data + b"!", lambda data: data[:-1]])
-def test_sample_with_other_contents_is_not_kept(
-    samples: SampleSet, server: Server, change: Callable[[bytes], bytes]
-) -> None:
-    server.files = {path: change(data) for path, data in server.files.items()}
+@pytest.mark.parametrize(
+    "contents", [TENCH_DATA[:-1] + b"!", TENCH_DATA + b"!", TENCH_DATA[:-1]], ids=["same", "more", "less"]
+)
+def test_sample_with_other_contents_is_not_kept(samples, server, contents):
+    server.files = dict.fromkeys(server.files, contents)
     assert "with other contents than expected" in sentence(samples.pictures[0].open)
     assert kept(samples) == []
 
 
-def test_no_more_than_the_expected_size_is_written(samples: SampleSet, server: Server) -> None:
+def test_no_more_than_the_expected_size_is_written(samples, server):
     server.files = {path: bytes(30_000_000) for path in server.files}
     written = limited(lambda: sentence(samples.pictures[0].open), len(TENCH_DATA) + (1 << 16))
     assert "with other contents than expected" in written and kept(samples) == []
 
 
-def test_connection_that_breaks_off_leaves_nothing(samples: SampleSet, server: Server) -> None:
+def test_connection_that_breaks_off_leaves_nothing(samples, server):
     server.files = {path: data[: len(data) // 2] for path, data in server.files.items()}
     server.claim = len(TENCH_DATA) - len(TENCH_DATA) // 2
     assert "could not be fetched from 127.0.0.1" in sentence(samples.pictures[0].open)
     assert kept(samples) == []
 
 
-def test_no_network(tmp_path: Path, samples: SampleSet, server: Server) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
-        port = closed.server_port
-    samples.base_url = f"http://127.0.0.1:{port}/"
+def test_no_network(tmp_path, samples, server):
+    with Server() as closed:
+        samples.base_url = f"{closed.url}/"
     assert "no connection; try again later or take pictures of the gallery" in sentence(samples.pictures[0].open)
     assert kept(samples) == []
 
 
-def test_damaged_file_in_the_cache_is_fetched_again(samples: SampleSet, server: Server) -> None:
+def test_damaged_file_in_the_cache_is_fetched_again(samples, server):
     path = samples.cache / TENCH_FILE
     samples.cache.mkdir()
     path.write_bytes(TENCH_DATA[:100])
@@ -436,19 +378,19 @@ def limited(call: Callable[[], str], most: int) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk(samples: SampleSet) -> None:
+def test_full_disk(samples):
     text = limited(lambda: sentence(samples.pictures[0].open), len(TENCH_DATA) // 2)
     assert "could not be kept in" in text and "make room there or set GRADINV_CACHE" in text
     assert kept(samples) == []
 
 
-def test_cache_that_is_not_a_folder(tmp_path: Path, samples: SampleSet) -> None:
+def test_cache_that_is_not_a_folder(tmp_path, samples):
     samples.cache = tmp_path / "file"
     samples.cache.touch()
     assert "could not be kept in" in sentence(samples.pictures[0].open)
 
 
-def test_settings_of_the_sample_set_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_sample_set_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADINV_CACHE", str(tmp_path))
     monkeypatch.setenv("GRADINV_SAMPLES_URL", "https://mirror.example/set")
     samples = SampleSet()
@@ -457,7 +399,7 @@ def test_settings_of_the_sample_set_from_the_environment(tmp_path: Path, monkeyp
     assert "must begin with https://" in sentence(SampleSet)
 
 
-def test_bundled_index_has_one_picture_of_each_class() -> None:
+def test_bundled_index_has_one_picture_of_each_class():
     samples = SampleSet()
     assert [p.wnid for p in samples.pictures] == [c.wnid for c in imagenet_classes()]
     assert samples.base_url == sources.SAMPLES_URL and len({p.key for p in samples.pictures}) == 1000

@@ -89,19 +89,15 @@ def test_each_result_is_its_own(small_model, small_batch):
         assert torch.equal(result.gradient, gradient) and dict(result.raw) == raw
 
 
-def test_the_recording_runs_less_than_autograd_does(small_model, small_batch):
+def test_the_recording_runs_less_than_autograd_does_and_holds_no_more(small_model, small_batch):
     objective = objective_of(small_model, small_batch)
     stepper = Stepper(objective, "traced")
     for seed in range(2):
         stepper(*pictures(seed))
-    counts = []
-    for run in (lambda: evaluate(objective, *pictures(2)), lambda: stepper(*pictures(2))):
-        with Watch() as watch:
-            run()
-        counts.append(watch)
-    eager, traced = counts
-    # Autograd derives the matching term with respect to the second convolution's weights too, which nobody needs.
-    assert traced.operations["aten.convolution.default"] == eager.operations["aten.convolution.default"] - 1
+    with Watch() as eager:
+        evaluate(objective, *pictures(2))
+    with Watch() as traced:
+        stepper(*pictures(2))
     assert sum(traced.operations.values()) < 0.8 * sum(eager.operations.values())
     assert traced.peak <= eager.peak
 
@@ -316,30 +312,25 @@ def judging(total: Callable[[Tensor], Tensor]) -> Any:
     return objective
 
 
-def test_sums_with_zeros_and_changes_in_place_are_resolved():
-    def total(images: Tensor) -> Tensor:
-        zeros = torch.zeros_like(images)
-        part = zeros + images
-        filled = torch.zeros_like(images)
-        filled.select(1, 0).add_(images[:, 1])  # a view is changed, and with it what it looks at
-        part.mul_(2).add_(filled)
-        rows = torch.zeros(3).view(3, 1, 1)
-        spread = zeros + images[:1]  # not images[:1] itself: there are three of it
-        return ((part + zeros) * (rows + 1)).square().sum() + spread.square().sum()
-
-    objective = judging(total)
-    stepper = Stepper(objective, "traced")
-    for seed in range(4):
-        assert_same(stepper(*pictures(seed)), evaluate(objective, *pictures(seed)))
-    assert stepper.mode == "traced"
+def zeros_and_changes_in_place(images: Tensor) -> Tensor:
+    zeros = torch.zeros_like(images)
+    part = zeros + images
+    filled = torch.zeros_like(images)
+    filled.select(1, 0).add_(images[:, 1])  # a view is changed, and with it what it looks at
+    part.mul_(2).add_(filled)
+    rows = torch.zeros(3).view(3, 1, 1)
+    spread = zeros + images[:1]  # not images[:1] itself: there are three of it
+    return ((part + zeros) * (rows + 1)).square().sum() + spread.square().sum()
 
 
-def test_a_view_keeps_what_it_looks_at():
-    def total(images: Tensor) -> Tensor:
-        large = images.repeat(1, 1, 8, 8) * 3
-        row = large[:, :, 0]
-        return (large * 2).sum() + (row * row).sum() + (large.view(-1) ** 3).sum()
+def views_of_what_is_gone(images: Tensor) -> Tensor:
+    large = images.repeat(1, 1, 8, 8) * 3
+    row = large[:, :, 0]
+    return (large * 2).sum() + (row * row).sum() + (large.view(-1) ** 3).sum()
 
+
+@pytest.mark.parametrize("total", [zeros_and_changes_in_place, views_of_what_is_gone])
+def test_sums_with_zeros_changes_in_place_and_views_are_recorded_as_they_are(total):
     objective = judging(total)
     stepper = Stepper(objective, "traced")
     for seed in range(4):

@@ -1,12 +1,10 @@
-"""The training recipe as a process, on a folder of small generated pictures."""
+"""The training recipes as processes, on folders of small generated pictures."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -17,24 +15,65 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from conftest import ENVIRONMENT, PATIENCE
 from PIL import Image
+from torch.nn import functional as F
 
 from gradinv.images import to_pixels
+from gradinv.metrics import ssim
 from gradinv.models import load_model
 from gradinv.paths import ASSETS
+from gradinv.prior import Decoder, Painter
 from gradinv.sources import ImageFolder
 
-SCRIPT = ASSETS / "models" / "train.py"
+RECIPES = ASSETS / "models"
 COLOURS = {"n01440764": (200, 40, 40), "n01443537": (40, 200, 40), "n02129165": (40, 40, 200)}
 SIZE = 40
-PATIENCE = 900.0  # seconds after which something hangs; nothing depends on how fast it is
+
+
+def command(recipe: str, *args: object) -> list[str]:
+    return [sys.executable, str(RECIPES / f"{recipe}.py"), "--device", "cpu", *map(str, args)]
+
+
+def run(recipe: str, *args: object) -> str:
+    """What a recipe prints when it is run as a process, which must succeed."""
+    done = subprocess.run(
+        command(recipe, *args), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def killed(recipe: str, checkpoint: Path, *args: object) -> int:
+    """Run a recipe until it has kept a checkpoint. → at which step that was"""
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command(recipe, *args), env=ENVIRONMENT, stdout=quiet, stderr=quiet) as process:
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+    step: int = torch.load(checkpoint, weights_only=True)["step"]
+    return step
+
+
+def refused(recipe: str, capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What a recipe says when it refuses, run in this process to save the imports."""
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"](command(recipe, *args)[2:])
+    return capsys.readouterr().err if isinstance(ended.value.code, int) else str(ended.value.code)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = safetensors.torch.load_file(one), safetensors.torch.load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- a classifier
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     """Three classes that differ in colour, noisy: 8 training and 4 validation pictures of each."""
-    root = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
+    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for part, many in (("train", 8), ("val", 4)):
         for wnid, colour in COLOURS.items():
             (root / part / wnid).mkdir(parents=True)
@@ -44,38 +83,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def options(data: Path, out: Path, *more: str) -> list[str]:
-    folders = ["--train", str(data / "train"), "--val", str(data / "val"), "--out", str(out)]
+def options(data: Path, out: Path, *more: str) -> list[object]:
+    folders = ["--train", data / "train", "--val", data / "val", "--out", out]
     network = ["--arch", "resnet18", "--sizes", "32", "40", "40", "--batch-size", "8", "--learning-rate", "0.05"]
-    return [*folders, *network, "--workers", "1", "--device", "cpu", *more]
-
-
-COMMAND = [sys.executable, str(SCRIPT)]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-
-
-def run(arguments: list[str]) -> str:
-    """What the script prints when it is run as a process, which must succeed."""
-    done = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What it says when it refuses, run in this process to save the imports."""
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT))["main"](arguments)
-    return capsys.readouterr().err if isinstance(ended.value.code, int) else str(ended.value.code)
+    return [*folders, *network, "--workers", "1", *more]
 
 
 @pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(data, tmp_path_factory):
     """The weights of a run without interruption, which decodes in two processes, and what it printed."""
     out = tmp_path_factory.mktemp("whole") / "colours.safetensors"
-    return out, run(options(data, out, "--workers", "2"))
+    return out, run("train", *options(data, out, "--workers", "2"))
 
 
-def test_training_learns_the_classes(trained: tuple[Path, str]) -> None:
+def test_training_learns_the_classes(trained):
     _, printed = trained
     epochs = re.findall(r"epoch (\d) of 3, (\d+) px: loss ([\d.]+), top-1 ([\d.]+) %", printed)
     assert [(epoch, side) for epoch, side, _, _ in epochs] == [("1", "32"), ("2", "40"), ("3", "40")]
@@ -84,14 +105,14 @@ def test_training_learns_the_classes(trained: tuple[Path, str]) -> None:
     assert float(epochs[-1][3]) > 60  # a guess is right in a third
 
 
-def test_weights_load_as_a_model_that_classifies(trained: tuple[Path, str], data: Path) -> None:
+def test_weights_load_as_a_model_that_classifies(trained, data):
     out, printed = trained
     assert [path.name for path in out.parent.iterdir()] == [out.name]  # neither checkpoint nor half a file
     with safetensors.safe_open(out, framework="pt") as file:
         metadata = file.metadata()
-        kinds = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (not a dict)
-        assert not any(name.endswith("num_batches_tracked") for name in file.keys())  # noqa: SIM118
-    assert kinds == {torch.float16}
+    state = safetensors.torch.load_file(out)
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert not any(name.endswith("num_batches_tracked") for name in state)
     assert metadata["arch"] == "resnet18" and json.loads(metadata["classes"]) == sorted(COLOURS)
     model = load_model(str(out), device="cpu")
     assert (model.preprocessing.size, [c.wnid for c in model.classes]) == (SIZE, sorted(COLOURS))
@@ -104,37 +125,99 @@ def test_weights_load_as_a_model_that_classifies(trained: tuple[Path, str], data
     assert f"top-1 {metadata['accuracy']} %" in printed.splitlines()[-1]
 
 
-def test_killed_run_goes_on_to_the_same_weights(
-    trained: tuple[Path, str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_run_goes_on_to_the_same_weights(trained, data, tmp_path, capsys):
     out = tmp_path / "colours.safetensors"
-    checkpoint = tmp_path / "colours.checkpoint.pt"
     arguments = options(data, out, "--checkpoint-every", "2")
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen([*COMMAND, *arguments], env=ENVIRONMENT, stdout=quiet, stderr=quiet) as process:
-        while not checkpoint.exists() and process.poll() is None:
-            time.sleep(0.005)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and not out.exists()
-    step = torch.load(checkpoint, weights_only=True)["step"]
-    assert 0 < step < 9
-
-    assert "was made with other seed" in refused([*arguments, "--seed", "1"], capsys)
-    printed = run(arguments)
-    assert f"Going on after step {step} from" in printed
-    whole, parts = (safetensors.torch.load_file(path) for path in (trained[0], out))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    step = killed("train", tmp_path / "colours.checkpoint.pt", *arguments)
+    assert 0 < step < 9 and not out.exists()
+    assert "was made with other seed" in refused("train", capsys, *arguments, "--seed", "1")
+    printed = run("train", *arguments)
+    assert f"Going on after step {step} from" in printed and same_weights(out, trained[0])
     assert printed.splitlines()[-2] == trained[1].splitlines()[-2]  # loss and accuracy of the last epoch
 
 
-def test_wrong_use_is_one_sentence(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_one_sentence(data, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    assert "--sizes must be at least 32" in refused(options(data, out, "--sizes", "16", "32"), capsys)
+    assert "--sizes must be at least 32" in refused("train", capsys, *options(data, out, "--sizes", "16", "32"))
     (tmp_path / "train").mkdir()
-    assert "holds no class folders" in refused(options(tmp_path, out), capsys)
+    assert "holds no class folders" in refused("train", capsys, *options(tmp_path, out))
     (data / "val" / "n00000001").mkdir()
-    assert "has the class n00000001, which the training pictures lack" in refused(options(data, out), capsys)
+    assert "the class n00000001, which the training pictures lack" in refused("train", capsys, *options(data, out))
     (data / "val" / "n00000001").rmdir()
     out.touch()
-    assert "is there already; remove it or name another file" in refused(options(data, out), capsys)
+    assert "is there already; remove it or name another file" in refused("train", capsys, *options(data, out))
+
+
+# --- what paints a picture from features, or from activations
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One class of pictures, each of one colour: 16 to train with, of which 4 are measured on."""
+    root = tmp_path_factory.mktemp("pictures")
+    for part, many in (("train", 16), ("val", 4)):
+        random = np.random.default_rng(0)
+        (root / part / "n01443537").mkdir(parents=True)
+        for index in range(many):
+            Image.new("RGB", (64, 64), tuple(map(int, random.integers(0, 256, 3)))).save(
+                root / part / "n01443537" / f"{index}.png"
+            )
+    return ["--train", root / "train", "--val", root / "val", "--model", "resnet18-tiny", "--workers", "1"]
+
+
+def test_a_painter_learns_and_goes_on_where_it_was_killed(folders, tmp_path):
+    def arguments(out: Path, steps: int) -> list[object]:
+        return [
+            *folders,
+            "--node",
+            "layer2",
+            "--batch-size",
+            4,
+            "--out",
+            out,
+            "--steps",
+            steps,
+            "--checkpoint-every",
+            10,
+        ]
+
+    decibels = {}
+    for steps in (2, 40):
+        printed = run("train_painter", *arguments(out := tmp_path / f"painter{steps}.safetensors", steps))
+        decibels[steps] = float(re.findall(r"4 validation pictures, error 0: ([\d.-]+) dB", printed)[0])
+        state = safetensors.torch.load_file(out)
+        Painter(128, 8).load_state_dict({name: value.float() for name, value in state.items()})
+        assert {value.dtype for value in state.values()} == {torch.float16}
+    assert decibels[40] > decibels[2] + 0.5
+
+    again = tmp_path / "again.safetensors"
+    killed("train_painter", tmp_path / "again.checkpoint.pt", *arguments(again, 40))
+    assert not again.exists()
+    assert "Going on after step" in run("train_painter", *arguments(again, 40)) and same_weights(again, out)
+
+
+def test_a_decoder_learns_and_is_written_as_it_is_read(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    decibels = {}
+    for epochs in (1, 16):
+        arguments = [*folders, "--out", out := tmp_path / f"decoder{epochs}.safetensors", "--epochs", epochs]
+        printed = run("train_decoder", *arguments, "--batch-size", 16, "--learning-rate", "2e-3")
+        decibels[epochs] = float(re.findall(r"4 validation pictures: ([\d.]+) dB", printed)[0])
+        state = safetensors.torch.load_file(out)
+        Decoder(512).load_state_dict({name: value.float() for name, value in state.items()})
+        assert {value.dtype for name, value in state.items() if name != "scale"} == {torch.float16}
+    assert decibels[16] > decibels[1] + 0.5
+    assert "is there already; remove it" in refused("train_decoder", capsys, *arguments)
+    missing = ["--train", tmp_path / "none", *folders[2:], "--out", tmp_path / "other.safetensors"]
+    assert str(tmp_path / "none") in refused("train_decoder", capsys, *missing)
+
+
+def test_the_decoders_similarity_is_that_of_the_metrics(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import train_decoder  # type: ignore[import-not-found, unused-ignore]
+
+    generator = torch.Generator().manual_seed(0)
+    originals = F.interpolate(torch.rand(3, 3, 8, 8, generator=generator), (32, 32), mode="bilinear")
+    images = (originals + 0.1 * torch.randn(originals.shape, generator=generator)).clamp(0, 1)
+    found = train_decoder.similarity(images.double(), originals.double())
+    assert torch.allclose(found, ssim(images, originals), atol=1e-9)

@@ -248,7 +248,8 @@ class Recorder:
     def _go_on(self, resumed: Resumption) -> None:
         """Take back what was recorded after the state: it will come again."""
         done = resumed.state.step
-        self._recorded = done
+        # The very first state is written before the start has a frame.
+        self._recorded = done if resumed.steps else -1
         self._spent = float(resumed.run.get("recording_seconds", 0))
         before = resumed.run["environment"]  # where no step is left to do, what ran was the old one's
         self.run["environment"] |= {name: before[name] for name in _EXECUTED if name in before}

@@ -20,8 +20,8 @@ def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: fl
 class Attack:
     """Everything that decides what an inversion does. The defaults are the `paper` preset.
 
-    Numbers follow arXiv 2104.07586 (its Eqns 1–12) where a field has a counterpart there. Lengths of time are in
-    iterations, weights multiply the term they are named after, and images are optimised in normalised space.
+    Numbers follow arXiv 2104.07586 (its Eqns 1–3 and 8–12) where a field has a counterpart there. Lengths of time are
+    in iterations, weights multiply the term they are named after, and images are optimised in normalised space.
     """
 
     seeds: int = _option(8, "independent reconstructions, |G| in the paper", least=1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from gradinv.images import to_image
 from gradinv.types import Observation
 
-COLOURS = ("#0f8f86", "#d9662b", "#7c6bd6", "#3c80cf", "#c2568c", "#8c8020")
+COLOURS = ("#0f8f86", "#d9662b", "#7c6bd6", "#3c80cf", "#c2568c", "#8c8020", "#a8645a", "#6b8a3a")
 NEUTRAL = "#7b858c"
 
 TERMS = {

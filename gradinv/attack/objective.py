@@ -83,45 +83,44 @@ class Objective:
         self._parameters = {name: model.network.get_parameter(name) for name in self._target}
         self.weights: dict[str, float] = {}
         self._terms: dict[str, Term] = {}
+        self.separable = True  # whether the objective is a sum over images: its terms give a number for each of them
         self._collect(model, observation, recovered, painted)
         if not self._terms:
             raise GradinvError("Every term of the objective has weight 0, so there is nothing to optimise.")
 
     def _collect(self, model: Model, observation: Observation, recovered: Recovered, painted: Tensor | None) -> None:
-        """Take the terms whose weight is not zero. Of these a term holds no more than it needs: with the objective
-        itself, both would outlive the run."""
+        """Take the terms whose weight is not zero. No term may hold `self`: as a reference cycle the tensors would
+        outlive the run."""
         config = self._config
         like = next(model.network.parameters()).detach()
         if self._boundary.solved:
             known = {node.name: KnownActivations.of(node, like) for node in self._boundary.solved}
-            self._add("activations", config.activations, lambda e: activation_distance(e.values, known))
+            self._add("activations", config.activations, lambda e: activation_distance(e.values, known), each=True)
         if (features := recovered.features) is not None and config.boundary in ("loss", "logits"):
             features = features.to(model.device)
             self._add("features", config.features, lambda e: feature_distance(e.values[FEATURES], features))
         matching, target, squares = MATCHING[config.match], self._target, self._squares
         self._add("gradient", config.gradient, lambda e: matching(e.gradients, target, squares))
+        # R_fidelity = α_tv R_TV + α_ℓ2 R_ℓ2 + α_BN R_BN (Eqn 9)
         if config.bn_weight > 0 and (targets := bn_targets(model, observation, config)) is not None:
             distance = BN_FORMS[config.bn_form]
             self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))
         variation = TV_FORMS[config.tv_form]
-        # R_fidelity = α_tv R_TV + α_ℓ2 R_ℓ2 + α_BN R_BN (Eqn 9), here and above
-        self._add("tv", config.tv, lambda e: variation(e.images, model.preprocessing, config))
-        if painted is not None:
-            self._add("prior", config.prior, lambda e: prior_distance(e.images, painted, model.preprocessing))
+        each = config.tv_form == "smooth"
+        self._add("tv", config.tv, lambda e: variation(e.images, model.preprocessing, config), each=each)
         self._add("l2", config.l2, lambda e: image_norm(e.images))
+        if painted is not None:
+            self._add(
+                "prior", config.prior, lambda e: prior_distance(e.images, painted, model.preprocessing), each=True
+            )
         self._add("group", config.group if config.seeds > 1 else 0, lambda e: group_distance(e.images, e.group))
 
-    def _add(self, name: str, weight: float, term: Term) -> None:
+    def _add(self, name: str, weight: float, term: Term, *, each: bool = False) -> None:
+        """each: whether the term gives a number for each image (B,), which depends on that image alone."""
         if weight > 0:
             self.weights[name] = weight
             self._terms[name] = term
-
-    @property
-    def separable(self) -> bool:
-        """Whether the objective is a sum over images: its terms give a number for each of them."""
-        return set(self._terms) <= {"activations", "tv", "prior"} and (
-            "tv" not in self._terms or self._config.tv_form == "smooth"
-        )
+            self.separable &= each
 
     def annealed(self, sharpness: float | None, variation: float) -> Objective:
         """The same objective with the stem's maximum softened (None: the maximum itself), and with the weight of total

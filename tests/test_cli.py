@@ -110,7 +110,7 @@ def test_invert_prints_the_table_and_keeps_the_run(whole):
     folder, said = whole
     lines, run = said.splitlines(), json.loads((folder / "run.json").read_text())
     assert lines[0] == "resnet18-tiny: 200 classes at 32 × 32 px, top-1 44.5 %, on cpu"
-    assert lines[1] == "The client's batch: goldfish, tabby" and lines[-1] == "The run is kept in run."
+    assert lines[1] == "The client's batch: goldfish, tabby" and lines[-1].startswith("The run is kept in run. ")
     (labels,) = (line for line in lines if line.startswith("Labels restored from the gradient: "))
     assert "(2 of 2 right)" in labels and run["labels"]["method"] in labels and run["labels"]["confidence"] > 0.99
     top = next(index for index, line in enumerate(lines) if line.startswith("#"))
@@ -534,7 +534,7 @@ def test_a_killed_run_is_shown_and_resumed_to_the_same_bits(tmp_path, capfd):
     assert ": running\n" in replayed and "measured on the last recorded frame, which is lossy" in replayed
     done = process("invert", "--resume", "cut")
     assert done.returncode == 0 and done.stderr == ""
-    assert "of 24 iterations.\n" in done.stdout and "The run is kept in cut.\n" in done.stdout
+    assert "of 24 iterations.\n" in done.stdout and "The run is kept in cut. " in done.stdout
     assert "Its defence noise:1e-4: " in done.stdout, "as it was given"
     folders = (tmp_path / "whole", tmp_path / "cut")
     whole, cut = ({path.relative_to(f): path for path in f.rglob("*") if path.is_file()} for f in folders)

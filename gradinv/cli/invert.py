@@ -279,7 +279,7 @@ def _ended(
         return complain(f"{sentence.rstrip('.')}. What had been recorded after {done} is kept in {out}.", 1)
     if run["status"] == "stopped":
         return complain(f"Stopped after {done}; go on with: gradinv invert --resume {out}", 128 + signalled)
-    say(f"The run is kept in {out}.")
+    say(f"The run is kept in {out}. Its pictures are in {out / 'images'}.")
     return 0
 
 

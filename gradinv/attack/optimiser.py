@@ -67,7 +67,7 @@ class Optimiser(Protocol):
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015), fed with the gradient or its sign, with pixel noise and clamping after each step."""
+    """Adam (Kingma and Ba 2015), fed with the gradient or its sign."""
 
     def __init__(self, config: AttackConfig, preprocessing: Preprocessing, images: Tensor) -> None:
         self._config = config

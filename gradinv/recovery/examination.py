@@ -163,7 +163,7 @@ def _in_its_mode(model: Model, observation: Observation, exact: bool) -> tuple[O
     found = []
     for name, parameter in model.network.named_parameters():
         if parameter.ndim == 4 and name in observation.gradients:
-            weight, gradient = (m.cpu().double().flatten(1) for m in (parameter, observation.gradients[name]))
+            weight, gradient = (m.cpu().float().flatten(1) for m in (parameter, observation.gradients[name]))
             lengths = weight.norm(dim=1) * gradient.norm(dim=1)
             if (lengths > 0).any():
                 cosine = ((weight * gradient).sum(1) / lengths)[lengths > 0]

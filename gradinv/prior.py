@@ -28,6 +28,9 @@ DECODERS = {
 }
 # By the network's name and the node whose activations they take.
 PAINTERS: dict[str, dict[str, str]] = {
+    "resnet50-tiny": {
+        "layer2.3": "42bf44ac99155234bd63922677b026d91e3a6bdb4610780c67babd984cbb711a",
+    },
     "resnet18-tiny": {
         "layer2.1": "46ce5764842b4e1d97e2c291678345077142b777b22b2f924fc791e68b6f7950",
         "layer1.1": "69f43e67ef41622315d59c934efe1d659f065bf1398dcfbd2ed7cb509fcbbb30",

@@ -74,7 +74,7 @@ def report(say: Callable[[str], None], recording: Recording) -> None:
         f"{run['iterations']['done']} of {run['iterations']['total']} iterations in {run['seconds']:.1f} s"
         + ("" if each is None else f", {each:.3f} s each")
         + ("" if memory is None else f", at most {memory / 1000:.2f} GB of memory")
-        + f"; {len(recording.steps)} steps recorded"
+        + f"; the pictures of {len(recording.steps)} steps are kept"
     )
 
 
@@ -104,8 +104,12 @@ def _image_table(recording: Recording) -> str:
     measured, note = run["metrics"], ""
     if measured is None:
         measured, note = _measured_on_frames(recording), "\n(measured on the last recorded frame, which is lossy)"
-    # Runs of earlier versions were recorded without them.
-    extra = [name for name in ("fft2d", "lpips") if name in measured["consensus"]]
+    # Runs of earlier versions were recorded without them, and LPIPS cannot be had everywhere.
+    extra = [
+        name
+        for name in ("fft2d", "lpips")
+        if any(isinstance(value, float) for value in measured["consensus"].get(name, ()))
+    ]
     columns = metrics.columns(measured) + [measured["consensus"][name] for name in extra]
     rows: list[tuple[object, ...]] = []
     for index, (label, place) in enumerate(zip(true, recording.order(), strict=True)):
@@ -123,7 +127,7 @@ def _image_table(recording: Recording) -> str:
     footer = "PSNR in dB; seeds: mean over the seeds; constant: each picture's mean colour, the baseline"
     if extra:
         footer += f"\n{listed([name.upper() for name in extra], 'and')}: distances of the consensus, smaller is nearer"
-    if "lpips" in extra and not any(isinstance(value, float) for value in measured["consensus"]["lpips"]):
+    if "lpips" in measured["consensus"] and "lpips" not in extra:
         footer += f"\n{metrics.lpips_absent(run['model']['image_size'])}"
     return table(header, formatted, numbers=range(3, len(header))) + "\n" + footer + note
 
@@ -168,5 +172,5 @@ def _term_table(recording: Recording) -> str:
         )
         for name in names
     ]
-    header = ("term (weighted)", *(f"step {step}" for step in ends))
+    header = ("loss term, weighted", *(f"step {step}" for step in ends))
     return table(header, values, numbers=range(1, 1 + len(ends)))

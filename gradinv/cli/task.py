@@ -424,7 +424,7 @@ def describe_labels(
     known."""
     for note in notes:
         say(note)
-    labels, asked = task.labels, task.config.labels
+    labels = task.labels
     names = ", ".join(task.model.class_name(label) for label in restored)
     if method == "given":
         say(f"Labels as they were given: {names}")
@@ -434,6 +434,5 @@ def describe_labels(
         from gradinv import metrics
 
         right = f" ({metrics.labels_right(restored, labels)} of {len(labels)} right)"
-    read = f"auto: {method}" if asked == "auto" else asked
-    sure = "" if confidence is None else f", confidence {percent(confidence)}"
-    say(f"Labels restored from the gradient: {names}{right}; read by {read}{sure}")
+    sure = "" if confidence is None else f", with a confidence of {percent(confidence)}"
+    say(f"Labels restored from the gradient: {names}{right}; read by the method {method}{sure}")

@@ -37,6 +37,15 @@ class Row:
     note: str = ""
 
 
+def result(seeds: int, aligned: bool, prior: bool) -> tuple[str, str]:
+    """What an attack's result is called, and what it is: a single seed is its own consensus."""
+    if seeds > 1:
+        whole, note = "Consensus", "mean of the seeds" + (", aligned to each other" if aligned else "")
+    else:
+        whole, note = "Rebuilt", "from the gradient"
+    return whole, note + ("; a learned prior helped" if prior else "")
+
+
 # To the top of the page, once for each name that is put in: the browser executes what is new to it.
 TO_TOP = "<script>document.querySelector('[data-testid=stMain]').scrollTo(0, 0) // {}</script>"
 

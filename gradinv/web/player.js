@@ -94,10 +94,8 @@ export default function (component) {
       board.append(line);
       return { line, tiles };
     };
-    const single = run.seeds === 1;
     const rows = [...Array(run.seeds).keys()].map(seed => row(`Seed ${seed + 1}`, "").line);
-    const notes = single ? "from the gradient" : run.aligned ? "mean of the seeds, aligned" : "mean of the seeds";
-    const last = row(single ? "Rebuilt" : "Consensus", notes).line;
+    const last = row(...run.result).line;
     const canvases = [...rows, last].map((line, y) =>
       run.order.map((x, at) => {
         const figure = make("figure"), canvas = make("canvas"), caption = make("figcaption");

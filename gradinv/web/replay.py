@@ -112,7 +112,8 @@ def packed(*names: str) -> bytes:
 def _facts(run: Bundled) -> tuple[dict[str, Any], list[bytes]]:
     """One run's part of the header, and its pictures: frames, then originals."""
     recording, (true, restored) = run.recording, run.classes
-    seeds = recording.run["config"]["seeds"]
+    config = recording.run["config"]
+    seeds = config["seeds"]
     rows: dict[tuple[int, int], dict[str, Any]] = {(row["step"], row["seed"]): row for row in recording.curves}
     own = [[rows[step, seed]["psnr"] for step in recording.steps] for seed in range(seeds)] if seeds > 1 else []
     frames = [recording.frame(step) for step in recording.steps]
@@ -125,7 +126,7 @@ def _facts(run: Bundled) -> tuple[dict[str, Any], list[bytes]]:
         "total": recording.run["iterations"]["total"],
         "batch": len(true),
         "seeds": seeds,
-        "aligned": recording.run["config"]["registration"] != "lazy",
+        "result": markup.result(seeds, config["registration"] != "lazy", config["start"] == "decoder"),
         "side": side,
         "order": run.order,
         "titles": [title for title, _ in run.pictures],
@@ -166,7 +167,7 @@ def _page() -> None:
     runs = library()
     head.lead(
         "Recorded runs",
-        "Each began with noise and had nothing but a shared gradient to go by. Watch them, or guess what the pictures "
+        "Each had nothing but a shared gradient to go by. Watch them, or guess what the pictures "
         "are before you see the originals.",
     )
     if not runs:

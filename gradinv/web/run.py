@@ -62,8 +62,6 @@ if (!window.gradinvKeys) {
 }
 </script>"""
 
-CONSENSUS = {True: "mean of the seeds", False: "mean of the seeds, aligned to each other"}
-ALONE = "from the gradient"
 PAINTED = "a guess that a network learned from public pictures; below it what explains the gradient"
 PSNR_ALT = {
     True: "PSNR of each seed and of the consensus by step, beside that of the best constant colour",
@@ -497,8 +495,7 @@ def _rows(
         note = f"{layer.numbers:,} numbers of each picture, {solved.known(layer)}; nine of {layer.shape[0]} channels"
         rows.append(Row(name, held, note))
     seeds = work.config.seeds
-    # A single seed is its own consensus.
-    whole, note = ("Consensus", CONSENSUS[work.config.registration == "lazy"]) if seeds > 1 else ("Rebuilt", ALONE)
+    whole, note = markup.result(seeds, work.config.registration != "lazy", work.config.start == "decoder")
     if own is not None:
         note += f"; {markup.BASELINE}"
     if pictures is None:

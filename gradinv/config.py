@@ -172,7 +172,8 @@ class Execution:
 
 @dataclass(frozen=True)
 class AttackConfig(Execution, Attack):
-    """An attack and how it is executed. Every field is an option of the command line and of the page."""
+    """An attack and how it is executed. Every field is an option of the command line, and of the page where the network
+    has a use for it."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

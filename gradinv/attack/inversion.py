@@ -49,10 +49,10 @@ def invert(
 ) -> Snapshots:
     """Reconstruct the batch behind an observation: x̂* = argmin L_grad + R_fidelity + R_group (Eqn 1, Eqn 2).
 
-    The gradient is taken for what it is found to be (`examine`), which `Snapshots.recovered.notes` say. What it says
-    without a search is solved first, with the `labels` (B,) where they are known, unless it is `recovered` already;
-    with `boundary=auto` that decides what runs (see `settled`), and each snapshot says so. `progress` hears of each
-    node as it is solved.
+    `examine` says first what the gradient is, whatever its file says (`Snapshots.recovered.notes`). What it determines
+    without a search is solved next, with the `labels` (B,) where they are known, unless it is `recovered` already; with
+    `boundary=auto` that decides what runs (see `settled`), and each snapshot says so. `progress` hears of each node as
+    it is solved.
 
     Yields the start (step 0), then a snapshot every `every` steps and whenever `interval` seconds have passed since
     the last one, and always the last step. When `stop` is set, the current state is yielded within one evaluation

@@ -10,7 +10,7 @@ from collections import deque
 
 import torch
 
-from gradinv.config import AttackConfig
+from gradinv.config import FROM_PAINTING, AttackConfig
 from gradinv.models import Model
 
 _REPEATS = 3  # of the short measurement, of which the fastest counts
@@ -145,5 +145,12 @@ def _kind(model: Model, config: AttackConfig) -> _Kind:
 def _prior(model: Model, config: AttackConfig, batch_size: int) -> float:
     whole = config.layers == "all" or config.boundary == "loss"
     each = _BELOW_A_LAYER if config.needs_layers else _MATCHED_WHOLE if whole else _MATCHED
-    search = probe(model) * each * batch_size * config.seeds * config.iterations
+    search = probe(model) * each * batch_size * config.seeds * _iterations(model, config)
     return search + _solving_prior(model, batch_size) if config.needs_layers else search
+
+
+def _iterations(model: Model, config: AttackConfig) -> int:
+    """From a picture that a learned prior painted there will be fewer than the preset's: at most so many."""
+    if config.start != "decoder" or config.iterations != AttackConfig.preset("demo", model.name).iterations:
+        return config.iterations
+    return max(changes["iterations"] for changes in FROM_PAINTING.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -94,6 +95,13 @@ def test_the_prior_grows_with_the_work(small_model: Model) -> None:
     assert seconds(preset="paper") > seconds() > 0
     # The layers are solved once, whatever the iterations.
     assert seconds(preset="demo", iterations=200) < 2 * seconds(preset="demo")
+
+
+def test_a_painted_start_takes_fewer_iterations_unless_they_were_chosen(small_model: Model) -> None:
+    usual = AttackConfig.preset("demo")
+    painted, chosen = replace(usual, start="decoder"), replace(usual, start="decoder", iterations=77)
+    assert pace.estimate(small_model, painted, 4) < 0.8 * pace.estimate(small_model, usual, 4)
+    assert pace.estimate(small_model, chosen, 4) == pace.estimate(small_model, replace(usual, iterations=77), 4)
 
 
 def test_one_run_on_a_busy_machine_does_not_decide_but_several_do(small_model: Model) -> None:

@@ -50,8 +50,8 @@ class Camera:
         self.browser, self.folder, self.most = browser, folder, most
         folder.mkdir(parents=True, exist_ok=True)
 
-    def open(self, url: str, width: int = 1280, scheme: str = "light", like: Page | None = None) -> Page:
-        """A page that has been drawn completely, of the same visitor as another. Nothing moves by itself in it."""
+    def open(self, url: str, width: int = 1280, scheme: str = "light") -> Page:
+        """A page that has been drawn completely, of a new visitor. Nothing moves by itself in it."""
         height, scale = SIZES[width]
         page = self.browser.new_page(
             viewport={"width": width, "height": height},
@@ -59,7 +59,6 @@ class Camera:
             device_scale_factor=scale,
             has_touch=width < 640,
             reduced_motion="reduce",
-            storage_state=None if like is None else like.context.storage_state(),
         )
         page.set_default_timeout(HOUR)
         page.add_init_script(WATCH)
@@ -113,22 +112,20 @@ def live(camera: Camera, address: str, settings: str, names: set[str]) -> Iterat
         page.close()
     if names.isdisjoint(LIVE[1:]):
         return
-    first = camera.open(f"{address}/?{settings}")
-    first.get_by_text(REBUILT).wait_for()
-    first.get_by_role("button", name="Rebuild the pictures").click()
-    first.wait_for_url("**job=**")
-    pages = {look: camera.open(first.url, *look, like=first) for look in LOOKS}
-    first.close()
-    for name in LIVE[1:]:
-        for look, page in pages.items():
+    for width, scheme in LOOKS:  # a run for each: photographs of one would take longer than it
+        page = camera.open(f"{address}/?{settings}", width, scheme)
+        page.get_by_text(REBUILT).wait_for()
+        page.get_by_role("button", name="Rebuild the pictures").click()
+        for name in LIVE[1:]:
             if name == "live-running":
                 page.wait_for_function(LATE)
             else:
                 page.get_by_text("Finished after").wait_for()
                 settled(page)
             if name in names:
-                camera.take(page, name, *look)
-                yield f"{name}-{look[0]}-{look[1]}"
+                camera.take(page, name, width, scheme)
+                yield f"{name}-{width}-{scheme}"
+        page.close()
 
 
 def main() -> None:

@@ -84,13 +84,13 @@ def test_the_page_solves_a_small_batch_at_once_and_asks_before_a_large_one(monke
         layers.page()
 
     app = AppTest.from_function(script, default_timeout=PATIENCE)
-    app.query_params["size"] = "1"
+    app.query_params["batch_size"] = "1"
     monkeypatch.setattr("gradinv.pace.solving", lambda model, count: 1.0 if count < 3 else 100.0)
     app.run()
     assert not app.exception and not app.error
     said = "\n".join(item.value for item in app.markdown)
     assert "Recovered" in said and "Its mask" in said
-    app.slider(key="size").set_value(4).run()
+    app.slider(key="batch_size").set_value(4).run()
     assert not app.exception and not app.error
     assert any("Solving this takes about 2 min" in item.value for item in app.info)
     assert "solve-0" in [button.key for button in app.button]

@@ -251,7 +251,7 @@ def _page(name: str) -> None:
 
 HOSTILE = {
     "network": "../../etc/passwd",
-    "size": "-5",
+    "batch_size": "-5",
     "repeats": "nan",
     "draw": "9" * 400,
     "clip": "<script>",
@@ -265,7 +265,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", ["lessons_labels", "batch", "defences"])
 def test_a_page_opens_and_ignores_a_hostile_address(name):
     app = visit(name, **HOSTILE)
-    assert (app.slider(key="size").value, app.slider(key="repeats").value) == (8, 1)
+    assert (app.slider(key="batch_size").value, app.slider(key="repeats").value) == (8, 1)
     assert app.slider(key="draw").value == 0
     assert "passwd" not in text(app) and "<script>" not in text(app)
 
@@ -286,7 +286,7 @@ def test_a_visitors_own_pictures_are_the_batch_and_among_those_that_are_searched
 def test_a_gradient_of_ones_own_takes_the_batchs_place(name, monkeypatch):
     solving = [1000.0]  # seconds, before which the page asks
     monkeypatch.setattr("gradinv.pace.solving", lambda *_: solving[0])
-    app = visit(name, size="1", **({"clip": "0.3"} if name == "defences" else {}))
+    app = visit(name, batch_size="1", **({"clip": "0.3"} if name == "defences" else {}))
     data = gradient.sample("resnet18-tiny", lessons.SAMPLE[:1])
     solving[0] = 1.0
     app.session_state.visitor = "me"
@@ -303,7 +303,7 @@ def test_a_gradient_of_ones_own_takes_the_batchs_place(name, monkeypatch):
 
 
 def test_labels_that_repeat_are_beyond_column_minimum():
-    said = text(visit("lessons_labels", size="4", repeats="2", draw="3"))
+    said = text(visit("lessons_labels", batch_size="4", repeats="2", draw="3"))
     assert "**4 pictures of 2 classes**" in said
     assert "Here **2 of 4** of these rows are classes of the batch, which holds 2 classes." in said
     columns = said.split("<tfoot>")[1].split("</tfoot>")[0]
@@ -334,17 +334,17 @@ def test_shuffling_draws_another_batch():
 
 
 def test_clipping_costs_length_only_and_strong_noise_leaves_nothing():
-    said = text(visit("defences", size="2", clip="0.1"))
+    said = text(visit("defences", batch_size="2", clip="0.1"))
     assert "<tr><td>Defended</td><td>2 of 2</td><td>2 of 2</td>" in said
     assert "<dt>cosine</dt><dd>1.0000</dd>" in said and "clipped to a norm of 0.1" in said
-    said = text(visit("defences", size="2", clip="0.1", noise="1"))
+    said = text(visit("defences", batch_size="2", clip="0.1", noise="1"))
     assert "<tr><td>No defence</td><td>2 of 2</td><td>2 of 2</td>" in said
     assert "<tr><td>Defended</td><td>2 of 2</td>" not in said
     assert "<dt>cosine</dt><dd>0.00" in said
 
 
 def test_defences_link_to_the_recorded_run_behind_one_beside_its_undefended_twin():
-    links = [item.proto for item in visit("defences", size="2").get("page_link")]
+    links = [item.proto for item in visit("defences", batch_size="2").get("page_link")]
     pairs = replay.defended()
     assert [link.query_string for link in links] == [f"run={one.name}&beside={other.name}" for one, other in pairs]
     for link, (one, other) in zip(links, pairs, strict=True):

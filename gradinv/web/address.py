@@ -64,7 +64,7 @@ FLAG = one_of(("true", "false"))
 _DEFENCES = {name: one_of((lessons.OFF, *strengths)) for name, (_, strengths) in lessons.STRENGTHS.items()}
 _LESSON = {
     "network": one_of(lessons.NETWORKS),
-    "size": whole(1, lessons.MOST),
+    "batch_size": whole(1, lessons.MOST),  # not "size": that is the side of Live's pictures
     "repeats": whole(1, lessons.REPEATS),
     "draw": whole(0, lessons.DRAWS),
 }
@@ -105,7 +105,7 @@ def rules(page: str) -> dict[str, Rule]:
         "defences": {**_LESSON, **_DEFENCES, "truth": FLAG},
         "layers": {
             **_LESSON,
-            "size": whole(1, layers.MOST),
+            "batch_size": whole(1, layers.MOST),
             "side": one_of(layers.SIDES),
             "noise": one_of(layers.NOISE),
         },
@@ -115,7 +115,10 @@ def rules(page: str) -> dict[str, Rule]:
 def honoured(page: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """An address of a page as its widgets take it, and a sentence for each thing in it that cannot be."""
     given = {_RENAMED.get(name, name): value for name, value in given.items()}
-    known, kept, notices = rules(page), dict(given), []
+    known, notices = rules(page), []
+    if "batch_size" in known and "size" in given:  # its old name
+        given = {"batch_size": given["size"], **{name: value for name, value in given.items() if name != "size"}}
+    kept = dict(given)
     for name, value in given.items():
         if name in known:
             found = known[name].read(value)

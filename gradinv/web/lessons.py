@@ -204,7 +204,7 @@ def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
         left, middle, right, last = st.columns([3, 3, 3, 4], gap="medium", vertical_alignment="bottom")
         with left:
             network = shared.choose("Network", NETWORKS, NETWORKS[0], "network")
-        size = middle.slider("Batch size", 1, most, 4 if sides else 8, key="size", bind="query-params")
+        size = middle.slider("Batch size", 1, most, 4 if sides else 8, key="batch_size", bind="query-params")
         if sides:
             with right:
                 side = shared.choose("Side of the pictures, in pixels", sides, sides[0], "side")

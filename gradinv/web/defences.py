@@ -41,7 +41,7 @@ def page() -> None:
         head.lead(
             "What does a defence hide, and what does it cost?",
             "A client can change its gradient before it shares it. Move the sliders and see what the attacker still "
-            "gets, and what the server loses, which only wants a good average.",
+            "gets. The server only wants a good average; see also what it loses.",
         )
         choice = lessons.controls()
         texts = lessons.defences()
@@ -71,7 +71,7 @@ def privacy(texts: Sequence[str]) -> str:
     norm, sigma = (float(strengths[name]) if name in strengths else None for name in ("clip", "noise"))
     if norm is None:
         if sigma is None:
-            return "**Privacy guarantee:** none, since nothing is left to chance."
+            return "**Privacy guarantee:** none: these defences add nothing random."
         return "**Privacy guarantee:** none, since without clipping nothing bounds what one batch adds to the gradient."
     least = markup.number(gaussian_sigma(2 * norm, EPSILON, DELTA), 3)
     needed = f"ε = {EPSILON:g} would take σ = {least} on every number."
@@ -169,9 +169,9 @@ def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
     """Down to which layer the gradient can be solved, and what a short search below it gives."""
     st.header("Where the attack stops", anchor=False)
     st.markdown(
-        f"Of {'one picture' if len(places) == 1 else f'{len(places)} pictures'} of the batch, shared as a batch of "
-        "their own: the layers that can be solved, from the output down, and what a short search for the pixels below "
-        "them shows. [Layer by layer](layers) shows how that works."
+        f"{'One picture' if len(places) == 1 else f'{len(places)} pictures'} of the batch, shared as a batch of their "
+        "own. Below are the layers that can be solved, from the output down, and what a short search for the pixels "
+        "shows. [Layer by layer](layers) shows how that works."
     )
     network = shared.model(choice.network)
     rows = [_originals(pool, places, bool(st.session_state.get("truth", True)))]

@@ -87,9 +87,10 @@ def _question(game: Game, rebuilt: Tensor, classes: Sequence[str]) -> None:
         unsafe_allow_html=True,
     )
     picture, asked = st.columns([2, 3], gap="large", vertical_alignment="center")
+    blur = "from the gradient" if game.level == len(BLURS) - 1 else "from the gradient, and blurred for this game"
     with picture, st.container(key="guess-picture"):
         tile = Tile(blurred(rebuilt[place], game.level), f"A rebuilt picture, at level {game.level + 1} of clearness")
-        st.markdown(markup.board([Row("Rebuilt", [tile], "from the gradient")]), unsafe_allow_html=True)
+        st.markdown(markup.board([Row("Rebuilt", [tile], blur)]), unsafe_allow_html=True)
     with asked:
         st.markdown(f"**What was the client’s picture?** A right answer is worth {markup.count(worth, 'point')} now.")
         for answer in choices(game.run, place, right, _names(classes)):

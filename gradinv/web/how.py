@@ -340,7 +340,8 @@ STEPS = (
         "outputs with the labels y\\*, and asks of every weight which way it should move. It shares the mean over the "
         "batch, ΔW, and keeps the pictures. ΔW has as many numbers as the network has weights, and the chart shows how "
         "large each layer’s part is. That is far more than the pictures have pixels: **this is the leak**.\n\n"
-        "The attack looks for pictures x̂ that explain ΔW. The steps below are the parts of its sum.",
+        "The attack looks for pictures x̂ that explain ΔW. The steps below show what it reads directly, and "
+        "what it searches for.",
     ),
     Step(
         "The labels, from the last layer",

@@ -212,8 +212,9 @@ def _explained(counts: Sequence[Count], batch_size: int) -> str:
     reached = f"down to **{counts[short - 1].name}**" if short else f"not even for **{first.name}**"
     return (
         f"{words}\n\nHere there are enough {reached}. For **{count.name}** there are {count.equations:,} equations and "
-        f"{count.unknowns:,} unknowns, {ratio:.1f} times as many. What else is known of a layer, that it is never "
-        "negative and leads to the layers above, can make up for some that lack; then the way ends."
+        f"{count.unknowns:,} unknowns, {ratio:.1f} times as many. Two more things are known of a layer: it is never "
+        "negative, and it leads to the layers above. They make up for a few missing equations. Where more are missing, "
+        "the attack stops."
     )
 
 

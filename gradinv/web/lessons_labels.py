@@ -106,9 +106,9 @@ def _shown(
         st.latex(r"\nabla W_i=\frac1K\sum_k (p_{k,i}-y_{k,i})\,f_k")
         st.markdown(
             "The network’s belief $p$ lies between 0 and 1, and $y$ is 1 for the picture’s own class, else 0. "
-            "So a picture pushes **only its own class’s row below zero**, and those that the network took it for "
-            f"above. *Column-minimum*, the rule of the CVPR 2021 paper, takes the {count} rows "
-            "whose minimum is most negative. It cannot see a class twice."
+            "So a picture pushes **only its own class’s row below zero**. It pushes the rows of the classes that the "
+            "network took it for above zero. *Column-minimum*, the rule of the CVPR 2021 paper, takes the "
+            f"{count} rows whose minimum is most negative. It cannot see a class twice."
         )
         if told is not None:
             right = sum(label in told for label in order[:count])

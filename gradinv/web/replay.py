@@ -122,7 +122,7 @@ def _facts(run: Bundled) -> tuple[dict[str, Any], list[bytes]]:
         side = frame.width // len(true)
     facts = {
         "title": run.title,
-        "story": run.story,
+        "story": f"{run.story} Pictures of {side} px.",
         "total": recording.run["iterations"]["total"],
         "batch": len(true),
         "seeds": seeds,
@@ -167,8 +167,8 @@ def _page() -> None:
     runs = library()
     head.lead(
         "Recorded runs",
-        "Each had nothing but a shared gradient to go by. Watch them, or guess what the pictures "
-        "are before you see the originals.",
+        "What attacks rebuilt from shared gradients, step by step. Watch them, or guess what the pictures are "
+        "before you see the originals.",
     )
     if not runs:
         raise GradinvError("No recorded run is installed; record some with: python assets/runs/record.py.")

@@ -63,6 +63,7 @@ if (!window.gradinvKeys) {
 </script>"""
 
 PAINTED = "a guess that a network learned from public pictures; below it what explains the gradient"
+MEETING = "Where all lines fall at once, the seeds met: each goes on from the mean of all, with some noise."
 PSNR_ALT = {
     True: "PSNR of each seed and of the consensus by step, beside that of the best constant colour",
     False: "PSNR by step, beside that of the best constant colour",
@@ -429,7 +430,7 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
             st.markdown(f"**{name}**")
             st.echarts_chart(figures.live_distance(curves, steps, column), key="live-distance", height=225, alt=alt)
         else:
-            st.markdown("**PSNR in dB**")
+            st.markdown("**PSNR in dB**", help=_met(work))
             st.echarts_chart(
                 figures.live_psnr(curves, steps, facts.mean_baseline),
                 key="live-psnr",
@@ -441,6 +442,11 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
         st.echarts_chart(
             figures.live_losses(curves, steps), key="live-loss", height=225, alt="Terms of the loss by step"
         )
+
+
+def _met(work: Inversion) -> str | None:
+    """What to know of the curves of seeds that meet."""
+    return MEETING if work.config.seeds > 1 and work.config.meetings else None
 
 
 def _hide(work: Inversion) -> bool:
@@ -563,7 +569,7 @@ def _finished(state: JobState) -> None:
             st.markdown(f"**{name} by step**")
             st.plotly_chart(figures.distance_curves(curves, column), key="distance", alt=alt)
         else:
-            st.markdown("**PSNR by step**")
+            st.markdown("**PSNR by step**", help=_met(work))
             st.plotly_chart(
                 figures.psnr_curves(curves, facts.mean_baseline),
                 key="psnr",
@@ -756,7 +762,7 @@ def _numbers(work: Inversion, facts: Facts, measured: Any, restored: Sequence[in
     right = sum(a == b for a, b in zip(labels, restored, strict=True))
     mean = ["Mean", f"{right} of {len(rows)} right"]
     mean += [_number(metrics.mean(c), d) for c, d in zip(columns, digits, strict=True)]
-    return markup.results(rows, mean, ("mean of seeds", "consensus") if several else ("rebuilt",))
+    return markup.results(rows, mean, ("seeds, on average", "consensus") if several else ("rebuilt",))
 
 
 def _number(value: float | None, digits: int) -> str:

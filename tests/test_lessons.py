@@ -89,6 +89,7 @@ def test_the_attack_reads_labels_and_features_and_clipping_hides_neither(small_m
 def test_repeated_labels_are_read_behind_clipping_although_the_scale_is_lost():
     network, pool = shared.model("resnet18-tiny"), lessons.samples("resnet18-tiny")
     assert "counts 4 times: as it is, mirrored, cropped, cropped and mirrored." in pool.counted
+    assert pool.counted.endswith(f"so {len(pool.candidates)} are searched.")
     places = pool.draw(8, 2, 0)
     labels, observation = pool.labels(places), clip(lessons.observed_final(network, pool, places), 0.1)
     plain = lessons.readings(network, observation)

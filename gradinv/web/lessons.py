@@ -140,7 +140,7 @@ class Pool:
             return ""
         return (
             f"Each sample picture whose class the network knows counts {len(VIEWS)} times: as it is, "
-            f"{', '.join(VIEWS[1:])}."
+            f"{', '.join(VIEWS[1:])}. The others count once, so {len(self.candidates)} are searched."
         )
 
     def labels(self, places: Sequence[int]) -> Tensor:

@@ -33,7 +33,10 @@ KEYS = """<script>
 if (!window.gradinvKeys) {
   window.gradinvKeys = true;
   document.addEventListener('keydown', event => {
-    const what = {r: '.st-key-reveal button, .st-key-hide input', p: '.st-key-present button'}[event.key];
+    const leave = document.querySelector('.gi-presenting') && '.st-key-present button';
+    const what = {
+      r: '.st-key-reveal button, .st-key-hide input', p: '.st-key-present button', Escape: leave,
+    }[event.key];
     if (!what || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.closest('input:not([type=checkbox]), textarea, select, [contenteditable]')) return;
     const found = document.querySelector(what);
@@ -195,7 +198,7 @@ def _head(state: JobState) -> None:
         if presenting():
             st.html('<div class="gi-presenting"></div>')
     if presenting():
-        st.button("Leave the presentation (P)", type="tertiary", key="present", on_click=_present, args=(False,))
+        st.button("Leave the presentation (Esc)", type="tertiary", key="present", on_click=_present, args=(False,))
         return
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
         what = markup.count(config.seeds, "seed")

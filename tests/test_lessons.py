@@ -162,7 +162,7 @@ def test_distortion_by_layer_and_in_all_is_the_one_by_hand():
 
 
 def test_the_privacy_statement_needs_clipping_and_noise():
-    assert "add nothing random" in defences.privacy(["prune:0.9"])
+    assert "nothing random is added" in defences.privacy(["prune:0.9"])
     assert "without clipping" in defences.privacy(["noise:1"])
     alone = defences.privacy(["clip:0.3"])
     assert "none" in alone and f"σ = {gaussian_sigma(0.6, 8, 1e-5):.3g}" in alone

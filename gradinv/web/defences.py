@@ -71,7 +71,7 @@ def privacy(texts: Sequence[str]) -> str:
     norm, sigma = (float(strengths[name]) if name in strengths else None for name in ("clip", "noise"))
     if norm is None:
         if sigma is None:
-            return "**Privacy guarantee:** none: these defences add nothing random."
+            return "**Privacy guarantee:** none: nothing random is added."
         return "**Privacy guarantee:** none, since without clipping nothing bounds what one batch adds to the gradient."
     least = markup.number(gaussian_sigma(2 * norm, EPSILON, DELTA), 3)
     needed = f"ε = {EPSILON:g} would take σ = {least} on every number."

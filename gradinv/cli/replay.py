@@ -104,12 +104,11 @@ def _image_table(recording: Recording) -> str:
     measured, note = run["metrics"], ""
     if measured is None:
         measured, note = _measured_on_frames(recording), "\n(measured on the last recorded frame, which is lossy)"
-    # Runs of earlier versions were recorded without them, and LPIPS cannot be had everywhere.
-    extra = [
-        name
-        for name in ("fft2d", "lpips")
-        if any(isinstance(value, float) for value in measured["consensus"].get(name, ()))
-    ]
+    # Runs of earlier versions were recorded without them.
+    extra = [name for name in ("fft2d", "lpips") if name in measured["consensus"]]
+    lpips_absent = "lpips" in extra and not any(isinstance(value, float) for value in measured["consensus"]["lpips"])
+    if lpips_absent:
+        extra.remove("lpips")
     columns = metrics.columns(measured) + [measured["consensus"][name] for name in extra]
     rows: list[tuple[object, ...]] = []
     for index, (label, place) in enumerate(zip(true, recording.order(), strict=True)):
@@ -127,7 +126,7 @@ def _image_table(recording: Recording) -> str:
     footer = "PSNR in dB; seeds: mean over the seeds; constant: each picture's mean colour, the baseline"
     if extra:
         footer += f"\n{listed([name.upper() for name in extra], 'and')}: distances of the consensus, smaller is nearer"
-    if "lpips" in measured["consensus"] and "lpips" not in extra:
+    if lpips_absent:
         footer += f"\n{metrics.lpips_absent(run['model']['image_size'])}"
     return table(header, formatted, numbers=range(3, len(header))) + "\n" + footer + note
 

@@ -36,11 +36,11 @@ def recover(
     How far is `config.boundary`: "loss" solves nothing but the labels (and the features where a term needs them),
     "logits" the final layer, "auto" as many layers as the gradient determines, a node's name down to that node.
     `labels` (B,) are taken as they are where they are given, as they have to be of a client that does not train its
-    final layer. `examine` says first what the gradient is, whatever its file says. `told` is
-    called once with the labels and, where it is solved, the final layer, before the layers below, which may take
-    minutes, or before it is said that there are none; `progress` is called with each node as it is solved; `stop` ends
-    the way down there. Raises GradinvError where the labels cannot be read, or the final layer
-    cannot be solved though the config needs it.
+    final layer. `examine` says first what the gradient is, whatever its file says. `told` is called once with the
+    labels and, where it is solved, the final layer, before the layers below, which may take minutes, or before it is
+    said that there are none; `progress` is called with each node as it is solved; `stop` ends the way down there.
+    Raises GradinvError where the labels cannot be read, or the final layer cannot be solved though the config needs
+    it.
     """
     examined = examine(model, observation)
     observation = examined.observation

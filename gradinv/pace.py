@@ -150,7 +150,8 @@ def _prior(model: Model, config: AttackConfig, batch_size: int) -> float:
 
 
 def _iterations(model: Model, config: AttackConfig) -> int:
-    """From a picture that a learned prior painted there will be fewer than the preset's: at most so many."""
+    """How many there will be. From a picture that a learned prior painted they are fewer than the preset's, unless the
+    picture is of a node above the boundary, which is only known once the layers are solved."""
     if config.start != "decoder" or config.iterations != AttackConfig.preset("demo", model.name).iterations:
         return config.iterations
     return max(changes["iterations"] for changes in FROM_PAINTING.values())

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from gradinv.images import to_grid
-from gradinv.recording import Recording
+from gradinv.recording.replay import Recording
 
 SIDE = 192  # pixels of a picture
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gradinv.images import to_grid
-from gradinv.recording import Recording
+from gradinv.recording.replay import Recording
 from gradinv.types import GradinvError
 
 FRAMES, FEWEST = 60, 16

@@ -30,9 +30,9 @@ from gradinv.attack.objective import Objective
 from gradinv.attack.state import Run
 from gradinv.client import observe
 from gradinv.config import AttackConfig
+from gradinv.execution.stepping import resolve_mode
 from gradinv.models import Model
 from gradinv.recovery.recover import recover
-from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError
 
 WARM_UP = 3

@@ -177,7 +177,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The page's queue and what it holds of visitors are the test's own, and it names no folder."""
     from gradinv import jobs
-    from gradinv.web import gradient, shared
+    from gradinv.web.parts import gradient, shared
 
     monkeypatch.delenv("GRADINV_IMAGENET", raising=False)
     # A warm worker model saves a visitor a second and would cost these tests several.

@@ -15,7 +15,9 @@ PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how 
 
 def visit(**address: str) -> AppTest:
     """Open the page at an address, as a new visitor."""
-    return opened(AppTest.from_file(str(ROOT / "gradinv" / "web" / "pages.py"), default_timeout=PATIENCE), **address)
+    return opened(
+        AppTest.from_file(str(ROOT / "gradinv" / "web" / "site" / "navigation.py"), default_timeout=PATIENCE), **address
+    )
 
 
 def opened(app: AppTest, **address: str) -> AppTest:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gradinv.web import address, lessons, settings, tour
-from gradinv.web.address import honoured
+from gradinv.web.parts import lessons, settings, tour
+from gradinv.web.site import address
+from gradinv.web.site.address import honoured
 
 LESSONS = ("labels", "batch", "defences", "layers")
 

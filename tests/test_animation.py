@@ -16,7 +16,9 @@ from gradinv import animation
 from gradinv.animation import gif
 from gradinv.config import AttackConfig
 from gradinv.models import ImageClass, Model
-from gradinv.recording import MemoryStore, Recorder, Recording
+from gradinv.recording.recorder import Recorder
+from gradinv.recording.replay import Recording
+from gradinv.recording.stores import MemoryStore
 from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot
 
 SIDE = 16

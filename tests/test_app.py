@@ -20,11 +20,13 @@ from streamlit.testing.v1 import AppTest
 from gradinv import jobs, pace
 from gradinv.config import AttackConfig
 from gradinv.jobs import Handle, Status, manager
-from gradinv.recording import MemoryStore, Recording
+from gradinv.recording.replay import Recording
+from gradinv.recording.stores import MemoryStore
 from gradinv.sources import Credit, gallery, search
 from gradinv.types import GradinvError
-from gradinv.web import markup, pick, run, settings, shared, uploads
-from gradinv.web.pick import FIRST
+from gradinv.web.parts import inversion, markup, pick, settings, shared, uploads
+from gradinv.web.parts.pick import FIRST
+from gradinv.web.run import ended, facts
 
 pytestmark = pytest.mark.usefixtures("own_server")
 
@@ -283,7 +285,7 @@ def test_a_run_from_the_button_to_the_numbers():
 
     # On paper it is one page with pictures, numbers, settings and credits.
     state = manager().state(address(app)["job"])
-    page = run._summary(state, state.update, recorded(app), [("in all", "<1 s>")]).decode()
+    page = ended._summary(state, state.update, recorded(app), [("in all", "<1 s>")]).decode()
     assert page.count("<img ") == 2 * 2 and page.count('src="data:image/webp;base64,') == 4
     assert "finished: 1 of 1 iterations" in page and "&lt;1 s&gt;" in page and "<1 s>" not in page
     assert "<dt>boundary</dt><dd>auto</dd>" in page and "2 of 2 right" in page
@@ -377,16 +379,16 @@ def test_a_visitor_has_one_run_at_a_time_and_finds_the_way_back_to_it():
 
 def test_stop_keeps_what_there_is(monkeypatch):
     begun = threading.Event()
-    take = jobs.Inversion.pictures
+    take = inversion.Inversion.pictures
 
-    def noticed(self: jobs.Inversion, snapshot: object) -> jobs.Pictures:
+    def noticed(self: inversion.Inversion, snapshot: object) -> inversion.Pictures:
         begun.set()
         return take(self, snapshot)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(jobs.Inversion, "pictures", noticed)
+    monkeypatch.setattr(inversion.Inversion, "pictures", noticed)
     app = start(pictures="goldfish", iterations="100000")
     assert begun.wait(PATIENCE)
-    app = wait(app, lambda state: isinstance(state.update, jobs.Progress))
+    app = wait(app, lambda state: isinstance(state.update, inversion.Progress))
     assert "of 100,000" in text(app)
     press(app, "Stop and keep the result")
     app = wait(app)
@@ -401,7 +403,7 @@ def test_stop_keeps_what_there_is(monkeypatch):
     assert address(app)["job"] != before
     going = manager().state(address(app)["job"])
     assert going is not None and going.work.before is stopped.update.kept  # type: ignore[attr-defined]
-    app = wait(app, lambda state: isinstance(state.update, jobs.Progress))
+    app = wait(app, lambda state: isinstance(state.update, inversion.Progress))
     assert manager().state(address(app)["job"]).update.step >= stopped.update.step  # type: ignore[union-attr]
     manager().cancel(address(app)["job"])
     wait(app)
@@ -435,7 +437,7 @@ def test_each_layer_that_is_solved_shows_before_there_is_a_picture(monkeypatch):
 
     def slowly(self: jobs._Job, update: Any, size: int, remaining: float | None = None) -> None:
         publish(self, update, size, remaining)
-        if isinstance(update, jobs.Solving) and len(update.layers) == 2:
+        if isinstance(update, inversion.Solving) and len(update.layers) == 2:
             reached.set()
             held.wait(PATIENCE)
 
@@ -464,7 +466,7 @@ def test_a_failed_run_says_why_and_the_next_one_works(monkeypatch):
         raise GradinvError("The gradient of fc.weight holds values that are not finite.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "invert", fail)
+        patch.setattr(inversion, "invert", fail)
         app = wait(start(pictures="goldfish", preset="matching"))
     assert [item.value for item in app.error] == ["The gradient of fc.weight holds values that are not finite."]
     press(app, "New run")
@@ -576,8 +578,8 @@ def test_an_error_in_a_tick_is_one_sentence_too(monkeypatch):
 def test_the_archive_carries_the_credits_of_the_originals():
     store = MemoryStore({"run.json": b"{}"})
     credit = Credit("Ada", "CC BY 2.0", "https://example.org/licence", "https://example.org/picture", "cropped")
-    facts = run.Facts("resnet18-tiny", 64, "demo", (), (), (), ("lion", "mine"), (credit, None), ())
-    with zipfile.ZipFile(io.BytesIO(run._archive(store, facts))) as archive:
+    known = facts.Facts("resnet18-tiny", 64, "demo", (), (), (), ("lion", "mine"), (credit, None), ())
+    with zipfile.ZipFile(io.BytesIO(ended._archive(store, known))) as archive:
         assert archive.namelist() == ["images/CREDITS.txt", "run.json"]
         credits = archive.read("images/CREDITS.txt").decode()
     assert credits.count("\n") == 1 and credits.startswith("original_00.png: lion, Ada, CC BY 2.0, cropped ")

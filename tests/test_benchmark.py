@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from gradinv import benchmark, cli, tape
+from gradinv import benchmark, cli
 from gradinv.benchmark import Variant, line, measure, operations, pictures, spread, summarise, variants
 from gradinv.cli.benchmark import remarks, rows_table
 from gradinv.config import AttackConfig
+from gradinv.execution import tape
 from gradinv.models import Model, load_model
 from gradinv.types import GradinvError
 

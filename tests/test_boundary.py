@@ -26,9 +26,9 @@ from gradinv.attack.terms import KnownActivations, activation_distance, smooth_v
 from gradinv.client import observe
 from gradinv.config import APART, AttackConfig
 from gradinv.defenses import clip
+from gradinv.execution.stepping import evaluate
 from gradinv.models import ImageClass, Model
 from gradinv.network import Segment, parts
-from gradinv.stepping import evaluate
 from gradinv.types import GradinvError, Observation, Preprocessing, Recovered, SolvedNode
 
 SIZE, CLASSES = 32, 5

@@ -125,7 +125,7 @@ class Visit:
 
 
 def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_reload(server: str, browser: Any) -> None:
-    visit = Visit(browser).open(f"{server}/?model=resnet18-tiny&seeds=1&iterations=60&pictures=goldfish")
+    visit = Visit(browser).open(f"{server}/?model=resnet18-tiny&seeds=1&iterations=300&pictures=goldfish")
     page = visit.page
     page.get_by_role("button", name="pizza").click()
     page.get_by_text("2 of 2 labels read from the gradient alone").wait_for()
@@ -138,7 +138,7 @@ def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_relo
     first = page.locator(RECONSTRUCTION).first
     before = first.get_attribute("src")
     page.evaluate(f"() => {{ window.kept = document.querySelector('{RECONSTRUCTION}') }}")
-    page.get_by_text("Finished after 60 of 60 iterations").wait_for()
+    page.get_by_text("Finished after 300 of 300 iterations").wait_for()
     assert before is not None and before.startswith("data:image/webp")
     assert first.get_attribute("src") != before
     assert page.locator(RECONSTRUCTION).count() == 2
@@ -168,14 +168,14 @@ def test_a_visitor_picks_pictures_and_sees_them_come_back_and_again_after_a_relo
     assert (page.get_by_text(again).count(), other.page.get_by_text(again).count()) == (1, 0)
     with page.expect_download() as download:
         page.get_by_role("button", name="Everything").click()
-    assert download.value.suggested_filename == "gradinv-resnet18-tiny-64px-goldfish-pizza-step-60.zip"
+    assert download.value.suggested_filename == "gradinv-resnet18-tiny-64px-goldfish-pizza-step-300.zip"
 
     # After another choice, the browser's Back leads to the run.
     page.get_by_role("button", name="New run").click()
     page.get_by_role("button", name="Rebuild the pictures").wait_for()
     visit.settle()
     page.go_back()
-    page.get_by_text("Finished after 60 of 60 iterations").wait_for()
+    page.get_by_text("Finished after 300 of 300 iterations").wait_for()
     assert visit.troubles == other.troubles == []
 
 

@@ -39,9 +39,9 @@ from gradinv.cli.invert import signals_set
 from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import AttackConfig
 from gradinv.defenses import clip, quantise
+from gradinv.execution.stepping import Stepper
 from gradinv.models import MODELS, load_model
-from gradinv.recording import Recording
-from gradinv.stepping import Stepper
+from gradinv.recording.replay import Recording
 from gradinv.types import GradinvError, Observation, Recovered, Snapshot
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

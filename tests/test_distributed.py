@@ -22,11 +22,12 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, PATIENCE, PLAIN, ROOT
 
-from gradinv import cli, distributed
+from gradinv import cli
 from gradinv.attack.inversion import invert
-from gradinv.distributed import ALONE, Ranks, joined
+from gradinv.execution import distributed
+from gradinv.execution.distributed import ALONE, Ranks, joined
 from gradinv.models import Model
-from gradinv.recording import Recording
+from gradinv.recording.replay import Recording
 from gradinv.types import GradinvError, Observation, Snapshot
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]

@@ -33,9 +33,9 @@ from gradinv.evaluation import running, table, tasks
 from gradinv.evaluation.bench import Bench
 from gradinv.evaluation.ledger import Ledger
 from gradinv.evaluation.plan import Plan, Row, Values
+from gradinv.execution.stepping import resolve_mode
 from gradinv.gallery import Gallery
 from gradinv.models import Model
-from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError
 
 QUICK = AttackConfig(seeds=2, iterations=2, learning_rate=0.05)

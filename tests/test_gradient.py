@@ -20,10 +20,11 @@ from gradinv.checks import check_observation
 from gradinv.client import observe
 from gradinv.jobs import Limits, manager
 from gradinv.models import load_model
-from gradinv.recording import Recording
+from gradinv.recording.replay import Recording
 from gradinv.types import GradinvError, Observation, Preprocessing
-from gradinv.web import gradient, run
-from gradinv.web.gradient import GradientStore
+from gradinv.web.parts import gradient
+from gradinv.web.parts.gradient import GradientStore
+from gradinv.web.run import ended, facts
 
 pytestmark = pytest.mark.usefixtures("own_server")
 
@@ -271,9 +272,9 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file):
     assert state is not None
     recorded = Recording.open(state.update.store)
     assert recorded.run["metrics"] is None and recorded.run["client"]["batch_size"] == 2
-    page = run._summary(state, state.update, recorded, []).decode()
+    page = ended._summary(state, state.update, recorded, []).decode()
     assert page.count("<img ") == 2 * 3 and "PSNR" not in page and "<h2>Numbers</h2>" not in page
-    archive = run._archive(state.update.store, run._work(state)[1])
+    archive = ended._archive(state.update.store, facts.work_of(state)[1])
     assert b"CREDITS" not in archive and b"original" not in archive and b"consensus_00.png" in archive
 
     # Present: nothing to reveal. Another tab: the same. A new run: the gradient is still there.

@@ -6,8 +6,8 @@ import random
 
 from streamlit.testing.v1 import AppTest
 
-from gradinv.web import guess
-from gradinv.web.guess import BLURS, Game
+from gradinv.web.parts import guess
+from gradinv.web.parts.guess import BLURS, Game
 
 NAMES = [f"class {index}" for index in range(30)]
 
@@ -36,7 +36,7 @@ def test_a_game_asks_for_different_pictures_and_no_more_than_there_are() -> None
 
 
 def test_a_game_is_played_to_its_score() -> None:
-    app = AppTest.from_string("from gradinv.web import replay\n\nreplay.page()", default_timeout=60)
+    app = AppTest.from_string("from gradinv.web.pages import replay\n\nreplay.page()", default_timeout=60)
     app.query_params["mode"], app.query_params["run"] = "guess", "four"
     app.run()
     assert not app.exception and not app.error

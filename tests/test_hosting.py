@@ -24,7 +24,7 @@ import streamlit as st
 
 from gradinv.models import MODELS
 from gradinv.prior import DECODERS, PAINTERS
-from gradinv.web import uploads
+from gradinv.web.parts import uploads
 from serving import served
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,7 +167,7 @@ def test_what_is_copied_is_enough_to_run(tmp_path: Path) -> None:
     copied(tmp_path)
     code = (
         "import gradinv.models, gradinv.prior\n"
-        "from gradinv.web import live\n"
+        "from gradinv.web.pages import live\n"
         "from gradinv.paths import ASSETS\n"
         "from gradinv.jobs import Limits\n"
         "model = gradinv.models.load_model('resnet18-tiny', device='cpu')\n"
@@ -226,7 +226,7 @@ def test_the_health_check_fails_where_nobody_answers() -> None:
 def test_the_health_check_notices_a_page_that_fails(tmp_path: Path, broken: bool) -> None:
     copied(tmp_path)
     if broken:
-        with (tmp_path / "gradinv" / "web" / "pages.py").open("a") as page:
+        with (tmp_path / "gradinv" / "web" / "site" / "navigation.py").open("a") as page:
             page.write("import gradinv.missing\n")
     variables = environment()
     settings = {name: variables[name] for name in variables if name not in ("PATH", "STREAMLIT_SERVER_PORT")}

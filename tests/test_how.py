@@ -7,7 +7,7 @@ import re
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from gradinv.web import how
+from gradinv.web.pages import how
 
 PATIENCE = 240.0
 
@@ -45,6 +45,6 @@ def test_the_page_has_six_steps_with_their_equations_and_no_error() -> None:
 
 
 def _page() -> None:
-    from gradinv.web import how
+    from gradinv.web.pages import how
 
     how.page()

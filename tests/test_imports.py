@@ -23,8 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "network",
         "batchnorm prior",
         "recovery",  # what the gradient says without a search
-        "tape",
-        "stepping distributed",  # how a step is executed
+        "execution",  # how an evaluation is run
         "checks",
         "attack",  # what is searched for
         "client defenses",  # who shares the gradient
@@ -32,16 +31,26 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "gallery",
         "metrics",  # what only the audience sees
         "figures pace breaching",
-        "recording",
+        "recording",  # a run, written down
         "animation benchmark evaluation jobs",
         "cli",
-        "web __main__",
+        "web",
+        "web.host",  # what the server does beside running the pages
+        "web.parts",  # what pages are made of
+        "web.run",  # a run on the page
+        "web.pages",
+        "web.site",
+        "__main__",
         "app",
     )
 )
 
 # Each in one layer.
-PACKAGES = ("gradinv.attack", "gradinv.cli", "gradinv.evaluation", "gradinv.recovery", "gradinv.web")
+PACKAGES = tuple(
+    f"gradinv.{name}"
+    for names in ("attack cli evaluation execution recording recovery", "web.host web.parts web.run web.pages web.site")
+    for name in names.split()
+)
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -105,6 +114,11 @@ def test_no_import_goes_in_circles(module: str) -> None:
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith(("gradinv.attack", "gradinv.recovery"))])
 def test_the_attack_does_not_see_client_metrics_or_sources(module: str) -> None:
     assert not below(module, IMPORTS) & {"gradinv.client", "gradinv.metrics", "gradinv.sources"}
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("gradinv.web.pages.")])
+def test_no_page_imports_a_page(module: str) -> None:
+    assert not {name for name in IMPORTS[module] if name.startswith("gradinv.web.pages.")}
 
 
 def test_streamlit_stays_in_the_web_package_and_the_app() -> None:

@@ -15,8 +15,8 @@ from gradinv.attack.optimiser import upsample
 from gradinv.attack.state import RunState, Stage, learning_rate, stage_plan
 from gradinv.client import observe
 from gradinv.config import AttackConfig
+from gradinv.execution.stepping import resolve_mode
 from gradinv.metrics import constant_colour, pair, psnr
-from gradinv.stepping import resolve_mode
 from gradinv.types import BatchNormStatistics, GradinvError
 
 CONFIG = dataclasses.replace(PLAIN, seeds=2, iterations=60, optimiser_step="sign", projection=True)

@@ -14,21 +14,11 @@ from conftest import PATIENCE
 from gradinv import jobs
 from gradinv.config import AttackConfig
 from gradinv.defenses import prune
-from gradinv.jobs import (
-    Handle,
-    Inversion,
-    JobManager,
-    JobState,
-    Limits,
-    Originals,
-    Progress,
-    Shared,
-    Solving,
-    Status,
-)
+from gradinv.jobs import Handle, JobManager, JobState, Limits, Status
 from gradinv.models import Model, load_model
-from gradinv.recording import Recording
+from gradinv.recording.replay import Recording
 from gradinv.types import GradinvError, Observation
+from gradinv.web.parts.inversion import Inversion, Originals, Progress, Shared, Solving
 
 
 @dataclass(eq=False)

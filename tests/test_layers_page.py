@@ -10,9 +10,10 @@ from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.recovery.recover import recover
 from gradinv.sources import find, gallery, pixels_of
-from gradinv.web import layers, shared
-from gradinv.web.layers import Count
-from gradinv.web.lessons import Candidate
+from gradinv.web.pages import layers
+from gradinv.web.pages.layers import Count
+from gradinv.web.parts import shared, ways
+from gradinv.web.parts.lessons import Candidate
 
 NETWORK = "resnet18-tiny"
 PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
@@ -66,7 +67,7 @@ def test_it_says_which_layer_is_reached_and_why_not_the_next() -> None:
 def test_noise_takes_the_lowest_layers_first_and_the_errors_are_the_true_ones() -> None:
     network = shared.model(NETWORK)
     candidates, labels = two()
-    clean, noisy = (layers.attack(network, candidates, labels, texts, 0) for texts in ((), ("noise:1e-4",)))
+    clean, noisy = (ways.attack(network, candidates, labels, texts, 0) for texts in ((), ("noise:1e-4",)))
     assert len(clean.layers) > len(noisy.layers) > 1
     for before, after in zip(clean.layers, noisy.layers, strict=False):
         assert before.name == after.name and before.true < after.true
@@ -79,7 +80,7 @@ def test_noise_takes_the_lowest_layers_first_and_the_errors_are_the_true_ones() 
 
 def test_the_page_solves_a_small_batch_at_once_and_asks_before_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def script() -> None:
-        from gradinv.web import layers
+        from gradinv.web.pages import layers
 
         layers.page()
 

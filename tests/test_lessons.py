@@ -22,15 +22,17 @@ from gradinv.models import Model
 from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import Picture
 from gradinv.types import GradinvError
-from gradinv.web import batch, defences, gradient, layers, lessons, lessons_labels, markup, replay, shared
-from gradinv.web.lessons import Candidate, Pool
-from gradinv.web.uploads import Upload
+from gradinv.web.pages import batch, defences
+from gradinv.web.pages import labels as lessons_labels
+from gradinv.web.parts import gradient, lessons, markup, shared, showcase
+from gradinv.web.parts.lessons import Candidate, Pool
+from gradinv.web.parts.uploads import Upload
 
 
 @pytest.fixture(autouse=True)
 def fresh(elsewhere, own_server, monkeypatch):
     """Nothing is left of other tests, and nothing set by who runs this; pixels are searched for in two steps."""
-    monkeypatch.setattr(layers, "SEARCH", 2)
+    monkeypatch.setattr(ways, "SEARCH", 2)
 
 
 def picture(key: str, title: str = "") -> Picture:
@@ -346,7 +348,7 @@ def test_clipping_costs_length_only_and_strong_noise_leaves_nothing():
 
 def test_defences_link_to_the_recorded_run_behind_one_beside_its_undefended_twin():
     links = [item.proto for item in visit("defences", batch_size="2").get("page_link")]
-    pairs = replay.defended()
+    pairs = showcase.defended()
     assert [link.query_string for link in links] == [f"run={one.name}&beside={other.name}" for one, other in pairs]
     for link, (one, other) in zip(links, pairs, strict=True):
         assert one.pictures == other.pictures and not one.defences

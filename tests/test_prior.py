@@ -18,7 +18,9 @@ from gradinv.images import to_pixels
 from gradinv.metrics import constant_colour, psnr, ssim
 from gradinv.models import Model, load_model
 from gradinv.network import Segment, node_shapes, parts
-from gradinv.recording import DirectoryStore, Recorder, Recording
+from gradinv.recording.recorder import Recorder
+from gradinv.recording.replay import Recording
+from gradinv.recording.stores import DirectoryStore
 from gradinv.recovery.final_layer import recover_features
 from gradinv.recovery.labels import restore_labels
 from gradinv.sources import find, gallery

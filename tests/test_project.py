@@ -52,7 +52,7 @@ def test_everything_imported_is_declared() -> None:
     drawing = [ROOT / "gradinv" / name for name in ("figures.py", "evaluation/table.py")]
     library = [path for path in ROOT.glob("gradinv/**/*.py") if "web" not in path.parts and path not in drawing]
     scripts = list(ASSETS.glob("models/*.py"))
-    page = [ROOT / "app.py", *ROOT.glob("gradinv/web/*.py"), *drawing]
+    page = [ROOT / "app.py", *ROOT.glob("gradinv/web/**/*.py"), *drawing]
     recipes = {script.stem for script in scripts}  # they import each other
     tools = {script.stem for script in ROOT.glob("docs/*.py")}
     assert third_party([*library, *scripts]) - recipes <= requirements()

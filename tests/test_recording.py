@@ -20,13 +20,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gradinv import __version__, metrics, paths
-from gradinv import recording as recording_module
 from gradinv.attack.inversion import invert
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.images import to_image
 from gradinv.models import ImageClass, Model
-from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording, Resumption, Store, thinned
+from gradinv.recording import recorder as recorder_module
+from gradinv.recording.recorder import Recorder, thinned
+from gradinv.recording.replay import Recording, Resumption
+from gradinv.recording.stores import DirectoryStore, MemoryStore, Store
 from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term
 
 SIDE = 16
@@ -407,7 +409,7 @@ def test_steps_that_were_not_recorded(whole, store):
 
 
 def test_a_mosaic_too_large_for_webp(start, store, monkeypatch):
-    monkeypatch.setattr(recording_module, "WEBP_LIMIT", 2 * SIDE)
+    monkeypatch.setattr(recorder_module, "WEBP_LIMIT", 2 * SIDE)
     follow(start())
     opened = Recording.open(store)
     assert "frames/000004.png" in store.names() and opened.steps == [0, 2, 4]
@@ -594,7 +596,7 @@ def test_resumed_after_a_kill_at_any_write_the_folder_is_that_of_a_whole_run(tmp
 def test_a_run_stopped_between_two_records_leaves_no_trace_of_that(
     tmp_path, small_model, small_batch, resumable, monkeypatch
 ):
-    monkeypatch.setattr(recording_module, "_STATE_PAUSE", 0)
+    monkeypatch.setattr(recorder_module, "_STATE_PAUSE", 0)
     known = {"originals": small_batch[0], "labels": small_batch[1].tolist(), "every": 4}
     for name, last in (("whole", 6), ("cut", 5)):
         made, stream = resumable(DirectoryStore(tmp_path / name), **known)
@@ -653,7 +655,7 @@ def test_what_cannot_be_resumed_is_one_sentence(tmp_path, resumable):
 def test_saving_the_state_costs_little(resumable, monkeypatch):
     """A save that takes a second is done once in fifty."""
     clock = [0.0]
-    monkeypatch.setattr(recording_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(recorder_module.time, "perf_counter", lambda: clock[0])
     saved: list[float] = []
 
     class Slow(MemoryStore):

@@ -15,7 +15,8 @@ from gradinv.attack.registration import displacement, warp
 from gradinv.images import to_pixels
 from gradinv.metrics import psnr
 from gradinv.paths import ASSETS
-from gradinv.recording import MemoryStore, Recording
+from gradinv.recording.replay import Recording
+from gradinv.recording.stores import MemoryStore
 from gradinv.types import GradinvError, Preprocessing
 
 SIDE = 64

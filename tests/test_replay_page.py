@@ -28,10 +28,13 @@ from gradinv.config import AttackConfig
 from gradinv.images import from_grid
 from gradinv.models import Model, tiny_classes
 from gradinv.paths import ASSETS
-from gradinv.recording import DirectoryStore, MemoryStore, Recorder, Recording
+from gradinv.recording.recorder import Recorder
+from gradinv.recording.replay import Recording
+from gradinv.recording.stores import DirectoryStore, MemoryStore
 from gradinv.sources import Credit, find, gallery
 from gradinv.types import GradinvError
-from gradinv.web import markup, replay
+from gradinv.web.pages import replay
+from gradinv.web.parts import markup, showcase
 from serving import chromium
 
 BUNDLED = sorted((ASSETS / "runs").glob("*.zip"))
@@ -85,8 +88,8 @@ def installed(recipe, tmp_path, tmp_path_factory, monkeypatch, small_model, smal
         told = {**told, "place": list(configs).index(name)}
         packed = MemoryStore({**files, "about.json": json.dumps(told).encode()}).zip()
         (target / f"{name}.zip").write_bytes(packed)
-    caches = (replay.library, replay.packed, replay._card, replay._frames)
-    monkeypatch.setattr(replay, "ASSETS", tmp_path / "assets")
+    caches = (showcase.library, replay.packed, replay._card, showcase._frames)
+    monkeypatch.setattr(showcase, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(recipe, "HERE", target)
     for cached in caches:
         cached.cache_clear()
@@ -126,7 +129,7 @@ def test_bundled_run_is_whole_and_credited(path, recipe):
     assert all(value is not None for value in measured["baseline"]["psnr"] + measured["consensus"]["ssim"])
 
     own = next(item for item in recipe.RUNS if item.name == path.stem)
-    bundled = replay.library()[path.stem]
+    bundled = showcase.library()[path.stem]
     assert json.loads(recording.store.read("about.json")) == recipe.about(own)
     assert bundled.command == "gradinv " + " ".join(own.arguments) and run["model"]["name"] == own.model
     assert len(bundled.pictures) == len(run["labels"]["true"]) == len(own.pictures)
@@ -140,10 +143,10 @@ def test_bundled_run_is_whole_and_credited(path, recipe):
 
 def test_first_page_has_its_run_and_the_pairs_can_be_recorded(recipe):
     names = [run.name for run in recipe.RUNS]
-    assert {name for pair in replay.PAIRS.values() for name in pair} <= set(names)
-    assert list(replay.library()) == [name for name in names if name in replay.library()]
-    frames, _, _ = replay._frames()
-    assert len(frames) == replay._MOVING
+    assert {name for pair in showcase.PAIRS.values() for name in pair} <= set(names)
+    assert list(showcase.library()) == [name for name in names if name in showcase.library()]
+    frames, _, _ = showcase._frames()
+    assert len(frames) == showcase._MOVING
 
 
 # --- recording them
@@ -218,7 +221,7 @@ def test_damaged_zip_is_one_sentence(damage, installed, tmp_path, monkeypatch):
     if damage == "missing":
         path.unlink()
     elif damage == "bomb":
-        monkeypatch.setattr("gradinv.recording.ZIP_LIMIT", 1000)
+        monkeypatch.setattr("gradinv.recording.stores.ZIP_LIMIT", 1000)
     else:
         path.write_bytes(changed[damage])
     with pytest.raises(GradinvError, match=r"\.$") as refused:
@@ -263,7 +266,7 @@ def test_damaged_description_is_one_sentence(installed, tmp_path):
     files = {name: MemoryStore.unpack(path).read(name) for name in MemoryStore.unpack(path).names()}
     path.write_bytes(MemoryStore({**files, "about.json": b'{"title": 1}'}).zip())
     with pytest.raises(GradinvError, match="What is told about the run other is damaged; record it again"):
-        replay.library()
+        showcase.library()
 
 
 # --- the first page's
@@ -275,9 +278,9 @@ def strips() -> list[str]:
     def script() -> None:
         import streamlit as st
 
-        from gradinv.web import replay
+        from gradinv.web.parts import showcase
 
-        st.session_state.there = replay.moving()
+        st.session_state.there = showcase.moving()
 
     app = AppTest.from_function(script, default_timeout=60).run()
     assert not app.exception
@@ -290,11 +293,11 @@ def picture(uri: str) -> Image.Image:
 
 
 def test_first_page_moves_and_begins_with_the_last_picture(installed):
-    frames, steps, originals = replay._frames()
+    frames, steps, originals = showcase._frames()
     assert len(frames) == len(steps) > 1 and list(steps) == sorted(steps)
     assert {picture(uri).size for uri in (*frames, originals)} == {(3 * 128, 128)}
     recorded = installed["four"]
-    last = recorded.snapshot(recorded.steps[-1]).consensus[list(replay.library()["four"].order)]
+    last = recorded.snapshot(recorded.steps[-1]).consensus[list(showcase.library()["four"].order)]
     sent = from_grid(picture(frames[-1]).convert("RGB").resize((3 * last.shape[-1], last.shape[-1])), 3)
     assert (sent.flatten() - last[None].flatten()).abs().mean() < 0.05
     shown = re.findall(r"!\[([^\]]+)\]\((data:image/webp;base64,[^)]+)\)", "".join(strips()))
@@ -325,7 +328,7 @@ def test_first_page_does_without_a_recorded_run(installed, tmp_path):
 
 
 def open_page(**given: str) -> AppTest:
-    page = AppTest.from_string("from gradinv.web import replay\n\nreplay.page()", default_timeout=PATIENCE)
+    page = AppTest.from_string("from gradinv.web.pages import replay\n\nreplay.page()", default_timeout=PATIENCE)
     return opened(page, **given)
 
 
@@ -417,7 +420,7 @@ class Player:
         self.show(*names)
 
     def show(self, *names: str) -> None:
-        parts = [replay.part("player", kind) for kind in ("html", "css", "js")]
+        parts = [showcase.part("player", kind) for kind in ("html", "css", "js")]
         self.tab.evaluate(HOST, [*parts, base64.b64encode(replay.packed(*names)).decode()])
 
     def ask(self, element: str, what: str) -> Any:

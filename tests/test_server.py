@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gradinv.paths import ASSETS
-from gradinv.web import server, uploads
+from gradinv.web.host import server
+from gradinv.web.parts import uploads
 
 PAGE = b"<html><head><title>x</title></head><body><div></div></body></html>"
 UPLOAD = "/_stcore/upload_file/session/file"

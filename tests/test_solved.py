@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from gradinv import figures
-from gradinv.jobs import Layer, Solving
-from gradinv.web import replay, solved
+from gradinv.web.pages import replay
+from gradinv.web.parts import showcase, solved
+from gradinv.web.parts.inversion import Layer, Solving
 
 NODES = ("layer4.1.conv1", "layer4.0", "layer1.1", "maxpool")
 EXACT, NEAR = Layer("layer4.0", (512, 2, 2), 4e-7), Layer("layer1.1", (64, 16, 16), 0.023)
@@ -43,7 +44,7 @@ def test_a_recorded_run_tells_its_layers_if_it_has_any() -> None:
 
 
 def test_every_bundled_run_has_numbers_only_and_says_what_they_measure() -> None:
-    for run in replay.library().values():
+    for run in showcase.library().values():
         found = replay._misfit(run)
         assert all(value is None or value == value for value in found["distance"])
         assert found["measured"] in [name for name, _ in solved.MISFIT.values()]

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_map_only
 
-from gradinv import stepping, tape
 from gradinv.attack.objective import Objective
 from gradinv.client import observe
 from gradinv.config import AttackConfig
-from gradinv.stepping import Gradient, LossTerms, Stepper, evaluate, resolve_mode
+from gradinv.execution import stepping, tape
+from gradinv.execution.stepping import Gradient, LossTerms, Stepper, evaluate, resolve_mode
 from gradinv.types import GradinvError
 
 # Every term, so that none is left out by its weight.
@@ -381,7 +381,7 @@ def test_what_a_recording_would_not_repeat_runs_eagerly(caplog, total, reason):
         if total is branching:
             assert torch.allclose(result.gradient, 2 * images * (2 if images.mean() > 0 else 3))
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING and record.name == "gradinv.stepping"
+    assert record.levelno == logging.WARNING and record.name == "gradinv.execution.stepping"
     message = record.getMessage()
     assert message.startswith("Every step runs eagerly, which is slower: the ") and reason in message
     assert message.count("\n") == 0 and message.endswith(".")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from gradinv.config import AttackConfig
-from gradinv.web import markup, summary
-from gradinv.web.markup import Row, Tile
+from gradinv.web.parts import markup, summary
+from gradinv.web.parts.markup import Row, Tile
 
 
 def document(count: int = 1, table: str = "<table></table>", **settings: Any) -> str:

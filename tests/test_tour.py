@@ -11,7 +11,9 @@ import streamlit as st
 from headless import address, sound, visit
 from streamlit.testing.v1 import AppTest
 
-from gradinv.web import batch, defences, how, layers, lessons, lessons_labels, live, replay, tour
+from gradinv.web.pages import batch, defences, how, layers, live, replay
+from gradinv.web.pages import labels as lessons_labels
+from gradinv.web.parts import lessons, showcase, tour
 
 PAGES = {
     "Live": live,
@@ -122,7 +124,7 @@ def test_a_run_and_the_large_type_are_carried_along():
 def test_what_the_steps_promise_is_on_their_pages():
     assert sorted(one.page for one in tour.STEPS) == sorted(PAGES)
     addresses = {one.page: one.address for one in tour.STEPS}
-    assert addresses["Replay"]["run"] in replay.library() and "One picture or eight" in replay.PAIRS
+    assert addresses["Replay"]["run"] in showcase.library() and "One picture or eight" in showcase.PAIRS
     assert addresses["Defences"]["clip"] in lessons.STRENGTHS["clip"][1]
     source = Path(how.__file__).read_text(encoding="utf-8")
     assert 'anchor="harder"' in source and 'anchor="ethics"' in source

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradinv.recording import DirectoryStore, MemoryStore, Recording
+from gradinv.recording.replay import Recording
+from gradinv.recording.stores import DirectoryStore, MemoryStore
 from gradinv.sources import find, gallery
 
 HERE = Path(__file__).resolve().parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gradinv.attack.registration import displacement, warp
-from gradinv.distributed import ALONE, Ranks
+from gradinv.execution.distributed import ALONE, Ranks
 from gradinv.types import GradinvError
 
 

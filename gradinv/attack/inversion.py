@@ -18,12 +18,12 @@ from gradinv.attack.optimiser import Adam, upsample
 from gradinv.attack.state import Run, RunState, learning_rate, meeting_steps
 from gradinv.checks import check_observation
 from gradinv.config import AttackConfig
-from gradinv.distributed import ALONE, Ranks
+from gradinv.execution.distributed import ALONE, Ranks
+from gradinv.execution.stepping import Gradient, Stepper
 from gradinv.models import Model
 from gradinv.prior import painting
 from gradinv.recovery.examination import examine
 from gradinv.recovery.recover import recover
-from gradinv.stepping import Gradient, Stepper
 from gradinv.types import GradinvError, Observation, Prior, Recovered, Snapshot, SolvedNode, Term
 
 T = TypeVar("T")

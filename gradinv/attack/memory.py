@@ -17,8 +17,8 @@ from gradinv.attack.objective import matched_parameters
 from gradinv.attack.optimiser import HISTORY
 from gradinv.checks import counted
 from gradinv.config import AttackConfig
+from gradinv.execution.stepping import resolve_mode, side_by_side
 from gradinv.models import Model
-from gradinv.stepping import resolve_mode, side_by_side
 from gradinv.types import GradinvError
 
 # The most that an evaluation holds at a time, in float32 values for each one that a convolution makes of the images,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradinv.attack.terms import Evaluation
-from gradinv.stepping import LossTerms
+from gradinv.execution.stepping import LossTerms
 
 
 class Judge(Protocol):

@@ -32,9 +32,9 @@ from gradinv.attack.terms import (
 )
 from gradinv.batchnorm import batch_statistics, forward_mode, inferred_statistics, running_statistics
 from gradinv.config import AttackConfig
+from gradinv.execution.stepping import LossTerms
 from gradinv.models import Model
 from gradinv.network import parts
-from gradinv.stepping import LossTerms
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Recovered
 
 Term = Callable[[Evaluation], Tensor]

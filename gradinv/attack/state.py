@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gradinv.attack.consensus import consensus
 from gradinv.attack.optimiser import LBFGS, Adam, Optimiser, upsample
 from gradinv.config import AttackConfig
-from gradinv.distributed import ALONE, Ranks
+from gradinv.execution.distributed import ALONE, Ranks
 from gradinv.models import Model
 from gradinv.types import GradinvError
 

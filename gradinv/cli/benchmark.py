@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from gradinv import benchmark
     from gradinv.cli.settings import config_from, settings_given
     from gradinv.models import load_model
-    from gradinv.recording import DirectoryStore
+    from gradinv.recording.stores import DirectoryStore
     from gradinv.types import GradinvError
 
     if args.threads is not None:

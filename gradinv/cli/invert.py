@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from gradinv.attack.inversion import Snapshots
     from gradinv.attack.state import RunState
     from gradinv.config import AttackConfig
-    from gradinv.distributed import Ranks
-    from gradinv.recording import Recorder, Resumption
+    from gradinv.execution.distributed import Ranks
+    from gradinv.recording.recorder import Recorder
+    from gradinv.recording.replay import Resumption
     from gradinv.types import Observation, Recovered, Snapshot, SolvedNode
 
 
@@ -96,7 +97,7 @@ class _Broadcast:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gradinv.distributed import joined
+    from gradinv.execution.distributed import joined
 
     with joined() as ranks:
         if ranks.rank > 0:
@@ -195,7 +196,8 @@ def _record(
     """Go through the run, record and show it, and say how it ended. → the exit code."""
     from gradinv import metrics
     from gradinv.models import MODELS
-    from gradinv.recording import DirectoryStore, Recorder, thinned
+    from gradinv.recording.recorder import Recorder, thinned
+    from gradinv.recording.stores import DirectoryStore
 
     out = task.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{task.model.name}"
     baseline = (
@@ -262,7 +264,7 @@ def _ended(
     signalled: int,
 ) -> int:
     """Say how the run ended. → the exit code."""
-    from gradinv.recording import Recording
+    from gradinv.recording.replay import Recording
     from gradinv.types import GradinvError
 
     done = f"{run['iterations']['done']} of {run['iterations']['total']} iterations"
@@ -303,7 +305,7 @@ def _resumed(args: argparse.Namespace, say: Callable[[str], None]) -> _Run:
     import torch
 
     from gradinv.models import load_model
-    from gradinv.recording import Resumption
+    from gradinv.recording.replay import Resumption
     from gradinv.types import GradinvError
 
     if given := _beside_resume(args):

@@ -256,7 +256,7 @@ def _conclude(say: Callable[[str], None], recovered: Recovered, seconds: float) 
 
 def _facts(task: Task, recovered: Recovered, errors: Mapping[str, list[float]], seconds: float) -> dict[str, Any]:
     """What `--json` prints: as in run.json, with the true errors where they are known."""
-    from gradinv.recording import solved
+    from gradinv.recording.recorder import solved
 
     table = solved(recovered)
     nodes = [
@@ -281,7 +281,8 @@ def _write(path: Path, task: Task, recovered: Recovered) -> None:
     labels and the table. Raises GradinvError."""
     import safetensors.torch
 
-    from gradinv.recording import DirectoryStore, solved
+    from gradinv.recording.recorder import solved
+    from gradinv.recording.stores import DirectoryStore
 
     tensors: dict[str, Tensor] = {}
     for node in recovered.nodes:

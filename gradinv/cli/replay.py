@@ -13,7 +13,7 @@ from gradinv.cli.say import figure, listed, speaker, table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradinv.recording import Recording
+    from gradinv.recording.replay import Recording
 
 
 HELP = "show what a recorded run found, or make an animation of it"
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gradinv.animation import gif
-    from gradinv.recording import DirectoryStore, Recording
+    from gradinv.recording.replay import Recording
+    from gradinv.recording.stores import DirectoryStore
     from gradinv.types import GradinvError
 
     say = speaker(args)

@@ -13,7 +13,7 @@ from gradinv.config import recorded
 from gradinv.evaluation.plan import COLUMNS, Plan, Row, Values
 from gradinv.evaluation.table import GAINS, figure, summarise
 from gradinv.models import Model
-from gradinv.recording import DirectoryStore
+from gradinv.recording.stores import DirectoryStore
 from gradinv.types import GradinvError
 
 

@@ -22,6 +22,7 @@ from gradinv.client import final_gradient, observe
 from gradinv.config import AttackConfig
 from gradinv.evaluation.bench import Batch, Bench
 from gradinv.evaluation.plan import TIMING, Row, Values
+from gradinv.execution.stepping import resolve_mode
 from gradinv.models import Model
 from gradinv.network import Segment
 from gradinv.prior import FEATURES, paint
@@ -29,7 +30,6 @@ from gradinv.recovery.labels import METHODS as LABEL_METHODS
 from gradinv.recovery.labels import restore_labels
 from gradinv.recovery.recover import recover
 from gradinv.sources import pixels_of
-from gradinv.stepping import resolve_mode
 from gradinv.types import GradinvError, Observation, Prior, Snapshot
 
 TIMED_ITERATIONS, TIMED_ROUNDS = 12, 2

@@ -1,0 +1,1 @@
+"""What the pages are made of. No part imports a page."""

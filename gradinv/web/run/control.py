@@ -1,0 +1,76 @@
+"""What a visitor can do with runs: begin one, find back to it, start it once more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import streamlit as st
+
+from gradinv.defenses import parse
+from gradinv.jobs import JobState, manager
+from gradinv.web.parts import lessons, shared
+from gradinv.web.parts.inversion import Inversion
+from gradinv.web.run.facts import work_of
+
+FOLLOWING = "following"  # in the session: by a run's id the work that begins as soon as it has ended
+
+
+def begin(work: Inversion) -> None:
+    """Start a run and go to it. Raises GradinvError where it is not accepted."""
+    st.session_state.pop("revealed", None)
+    st.query_params["job"] = manager().submit(work, shared.owner())
+    st.rerun()
+
+
+def own(state: JobState) -> bool:
+    """Whether this visitor started the run: others who have its link watch, and neither stop it nor start it again."""
+    return state.owner == shared.owner()
+
+
+def way_back() -> bool:
+    """Where a run of this visitor has not ended, say so and offer the way to it; → whether that is so."""
+    job = manager().unfinished(shared.owner())
+    if job is not None:
+        st.markdown(":material/hourglass: Your last run has not ended yet; there is one for each visitor at a time.")
+        st.button(
+            "Back to it", type="primary", icon=":material/arrow_forward:", key="back", on_click=go_to, args=(job,)
+        )
+    return job is not None
+
+
+def go_to(job: str) -> None:
+    st.query_params["job"] = job
+
+
+def presenting() -> bool:
+    """Whether the address asks for the presenter's view: large, without controls, originals hidden until the reveal."""
+    return st.query_params.get("present") == "1"
+
+
+def again(state: JobState) -> None:
+    """The same batch, behind a defence or without one."""
+    work, _ = work_of(state)
+    if work.originals is None or not own(state):
+        return
+    with st.popover("The same batch, with a defence", icon=":material/shield:", width="stretch"):
+        st.caption(
+            "The client changes its gradient before it shares it, and the attack starts anew."
+            + ("" if state.finished else " The present run is stopped for it.")
+        )
+        texts = lessons.other_defences(work.originals.defences)
+        notes = [parse(text).note for text in texts] or ["No defence is on."]
+        st.markdown("\n".join(f"- {note}" for note in notes))
+        st.button(
+            "Start this run",
+            key="again",
+            type="primary",
+            icon=":material/play_arrow:",
+            on_click=_follow,
+            args=(state.id, replace(work, client=replace(work.originals, defences=texts), before=None)),
+        )
+
+
+def _follow(job: str, work: Inversion) -> None:
+    """Let the work begin once the job has ended, which it is told to."""
+    st.session_state.setdefault(FOLLOWING, {})[job] = work
+    manager().cancel(job)

@@ -1,0 +1,1 @@
+"""What holds the pages together: the navigation, and what an address can ask of each."""

@@ -24,7 +24,7 @@ from gradinv.sources import Picture
 from gradinv.types import GradinvError
 from gradinv.web.pages import batch, defences
 from gradinv.web.pages import labels as lessons_labels
-from gradinv.web.parts import gradient, lessons, markup, shared, showcase
+from gradinv.web.parts import gradient, lessons, markup, shared, showcase, ways
 from gradinv.web.parts.lessons import Candidate, Pool
 from gradinv.web.parts.uploads import Upload
 

@@ -33,7 +33,7 @@ PAINTERS: dict[str, dict[str, str]] = {
     },
     "resnet18-tiny": {
         "layer2.1": "46ce5764842b4e1d97e2c291678345077142b777b22b2f924fc791e68b6f7950",
-        "layer1.1": "69f43e67ef41622315d59c934efe1d659f065bf1398dcfbd2ed7cb509fcbbb30",
+        "layer1.1": "7582b244e2fa163e5558ceb988a4577efb745e35510a7c4fc58655b20a711021",
     },
 }
 TRUSTED = 0.25

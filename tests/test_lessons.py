@@ -249,7 +249,7 @@ def visit(name: str, **address: str) -> AppTest:
 def _page(name: str) -> None:
     import importlib
 
-    importlib.import_module(f"gradinv.web.{name}").page()
+    importlib.import_module(f"gradinv.web.pages.{name}").page()
 
 
 HOSTILE = {
@@ -265,7 +265,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", ["lessons_labels", "batch", "defences"])
+@pytest.mark.parametrize("name", ["labels", "batch", "defences"])
 def test_a_page_opens_and_ignores_a_hostile_address(name):
     app = visit(name, **HOSTILE)
     assert (app.slider(key="batch_size").value, app.slider(key="repeats").value) == (8, 1)
@@ -273,7 +273,7 @@ def test_a_page_opens_and_ignores_a_hostile_address(name):
     assert "passwd" not in text(app) and "<script>" not in text(app)
 
 
-@pytest.mark.parametrize("name", ["lessons_labels", "batch"])
+@pytest.mark.parametrize("name", ["labels", "batch"])
 def test_a_visitors_own_pictures_are_the_batch_and_among_those_that_are_searched(name):
     app = visit(name, reveal="true")
     own = [Upload(f"own{place}", known) for place, known in enumerate(sources.gallery()[:3])]
@@ -285,7 +285,7 @@ def test_a_visitors_own_pictures_are_the_batch_and_among_those_that_are_searched
     assert "of your own;" not in text(sound(app.button(key="own-remove").click().run()))
 
 
-@pytest.mark.parametrize("name", ["lessons_labels", "batch", "defences"])
+@pytest.mark.parametrize("name", ["labels", "batch", "defences"])
 def test_a_gradient_of_ones_own_takes_the_batchs_place(name, monkeypatch):
     solving = [1000.0]  # seconds, before which the page asks
     monkeypatch.setattr("gradinv.pace.solving", lambda *_: solving[0])
@@ -306,7 +306,7 @@ def test_a_gradient_of_ones_own_takes_the_batchs_place(name, monkeypatch):
 
 
 def test_labels_that_repeat_are_beyond_column_minimum():
-    said = text(visit("lessons_labels", batch_size="4", repeats="2", draw="3"))
+    said = text(visit("labels", batch_size="4", repeats="2", draw="3"))
     assert "**4 pictures of 2 classes**" in said
     assert "Here **2 of 4** of these rows are classes of the batch, which holds 2 classes." in said
     columns = said.split("<tfoot>")[1].split("</tfoot>")[0]
@@ -315,7 +315,7 @@ def test_labels_that_repeat_are_beyond_column_minimum():
 
 
 def test_labels_hide_the_truth_on_request():
-    said = text(visit("lessons_labels", truth="false"))
+    said = text(visit("labels", truth="false"))
     assert "of these rows" not in said and "Truth" not in said and "In the batch:" not in said
     assert "Hidden picture of the batch" in said
 

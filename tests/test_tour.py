@@ -11,14 +11,13 @@ import streamlit as st
 from headless import address, sound, visit
 from streamlit.testing.v1 import AppTest
 
-from gradinv.web.pages import batch, defences, how, layers, live, replay
-from gradinv.web.pages import labels as lessons_labels
+from gradinv.web.pages import batch, defences, how, labels, layers, live, replay
 from gradinv.web.parts import lessons, showcase, tour
 
 PAGES = {
     "Live": live,
     "Replay": replay,
-    "Labels": lessons_labels,
+    "Labels": labels,
     "Who was in the batch?": batch,
     "Layer by layer": layers,
     "Defences": defences,

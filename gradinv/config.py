@@ -27,6 +27,12 @@ class Attack:
     seeds: int = _option(8, "independent reconstructions, |G| in the paper", least=1)
     iterations: int = _option(20_000, "optimisation steps of each seed", least=1)
     seed: int = _option(0, "where all randomness comes from", least=0)
+    labels: str = _option(
+        "column-minimum",
+        "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected or iLRG (these count "
+        "repeated ones), or the one that explains the gradient best",
+        choices=("auto", "column-minimum", "llg", "bias-corrected", "ilrg"),
+    )
 
     match: str = _option(
         "l2",
@@ -127,12 +133,6 @@ class Attack:
         (),
         "coarse to fine: the share of the steps spent at each resolution, coarsest first; each stage doubles the side "
         "and the last is full size (empty: full size throughout)",
-    )
-    labels: str = _option(
-        "column-minimum",
-        "how labels are restored: column minimum (Eqn 8, distinct labels), LLG, bias-corrected or iLRG (these count "
-        "repeated ones), or the one that explains the gradient best",
-        choices=("auto", "column-minimum", "llg", "bias-corrected", "ilrg"),
     )
 
     @property

@@ -24,7 +24,7 @@ def test_each_layer_has_a_mark_and_the_sentence_says_what_is_known() -> None:
     assert (over.count('class="gi-exact"'), over.count('class="gi-near"')) == (1, 1)
     assert "in 3 s: layer4.0" in over and "known exactly; layer1.1, 16,384" in over
     assert "known to within 2.3 %. Pixels are searched for below layer1.1 only." in over
-    stages = [over.index(f"<small>{stage}</small>") for stage in ("layer4", "layer1", "maxpool")]
+    stages = [over.index(f">{stage}</small>") for stage in ("layer4", "layer1", "maxpool")]
     assert stages == sorted(stages)
 
 

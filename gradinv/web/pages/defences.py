@@ -84,14 +84,19 @@ def privacy(texts: Sequence[str]) -> str:
     )
 
 
+def _both(texts: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """By name what is compared: without a defence and, where there is one, with it."""
+    return {"No defence": (), "Defended": texts} if texts else {"No defence": ()}
+
+
 # --- the attacker
 
 
 def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: tuple[int, ...]) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
-        st.header("What the attacker still gets", anchor=False)
+        st.header("What the last layer alone still gives away", anchor=False)
         shown = st.toggle("Show the truth", True, key="truth", bind="query-params")
-    with st.container(key="attacked"):
+    with st.container(key="attacked"), st.container(key=f"attacked-{len(_both(texts))}"):
         _compared(choice, texts, pool, places, shown)
     st.caption(
         f"The pictures are searched among {len(pool.candidates)}. {pool.counted} Below the guesses: how similar the "
@@ -108,11 +113,11 @@ def _compared(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
     """What is read and painted of the gradient, without a defence and behind it."""
     both = {
         text: lessons.attacked(choice.network, pool.name, places, own, choice.seed, pool)
-        for text, own in {"No defence": (), "Defended": texts}.items()
+        for text, own in _both(texts).items()
     }
     true, features = pool.labels(places), pool.gallery.features[list(places)]
     rows, tiles = [], [_originals(pool, places, shown)]
-    for (text, found), own in zip(both.items(), ((), texts), strict=True):
+    for (text, found), own in zip(both.items(), _both(texts).values(), strict=True):
         first = pool.gallery.match(found.features, 1)[1].flatten().tolist()
         rows.append(
             [
@@ -154,7 +159,7 @@ def _guesses(
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A small table; the first cell of each row is its name."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    top = "".join(f"<th>{markup.explained(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         f'<div class="gi-scroll"><table class="gi-table gi-gains"><thead><tr>{top}</tr></thead>'
@@ -167,7 +172,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: tuple[int, ...]) -> None:
     """Down to which layer the gradient can be solved, and what a short search below it gives."""
-    st.header("Where the attack stops", anchor=False)
+    st.header("What all layers give: where the attack stops", anchor=False)
     st.markdown(
         f"{'One picture' if len(places) == 1 else f'{len(places)} pictures'} of the batch, shared as a batch of their "
         "own. Below are the layers that can be solved, from the output down, and what a short search for the pixels "
@@ -175,9 +180,7 @@ def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
     )
     network = shared.model(choice.network)
     rows = [_originals(pool, places, bool(st.session_state.get("truth", True)))]
-    for name, own in {"No defence": (), "Defended": texts}.items():
-        if name == "Defended" and not texts:
-            continue
+    for name, own in _both(texts).items():
         st.markdown(f"**{name}**")
         found = ways.way(network, pool, places, own, choice.seed, search=True)
         if found is None:
@@ -200,11 +203,10 @@ def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
 def _own(own: Gradient, texts: tuple[str, ...], seed: int) -> None:
     """The same of a gradient that the visitor brought, of which nobody here knows the pictures."""
     network, observation = shared.model(own.model, size=own.side), own.find(shared.visitor())
-    st.header("What the attacker still gets", anchor=False)
+    st.header("What the last layer alone still gives away", anchor=False)
     both = {
         name: (behind, lessons.attacked_own(own.key, own.model, behind, seed, observation))
-        for name, behind in {"No defence": (), "Defended": texts}.items()
-        if name == "No defence" or texts
+        for name, behind in _both(texts).items()
     }
     first = both["No defence"][1]
     rows, tiles = [], []
@@ -225,7 +227,7 @@ def _own(own: Gradient, texts: tuple[str, ...], seed: int) -> None:
         "What is painted of the features comes from a **learned prior**, a network trained on 100,000 public pictures. "
         "Behind a defence, below each guess: how similar the features are to those without (cosine)."
     )
-    st.header("Where the attack stops", anchor=False)
+    st.header("What all layers give: where the attack stops", anchor=False)
     rebuilt = []
     for name, (behind, _) in both.items():
         st.markdown(f"**{name}**")

@@ -21,6 +21,14 @@ from gradinv.web.parts import head, lessons, markup, shared
 from gradinv.web.parts.gradient import Gradient
 from gradinv.web.parts.guard import guarded
 
+EXPLAINED = {
+    "column-minimum": "the classes whose rows go furthest below zero, each once; the rule of the CVPR 2021 paper",
+    "llg": "takes every class whose row sums to less than zero, takes off what one picture weighs, and goes on with "
+    "the lowest: this counts repeated classes (Wainakh et al., 2022)",
+    "bias-corrected": "the same with the bias’s gradient, in which a picture weighs −1",
+    "ilrg": "works out the network’s belief from the gradient, and with it solves an equation for each class: counts "
+    "them, too (Ma et al., ICLR 2023)",
+}
 SURE = 0.99  # a plain method's confidence from which `auto` ends at its reading, at once
 _BESIDE, _FEATURES = 12, 48  # classes in the picture beside those that the minima name, and its features
 
@@ -98,6 +106,11 @@ def _shown(
             alt="Heatmap of the final layer’s gradient, classes by features: the rows with the most negative minimum "
             "come first, and the minimum of each is marked",
         )
+        st.markdown(
+            f'<span style="color:{_NEGATIVE}">■</span> below zero, '
+            f'<span style="color:{_POSITIVE}">■</span> above zero; the stronger the colour, the further.',
+            unsafe_allow_html=True,
+        )
     with side:
         st.markdown(
             "The last layer weighs what the network sees in a picture, its **features** $f$, which are never "
@@ -151,6 +164,7 @@ def _methods(
         st.session_state.auto = asked
         st.rerun()
     st.markdown(table(found, names, true, count), unsafe_allow_html=True)
+    st.markdown("\n".join(f"- **{method}**: {told}." for method, told in EXPLAINED.items()))
     if auto := found.get("auto"):
         st.markdown(
             f"**auto** took the reading of {auto.method} and is **{100 * auto.confidence:.0f} % sure**: it solves for "

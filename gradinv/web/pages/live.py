@@ -209,6 +209,7 @@ def _start_bar(
             icon=":material/play_arrow:",
             disabled=problem is not None,
             key="start",
+            shortcut="Mod+Enter",
         )
         if pressed and config is not None and batch is not None:
             try:

@@ -51,7 +51,7 @@ def _facts(run: Bundled) -> tuple[dict[str, Any], list[bytes]]:
         "total": recording.run["iterations"]["total"],
         "batch": len(true),
         "seeds": seeds,
-        "result": markup.result(seeds, config["registration"] != "lazy", config["start"] == "decoder"),
+        "result": markup.result(config),
         "side": side,
         "order": run.order,
         "titles": [title for title, _ in run.pictures],

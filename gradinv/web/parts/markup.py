@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from gradinv.sources import Credit
 
@@ -49,13 +50,15 @@ class Row:
     note: str = ""
 
 
-def result(seeds: int, aligned: bool, prior: bool) -> tuple[str, str]:
-    """What an attack's result is called, and what it is: a single seed is its own consensus."""
-    if seeds > 1:
-        whole, note = "Consensus", "mean of the seeds" + (", aligned to each other" if aligned else "")
+def result(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """What the result of an attack with these settings is called, and what it is: one seed is its own consensus."""
+    matched = any(settings[weight] for weight in ("gradient", "activations", "features"))
+    if settings["seeds"] > 1:
+        whole, note = "Consensus", "mean of the seeds"
+        note += ", aligned to each other" if settings["registration"] != "lazy" else ""
     else:
-        whole, note = "Rebuilt", "from the gradient"
-    return whole, note + ("; a learned prior helped" if prior else "")
+        whole, note = "Rebuilt", "from the gradient" if matched else "from the labels alone"
+    return whole, note + ("; a learned prior helped" if settings["start"] == "decoder" else "")
 
 
 # To the top of the page, once for each name that is put in: the browser executes what is new to it.
@@ -69,6 +72,10 @@ TERMS = {
     "BN": "Batch normalisation: a network’s layers keep the mean and spread of what they saw in training.",
     "consensus": "The mean of what the seeds have come to, aligned first where that is set.",
     "seed": "One attempt, from its own random start. Several attempts agree on what is in the gradient.",
+    "maxpool": "The network’s first layer, after which it keeps the largest of each few neighbours: the last to be "
+    "solved before the picture itself.",
+    "residual": "The share of the last layer’s gradient that the recovered features leave unexplained. Near 0, such as "
+    "9e-7, they are right; behind noise it grows.",
     "constant colour": "One flat colour, the best for each picture: what shows nothing, as a measure for the PSNR.",
 }
 """Words that are explained where a reader points at them."""

@@ -47,7 +47,7 @@ export default function (component) {
   // --- curves: lines in a unit square, stretched to the chart's box; what is at the step stands in words above it
 
   const chart = (title, range, lines, dashed) => {
-    const box = make("div", "chart"), words = make("p", "words"), plot = make("div", "plot"), mark = make("div", "mark");
+    const box = make("div", "chart"), words = make("p", "words"), plot = make("div", "plot"), area = make("div", "area"), mark = make("div", "mark");
     const [low, high] = range, space = "http://www.w3.org/2000/svg", svg = document.createElementNS(space, "svg");
     svg.setAttribute("viewBox", "0 0 1 1");
     svg.setAttribute("preserveAspectRatio", "none");
@@ -63,12 +63,13 @@ export default function (component) {
     };
     if (Number.isFinite(dashed)) draw([[0, dashed], [total, dashed]], "dashed");
     lines.forEach((points, index) => draw(points, index === lines.length - 1 ? "main" : "thin"));
-    plot.append(svg, mark, make("span", "high", high.toPrecision(3)), make("span", "low", low.toPrecision(3)));
+    area.append(svg, mark);
+    plot.append(area, make("span", "high", high.toPrecision(3)), make("span", "low", low.toPrecision(3)));
     box.append(words, plot);
     const seek = event => {
       if (event.type === "pointerdown") plot.setPointerCapture(event.pointerId);
       if (!plot.hasPointerCapture(event.pointerId)) return;
-      const side = plot.getBoundingClientRect();
+      const side = area.getBoundingClientRect();
       const wanted = (total * (event.clientX - side.left)) / side.width;
       pause();
       show(steps.reduce((best, step, index) => (Math.abs(step - wanted) < Math.abs(steps[best] - wanted) ? index : best), 0));

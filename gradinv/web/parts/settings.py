@@ -39,6 +39,16 @@ START = {
     "layer, or else from the recovered features. It learned that from public pictures, which the paper’s attacker does "
     "not have. What it painted is shown beside what the search makes of it.",
 }
+# By the first field of each, in their order.
+_GROUPS = {
+    "seed": "Seed and labels",
+    "match": "What is compared",
+    "bn_weight": "What natural pictures are like",
+    "group": "The seeds together",
+    "optimiser": "The search",
+    "prior": "Where it starts",
+    "stepping": "How it is executed, with the same result",
+}
 _SHORT = ("bn", "tv")
 # Have widgets of their own, with these keys ("start" is the button).
 _PLAIN = {"seeds": "seeds", "iterations": "iterations", "bn": "bn", "start": "start_from"}
@@ -146,12 +156,19 @@ def _told(
 
 def _advanced(base: AttackConfig) -> dict[str, Any]:
     values = {}
-    fields = [item for item in dataclasses.fields(AttackConfig) if item.name not in _PLAIN]
+    grouped: dict[str, list[dataclasses.Field[Any]]] = {}
+    for item in dataclasses.fields(AttackConfig):
+        if item.name in _GROUPS:
+            grouped[_GROUPS[item.name]] = []
+        if item.name not in _PLAIN:
+            grouped[list(grouped)[-1]].append(item)
     with st.container(key="advanced"):
-        for start in range(0, len(fields), 3):
-            for column, item in zip(st.columns(3), fields[start : start + 3], strict=False):
-                with column:
-                    values[item.name] = _widget(item, getattr(base, item.name))
+        for title, fields in grouped.items():
+            st.markdown(f"**{title}**")
+            for start in range(0, len(fields), 3):
+                for column, item in zip(st.columns(3), fields[start : start + 3], strict=False):
+                    with column:
+                        values[item.name] = _widget(item, getattr(base, item.name))
     return values
 
 

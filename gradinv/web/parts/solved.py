@@ -58,7 +58,8 @@ def ladder(solving: Solving) -> str:
     known = {layer.name: layer for layer in solving.layers}
     names = solving.nodes or tuple(known)
     stages = [
-        f"<span><small>{escape(stage)}</small>{''.join(_mark(name, known.get(name)) for name in own)}</span>"
+        f'<span><small title="{escape(markup.TERMS.get(stage, stage))}">{escape(stage)}</small>'
+        f"{''.join(_mark(name, known.get(name)) for name in own)}</span>"
         for stage, own in groupby(names, stage_of)
     ]
     counted = f"{f'{len(known)} of ' if solving.nodes else ''}{markup.count(len(names), 'layer')} solved"

@@ -20,6 +20,10 @@ T = TypeVar("T")
 BESIDE = 5  # pictures beside which the charts still fit
 
 PAINTED = "a guess that a network learned from public pictures; below it what explains the gradient"
+TERMS_OF_LOSS = (
+    "What the attack makes small: how far the pictures’ activations or gradient are from what is known, and what "
+    "natural pictures have little of, such as noise (total variation). Each line is one of them times its weight."
+)
 MEETING = "Where all lines fall at once, the seeds met: each goes on from the mean of all, with some noise."
 PSNR_ALT = {
     True: "PSNR of each seed and of the consensus by step, beside that of the best constant colour",
@@ -110,7 +114,7 @@ def rows_of(
         note = f"{layer.numbers:,} numbers of each picture, {solved.known(layer)}; nine of {layer.shape[0]} channels"
         rows.append(Row(name, held, note))
     seeds = work.config.seeds
-    whole, note = markup.result(seeds, work.config.registration != "lazy", work.config.start == "decoder")
+    whole, note = markup.result(work.config.to_dict())
     if own is not None:
         note += f"; {markup.BASELINE}"
     if pictures is None:

@@ -65,7 +65,7 @@ def view(state: JobState) -> None:
                 alt=board.PSNR_ALT[work.config.seeds > 1],
             )
     with right:
-        st.markdown("**Terms of the loss by step**")
+        st.markdown("**Terms of the loss by step**", help=board.TERMS_OF_LOSS)
         st.plotly_chart(figures.loss_curves(curves), key="loss", alt="Each weighted term of the loss by step")
     credits = _credits(work, facts)
     if credits and not hidden:

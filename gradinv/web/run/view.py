@@ -263,7 +263,7 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
                 alt=board.PSNR_ALT[work.config.seeds > 1],
             )
     with charts[1]:
-        st.markdown("**Terms of the loss**")
+        st.markdown("**Terms of the loss**", help=board.TERMS_OF_LOSS)
         st.echarts_chart(
             figures.live_losses(curves, steps), key="live-loss", height=225, alt="Terms of the loss by step"
         )

@@ -274,7 +274,7 @@ def test_a_run_from_the_button_to_the_numbers():
     assert len(boards) == 1
     for alt in ("Original: goldfish", "Original: tabby", "Reconstruction of goldfish", "Reconstruction of tabby"):
         assert boards[0].count(f'alt="{alt}"') == 1
-    # A single seed is its own consensus: neither is said, nor shown twice. Between, what a layer holds of each.
+    # A single seed is its own consensus: neither is said, nor shown twice. Below it, what a layer holds of each.
     assert boards[0].count("<img") == 6 and boards[0].count('alt="What ') == 2
     assert "consensus" not in said and "Seed" not in boards[0]
     assert "2 of 2 right" in said and "constant colour" in said

@@ -107,8 +107,8 @@ def _shown(
             "come first, and the minimum of each is marked",
         )
         st.markdown(
-            f'<span style="color:{_NEGATIVE}">■</span> below zero, '
-            f'<span style="color:{_POSITIVE}">■</span> above zero; the stronger the colour, the further.',
+            f'<i class="gi-swatch" style="background:{_NEGATIVE}"></i> below zero, '
+            f'<i class="gi-swatch" style="background:{_POSITIVE}"></i> above zero; the stronger the colour, the further.',
             unsafe_allow_html=True,
         )
     with side:

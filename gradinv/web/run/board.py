@@ -107,12 +107,7 @@ def rows_of(
             for uri, name in zip(facts.originals, true, strict=True)
         ]
         rows.append(Row("Originals", originals, "what the client kept"))
-    if layer is not None:
-        held = [Tile(uri, f"What {layer.name} holds of picture {place}") for place, uri in enumerate(layer.tiles, 1)]
-        # It may break behind its dots.
-        name = layer.name.replace(".", ".\u200b")
-        note = f"{layer.numbers:,} numbers of each picture, {solved.known(layer)}; nine of {layer.shape[0]} channels"
-        rows.append(Row(name, held, note))
+    below = [] if layer is None else [_held(layer)]
     seeds = work.config.seeds
     whole, note = markup.result(work.config.to_dict())
     if own is not None:
@@ -123,7 +118,7 @@ def rows_of(
         first = [Tile(None, "Not there yet", "\u00a0", text) for text in notes]
         waiting = [Tile(None, "Not there yet")] * size_of(work)
         each = [Row(f"Seed {seed + 1}", waiting) for seed in range(seeds)] if seeds > 1 else []
-        return [*rows, Row(whole, first, note), *each]
+        return [*rows, Row(whole, first, note), *below, *each]
     names = [facts.classes[label] for label in pictures.restored]
     right: Sequence[bool | None] = [None] * len(names)
     if own is not None:
@@ -142,8 +137,15 @@ def rows_of(
             Tile(uri, f"Painted by the learned prior: {name}") for uri, name in zip(pictures.prior, names, strict=True)
         ]
         rows.append(Row("Learned prior", painted, PAINTED))
-    rows.append(Row(whole, consensus, note))
+    rows += [Row(whole, consensus, note), *below]
     for seed, uris in enumerate(pictures.seeds if seeds > 1 else ()):
         tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
         rows.append(Row(f"Seed {seed + 1}", tiles))
     return rows
+
+
+def _held(layer: Layer) -> Row:
+    """What a solved layer holds of each picture."""
+    tiles = [Tile(uri, f"What {layer.name} holds of picture {place}") for place, uri in enumerate(layer.tiles, 1)]
+    note = f"{layer.numbers:,} numbers of each picture, {solved.known(layer)}; nine of {layer.shape[0]} channels"
+    return Row(layer.name.replace(".", ".\u200b"), tiles, note)  # the name may break behind its dots

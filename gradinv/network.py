@@ -117,7 +117,7 @@ class Parts:
         return tuple(names)
 
 
-def parts(network: nn.Module) -> Parts:
+def parts_of(network: nn.Module) -> Parts:
     """Take a network apart. Raises GradinvError where it is not a ResNet as torchvision builds them."""
     if not isinstance(network, ResNet):
         raise GradinvError(
@@ -164,7 +164,7 @@ class Segment:
     def __init__(self, network: nn.Module, upper: str, nodes: Collection[str] = ()) -> None:
         """upper: where the network is cut; nodes: those below that are wanted as well. Raises GradinvError where the
         network is no ResNet or has no such nodes."""
-        self._parts = parts(network)
+        self._parts = parts_of(network)
         self.upper = self._parts.node(upper)
         skips = {skip_of(block.name) for block in self._parts.blocks}
         self._skips = skips.intersection(nodes)
@@ -228,7 +228,7 @@ def soft_maximum(values: Tensor, pool: nn.MaxPool2d, sharpness: float) -> Tensor
 
 def node_shapes(network: nn.Module, size: int) -> dict[str, tuple[int, int, int]]:
     """The shape (C, H, W) of each node for images of `size` pixels, the lowest first."""
-    found = parts(network)
+    found = parts_of(network)
 
     def after(layer: nn.Module, channels: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         sides = []

@@ -365,7 +365,7 @@ class Recovered:
 
 
 @dataclass(frozen=True)
-class Term:
+class TermValues:
     """One term of the objective at one step: per seed its value before (`raw`) and after (`weighted`) its weight."""
 
     raw: tuple[float, ...]
@@ -403,7 +403,7 @@ class Snapshot:
     steps: int
     seeds: Tensor
     consensus: Tensor
-    terms: Mapping[str, Term]
+    terms: Mapping[str, TermValues]
     distance: tuple[float, ...]
     seconds: float
     labels: tuple[int, ...]

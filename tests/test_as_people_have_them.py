@@ -35,7 +35,7 @@ from gradinv.gallery import Gallery
 from gradinv.images import SUFFIXES, decode, to_pixels
 from gradinv.models import Model, load_backbone, load_model, save_fitted
 from gradinv.names import WRAPPERS, wrapper
-from gradinv.network import Segment, parts
+from gradinv.network import Segment, parts_of
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import rounding
 from gradinv.recovery.labels import MISREAD, restore_labels
@@ -123,7 +123,7 @@ def test_a_rounded_gradient_tells_its_labels(model, shared, count, dtype):
 
 def errors_of(model: Model, pictures: Tensor, found: Recovered) -> dict[str, Tensor]:
     """Of each solved node the true relative error over the stated one, of each image."""
-    nodes = list(parts(model.network).nodes)
+    nodes = list(parts_of(model.network).nodes)
     with torch.no_grad():
         truth = Segment(model.network, nodes[-1], nodes)(model.preprocessing.normalise(pictures))
     order = [LABELS.index(label) for label in found.labels.tolist()]

@@ -28,7 +28,7 @@ from gradinv.config import APART, AttackConfig
 from gradinv.defenses import clip
 from gradinv.execution.stepping import evaluate
 from gradinv.models import ImageClass, Model
-from gradinv.network import Segment, parts
+from gradinv.network import Segment, parts_of
 from gradinv.types import GradinvError, Observation, Preprocessing, Recovered, SolvedNode
 
 SIZE, CLASSES = 32, 5
@@ -74,7 +74,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def known(model: Model, batch: tuple[Tensor, Tensor], scale: float = 1.0, error: float = 0.0) -> Recovered:
     """What would be solved of a batch whose labels are in this order: the true activations and cotangents."""
     pixels, labels = batch
-    top = parts(model.network).nodes[-1]
+    top = parts_of(model.network).nodes[-1]
     images = model.preprocessing.normalise(pixels).requires_grad_()
     values = Segment(model.network, top, NODES)(images)
     logits = model.final_layer(values[top].relu().mean((2, 3)))
@@ -121,7 +121,7 @@ def test_a_segments_gradient_is_the_whole_networks(model, batch, node):
     images = model.preprocessing.normalise(batch[0])
     found = objective.evaluate(images, images).gradients
     past = {name for name in observation.gradients if "layer2.0.downsample" in name and node == "layer2.0.conv1"}
-    assert set(found) == set(parts(model.network).below(node)) | past
+    assert set(found) == set(parts_of(model.network).below(node)) | past
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, observation.gradients[name], rtol=1e-4, atol=1e-7)
     assert objective(images, images).raw["gradient"].item() < 1e-4

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from gradinv.network import Block, parts
+from gradinv.network import Block, parts_of
 from gradinv.recovery.convex import ConvexSolution, Layer, layers_of_input, mean_of_input, solve_convex
 from gradinv.recovery.convolution import Equations, known_by_shortcut, weight_of
 from gradinv.recovery.convolution import Known as Places
@@ -61,7 +61,7 @@ def known() -> Callable[..., Known]:
             for _ in range(20):
                 network(pictures[:8])
         network.eval()
-        block = next(block for block in parts(network).blocks if block.name == name)
+        block = next(block for block in parts_of(network).blocks if block.name == name)
         outputs: dict[str, Tensor] = {}
         nodes: dict[str, Tensor] = {}
 

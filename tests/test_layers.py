@@ -20,7 +20,7 @@ from gradinv.batchnorm import forward_mode
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse
 from gradinv.models import ImageClass, Model
-from gradinv.network import Segment, parts
+from gradinv.network import Segment, parts_of
 from gradinv.recovery import convolution, layers, recover
 from gradinv.recovery.convolution import Equations, Gate, mended_by_bias, mended_by_residual, solve_input
 from gradinv.recovery.final_layer import FinalLayer
@@ -45,9 +45,9 @@ def resnet(block: type[BasicBlock | Bottleneck], blocks: list[int], size: int, *
         with torch.no_grad():
             network(torch.randn(8, 3, size, size, dtype=torch.float64))
             # A bias that switches whole channels of the last block off, and logits of a trained network's size.
-            last = parts(network).blocks[-1]
+            last = parts_of(network).blocks[-1]
             last.units[-1].bn.bias -= torch.linspace(-0.5, 2, len(last.units[-1].bn.bias))
-            parts(network).blocks[-2].units[-1].bn.bias -= torch.linspace(-0.5, 2, len(last.units[-1].bn.bias))
+            parts_of(network).blocks[-2].units[-1].bn.bias -= torch.linspace(-0.5, 2, len(last.units[-1].bn.bias))
             network.fc.weight *= 5
     network.eval()
     classes = tuple(ImageClass(f"n{i:08d}", f"class {i}") for i in range(CLASSES))
@@ -71,7 +71,7 @@ def batch(model: Model, labels: list[int], seed: int = 0) -> tuple[Tensor, Obser
 
 
 def truth(model: Model, images: Tensor) -> dict[str, Tensor]:
-    nodes = parts(model.network).nodes
+    nodes = parts_of(model.network).nodes
     with torch.no_grad():
         found = Segment(model.network, nodes[-1], nodes)(images)
     return {name: value.relu() for name, value in found.items()}
@@ -153,14 +153,14 @@ def test_one_image_is_solved_down_to_the_stem(basic):
     model = basic
     images, observation = batch(model, [6])
     recovered = recover(model, observation, AUTO)
-    assert [node.name for node in recovered.nodes] == list(parts(model.network).nodes[-2::-1])
+    assert [node.name for node in recovered.nodes] == list(parts_of(model.network).nodes[-2::-1])
     assert relative(recovered.nodes[-1].activation, truth(model, images)["maxpool"]).max() < 1e-6
     assert "max pooling" in recovered.stopped
 
 
 def test_cotangents_are_those_of_the_loss(basic, two):
     model, (images, _, recovered, order) = basic, two
-    nodes = parts(model.network).nodes
+    nodes = parts_of(model.network).nodes
     # In the segment a node's value is its pre-activation; the loss of the whole network by way of it.
     found = Segment(model.network, nodes[-1], nodes)(images)
     features = found[nodes[-1]].relu().mean((2, 3))
@@ -235,7 +235,7 @@ def test_behind_a_defence_the_way_ends_with_a_sentence_and_tells_its_error(basic
 def test_features_without_zeros_are_refused():
     model = resnet(*BASIC, 64)
     with torch.no_grad():
-        parts(model.network).blocks[-1].units[-1].bn.bias += 30
+        parts_of(model.network).blocks[-1].units[-1].bn.bias += 30
     _, observation = batch(model, [3, 7, 1])
     recovered = recover(model, observation, AUTO)
     assert recovered.nodes == ()
@@ -317,11 +317,11 @@ def test_what_needs_no_layers_solves_none(basic, monkeypatch):
 def problem(basic: Model, two: tuple[Tensor, Observation, Recovered, list[int]]) -> tuple[Equations, Gate, Tensor]:
     """The last convolution of layer3 as the client has it: its equations, the gate behind it, its true input."""
     images, observation, _, order = two
-    nodes = parts(basic.network).nodes
+    nodes = parts_of(basic.network).nodes
     found = Segment(basic.network, nodes[-1], nodes)(images)
     loss = F.cross_entropy(basic.network.fc(found[nodes[-1]].relu().mean((2, 3))), torch.tensor(LABELS))
     (cotangent,) = torch.autograd.grad(loss, found["layer3.1"])
-    block = next(block for block in parts(basic.network).blocks if block.name == "layer3.1")
+    block = next(block for block in parts_of(basic.network).blocks if block.name == "layer3.1")
     on = found["layer3.1"][order] > 0
     # What would pass where a unit is off is not in the cotangent: something of the usual size.
     usual = cotangent[cotangent != 0].abs().median()
@@ -397,7 +397,7 @@ def test_rounding_of_a_large_channel_turns_no_entry():
 def test_equations_hold_for_the_true_input(basic):
     """The linear form of ∇W, and the pulled-back cotangent, against autograd."""
     model = basic
-    for unit in parts(model.network).blocks[2].all_units:  # with a stride: 3 × 3 and 1 × 1
+    for unit in parts_of(model.network).blocks[2].all_units:  # with a stride: 3 × 3 and 1 × 1
         x = torch.rand(2, unit.conv.in_channels, 6, 6, dtype=torch.float64, requires_grad=True)
         output = unit.conv(x)
         cotangent = torch.randn(output.shape, dtype=torch.float64)

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from gradinv.network import STEM, Segment, node_shapes, parts, soft_maximum
+from gradinv.network import STEM, Segment, node_shapes, parts_of, soft_maximum
 from gradinv.types import GradinvError
 
 
@@ -33,7 +33,7 @@ def hooked(network: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
 
 def test_every_node_is_the_networks_own(network):
     images = torch.randn(2, 3, 64, 64)
-    nodes = parts(network).nodes
+    nodes = parts_of(network).nodes
     with torch.no_grad():
         found = Segment(network, nodes[-1], nodes)(images)
     assert tuple(found) == nodes
@@ -46,14 +46,14 @@ def test_every_node_is_the_networks_own(network):
 
 
 def test_shapes_are_those_of_a_pass(network):
-    nodes = parts(network).nodes
+    nodes = parts_of(network).nodes
     with torch.no_grad():
         found = Segment(network, nodes[-1], nodes)(torch.randn(1, 3, 96, 96))
     assert node_shapes(network, 96) == {name: tuple(value.shape[1:]) for name, value in found.items()}
 
 
 def test_a_segment_depends_on_the_parameters_that_it_names(network):
-    for upper in parts(network).nodes:
+    for upper in parts_of(network).nodes:
         segment = Segment(network, upper)
         total = segment(torch.randn(1, 3, 64, 64))[upper].square().sum()
         named = dict(network.named_parameters())
@@ -64,7 +64,7 @@ def test_a_segment_depends_on_the_parameters_that_it_names(network):
 
 
 def test_a_units_slope_and_offset_are_its_batch_normalisation(network):
-    for block in parts(network).blocks:
+    for block in parts_of(network).blocks:
         for unit in block.all_units:
             values = torch.randn(2, unit.conv.out_channels, 3, 3)
             expected = values * unit.slope.view(-1, 1, 1) + unit.offset.view(-1, 1, 1)
@@ -72,7 +72,7 @@ def test_a_units_slope_and_offset_are_its_batch_normalisation(network):
 
 
 def test_the_soft_maximum_becomes_the_maximum(network):
-    pool, values = parts(network).pool, torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    pool, values = parts_of(network).pool, torch.randn(2, 3, 8, 8, dtype=torch.float64)
     exact = pool(values)
     off = [float((soft_maximum(values, pool, beta) - exact).abs().max()) for beta in (1.0, 10.0, 1000.0)]
     assert off[0] > off[1] > off[2]
@@ -85,7 +85,7 @@ def test_the_soft_maximum_becomes_the_maximum(network):
 
 @pytest.mark.parametrize("sharpness", [0.3, 3.0, 10.0])
 def test_the_soft_maximum_is_the_same_by_averages_and_by_windows(network, monkeypatch, sharpness):
-    pool = parts(network).pool
+    pool = parts_of(network).pool
     values = (4 * torch.randn(2, 5, 8, 8)).requires_grad_()
     fast = soft_maximum(values, pool, sharpness).relu()
     monkeypatch.setattr("gradinv.network._SHARPEST", 0.0)
@@ -98,14 +98,14 @@ def test_the_soft_maximum_is_the_same_by_averages_and_by_windows(network, monkey
 
 
 def test_stages_stand_for_their_last_block(network):
-    assert parts(network).node("layer4") == "layer4.1"
-    assert parts(network).node("layer4.0.conv1") == "layer4.0.conv1"
+    assert parts_of(network).node("layer4") == "layer4.1"
+    assert parts_of(network).node("layer4.0.conv1") == "layer4.0.conv1"
 
 
 @pytest.mark.parametrize("name", ["layer5", "layer1.9", "conv1", ""])
 def test_unknown_nodes_are_named(network, name):
     with pytest.raises(GradinvError, match="has no node"):
-        parts(network).node(name)
+        parts_of(network).node(name)
 
 
 def test_a_node_above_the_cut_is_refused(network):
@@ -115,4 +115,4 @@ def test_a_node_above_the_cut_is_refused(network):
 
 def test_other_networks_are_refused(small_model):
     with pytest.raises(GradinvError, match="torchvision's ResNets"):
-        parts(small_model.network)
+        parts_of(small_model.network)

@@ -17,7 +17,7 @@ from gradinv.config import APART, FROM_ABOVE, FROM_PAINTING, PRESETS, AttackConf
 from gradinv.images import to_pixels
 from gradinv.metrics import constant_colour, psnr, ssim
 from gradinv.models import Model, load_model
-from gradinv.network import Segment, node_shapes, parts
+from gradinv.network import Segment, node_shapes, parts_of
 from gradinv.recording.recorder import Recorder
 from gradinv.recording.replay import Recording
 from gradinv.recording.stores import DirectoryStore
@@ -70,7 +70,7 @@ def test_a_picture_painted_from_activations_is_that_picture_and_no_other(name: s
 
 def test_the_lowest_node_that_is_known_well_enough_is_painted_from() -> None:
     model = load_model("resnet18-tiny", device="cpu")
-    nodes = [node for node in parts(model.network).nodes[::-1] if node in prior.PAINTERS[model.name]]
+    nodes = [node for node in parts_of(model.network).nodes[::-1] if node in prior.PAINTERS[model.name]]
     shapes = node_shapes(model.network, 64)
     features = torch.rand(2, 512)
     recovered = Recovered(torch.tensor([1, 2]), "given", 1.0, features=features)

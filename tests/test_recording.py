@@ -29,7 +29,7 @@ from gradinv.recording import recorder as recorder_module
 from gradinv.recording.recorder import Recorder, thinned
 from gradinv.recording.replay import Recording, Resumption
 from gradinv.recording.stores import DirectoryStore, MemoryStore, Store
-from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, Term
+from gradinv.types import GradinvError, Observation, Preprocessing, Snapshot, TermValues
 
 SIDE = 16
 CONFIG = AttackConfig(seeds=2, iterations=4)
@@ -61,7 +61,7 @@ def observation(model):
 
 def snapshot(step: int, steps: int = 4) -> Snapshot:
     seeds = torch.stack([smooth(2, 1.0 + seed + 0.1 * step) for seed in range(2)])
-    terms = {"gradient": Term((0.1 / 3, 2.0), (0.5, 1.0 + step)), "tv": Term((0.25, 0.5), (1.0, 2.0))}
+    terms = {"gradient": TermValues((0.1 / 3, 2.0), (0.5, 1.0 + step)), "tv": TermValues((0.25, 0.5), (1.0, 2.0))}
     return Snapshot(
         step=step,
         steps=steps,

@@ -20,7 +20,7 @@ from gradinv import cli
 from gradinv.client import observe
 from gradinv.images import to_pixels
 from gradinv.models import Model, load_model
-from gradinv.network import Segment, parts
+from gradinv.network import Segment, parts_of
 from gradinv.sources import find, gallery
 from gradinv.types import Observation
 
@@ -58,7 +58,7 @@ def test_one_picture_is_solved_down_to_the_stem(model, capsys):
     said = capsys.readouterr()
     assert said.err == "" and "goldfish (1 of 1 right)" in said.out and "The final layer is solved but for " in said.out
     found = rows(said.out)
-    assert list(found) == list(reversed(parts(model.network).nodes[:-1]))
+    assert list(found) == list(reversed(parts_of(model.network).nodes[:-1]))
     assert found["maxpool"][:8] == ["64", "×", "16", "×", "16", "exact", "576", "256"]
     for cells in found.values():
         assert cells[-1] == "%" and float(cells[-2]) < 0.01, "the true error"

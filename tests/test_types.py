@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, Snapshot, Term
+from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, Snapshot, TermValues
 
 PREPROCESSING = Preprocessing(size=8, resize=9, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.1))
 FACTS = {
@@ -169,7 +169,7 @@ def test_observation_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("step", "final"), [(0, False), (9, False), (10, True)])
 def test_snapshot_knows_whether_it_is_the_last(step: int, final: bool) -> None:
     pixels = torch.zeros(1, 2, 3, 8, 8)
-    snapshot = Snapshot(step, 10, pixels, pixels[0], {"tv": Term((0.5,), (0.1,))}, (0.3,), 1.5, (4, 2))
+    snapshot = Snapshot(step, 10, pixels, pixels[0], {"tv": TermValues((0.5,), (0.1,))}, (0.3,), 1.5, (4, 2))
     assert snapshot.final is final
 
 
@@ -177,7 +177,7 @@ def test_everything_is_frozen() -> None:
     for thing, name in (
         (PREPROCESSING, "size"),
         (observation(), "batch_size"),
-        (Term((1.0,), (1.0,)), "raw"),
+        (TermValues((1.0,), (1.0,)), "raw"),
     ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(thing, name, None)

@@ -24,7 +24,7 @@ from train_decoder import similarity
 
 from gradinv.metrics import psnr
 from gradinv.models import Model, load_model
-from gradinv.network import STEM, Segment, node_shapes, parts
+from gradinv.network import STEM, Segment, node_shapes, parts_of
 from gradinv.prior import SIZE, Painter
 from gradinv.sources import ImageFolder
 from gradinv.types import GradinvError
@@ -64,9 +64,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def train(options: argparse.Namespace) -> None:
     model = load_model(options.model, device=options.device, image_size=SIZE)
     model.network.requires_grad_(False).to(memory_format=torch.channels_last)
-    node = parts(model.network).node(options.node)
+    node = parts_of(model.network).node(options.node)
     segment = Segment(model.network, node, [*LOOKED_AT, node])
-    looking = Segment(model.network, parts(model.network).node(LOOKED_AT[-1]), LOOKED_AT)
+    looking = Segment(model.network, parts_of(model.network).node(LOOKED_AT[-1]), LOOKED_AT)
     classes = sorted(item.wnid for item in ImageFolder(options.train).classes)
     pictures, _ = read_all(options.train, classes, SIZE, options.workers, options.per_class)
     held_out, _ = read_all(options.val, classes, SIZE, options.workers, min(options.per_class, 5))

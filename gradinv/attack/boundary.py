@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gradinv.config import APART, FROM_ABOVE, FROM_PAINTING, AttackConfig
 from gradinv.models import Model
-from gradinv.network import STEM, Segment, parts, skip_of, stage_of
+from gradinv.network import STEM, Segment, parts_of, skip_of, stage_of
 from gradinv.prior import painted_from
 from gradinv.types import GradinvError, Recovered, SolvedNode
 
@@ -71,7 +71,7 @@ def matching_instead(model: Model, config: AttackConfig) -> AttackConfig:
 
 
 def _solved(model: Model, recovered: Recovered, boundary: str) -> SolvedNode:
-    name = parts(model.network).node(boundary)
+    name = parts_of(model.network).node(boundary)
     found = next((node for node in recovered.nodes if node.name == name), None)
     if found is None:
         reached = f"down to {recovered.nodes[-1].name} only" if recovered.nodes else "at no node"
@@ -113,7 +113,7 @@ def boundary_of(model: Model, recovered: Recovered, config: AttackConfig) -> Bou
     like = next(model.network.parameters()).detach()
     pulled, below = _pulled(model, recovered, lowest) if config.gradient > 0 else ({}, frozenset[str]())
     pulled = {name: cotangent.to(like) for name, cotangent in pulled.items()}
-    order = parts(model.network).nodes
+    order = parts_of(model.network).nodes
     names = [*(node.name for node in solved), *pulled]
     top = max((name for name in names if name in order), key=order.index)
     segment = Segment(model.network, top, names)
@@ -126,7 +126,7 @@ def _pulled(model: Model, recovered: Recovered, lowest: SolvedNode) -> tuple[dic
     Within a block the shortcut leads past a node: what it adds to the block's output has the output's cotangent. Both
     are linear in the block's input, whatever the masks in it are.
     """
-    network = parts(model.network)
+    network = parts_of(model.network)
     blocks = {node: block for block in network.blocks for node in block.nodes[:-1]}
     known = {node.name: node.cotangent for node in recovered.nodes if node.cotangent is not None}
     for node in reversed(recovered.nodes[: recovered.nodes.index(lowest) + 1]):

@@ -19,12 +19,12 @@ from gradinv.attack.state import Run, RunState, learning_rate, meeting_steps
 from gradinv.checks import check_observation
 from gradinv.config import AttackConfig
 from gradinv.execution.distributed import ALONE, Ranks
-from gradinv.execution.stepping import Gradient, Stepper
+from gradinv.execution.stepping import PixelGradient, Stepper
 from gradinv.models import Model
 from gradinv.prior import painting
 from gradinv.recovery.examination import examine
 from gradinv.recovery.recover import recover
-from gradinv.types import GradinvError, Observation, Prior, Recovered, Snapshot, SolvedNode, Term
+from gradinv.types import GradinvError, Observation, Prior, Recovered, Snapshot, SolvedNode, TermValues
 
 T = TypeVar("T")
 
@@ -154,7 +154,7 @@ def iterate(
 class Done:
     """A step that was done: what was found of each seed, with the terms' weights, and how it was executed."""
 
-    found: list[Gradient]
+    found: list[PixelGradient]
     weights: Mapping[str, float]
     stepper: Stepper
 
@@ -239,13 +239,13 @@ class _Emission:
         )
 
 
-def _values(run: Run, done: Done) -> tuple[dict[str, Term], tuple[float, ...]]:
+def _values(run: Run, done: Done) -> tuple[dict[str, TermValues], tuple[float, ...]]:
     """Every seed's terms and distance, of all ranks; no distance where no gradient is matched."""
     rows = [[float(own.raw[name]) for name in done.weights] + [float(own.distance)] for own in done.found]
     found = run.ranks.gather(torch.tensor(rows, dtype=torch.float64), run.config.seeds)
     *columns, distance = (tuple(column) for column in found.T.tolist())
     terms = {
-        name: Term(raw, tuple(weight * value for value in raw))
+        name: TermValues(raw, tuple(weight * value for value in raw))
         for (name, weight), raw in zip(done.weights.items(), columns, strict=True)
     }
     return terms, distance if "gradient" in terms else ()

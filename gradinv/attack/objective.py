@@ -34,7 +34,7 @@ from gradinv.batchnorm import batch_statistics, forward_mode, inferred_statistic
 from gradinv.config import AttackConfig
 from gradinv.execution.stepping import LossTerms
 from gradinv.models import Model
-from gradinv.network import parts
+from gradinv.network import parts_of
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Recovered
 
 Term = Callable[[Evaluation], Tensor]
@@ -194,7 +194,7 @@ def matched_parameters(model: Model, layers: str) -> list[str]:
     if layers == "all":
         return names
     with suppress(GradinvError):
-        resnet = parts(model.network)
+        resnet = parts_of(model.network)
         wanted = resnet.below(resnet.node(layers))
         return [name for name in names if name in wanted]
     last = [index for index, name in enumerate(names) if name.startswith(f"{layers}.")]

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
 def run(args: argparse.Namespace) -> int:
     from gradinv.checks import check_observation
     from gradinv.config import AttackConfig
-    from gradinv.network import parts
+    from gradinv.network import parts_of
 
     say = speaker(args)
     out = _choose_file(args.out)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     task = begin(args, lambda _: config, say)
     check_observation(task.model, task.observation)
     if config.boundary not in ("auto", "logits", "loss"):
-        parts(task.model.network).node(config.boundary)
+        parts_of(task.model.network).node(config.boundary)
     describe(say, task)
     rows = _Rows(say, task)
     stop = threading.Event()

@@ -48,7 +48,7 @@ Function = Callable[[Tensor, Tensor], LossTerms]
 
 
 @dataclass(frozen=True, eq=False)
-class Gradient:
+class PixelGradient:
     """One evaluation: the `gradient` of the weighted sum with respect to the images (B, 3, S, S), that sum as `parts`,
     of each image (B,) or all in one (1,), and as scalars each term's `raw` value and the gradients' cosine `distance`;
     all detached."""
@@ -85,7 +85,7 @@ class Stepper:
         self._names: list[str] = []
         self._workers: ThreadPoolExecutor | None = None
 
-    def __call__(self, images: Tensor, group: Tensor) -> Gradient:
+    def __call__(self, images: Tensor, group: Tensor) -> PixelGradient:
         """Judge normalised images (B, 3, S, S) against the observation and the group's consensus, of the same shape.
 
         The shape stays the same from call to call. Raises GradinvError for `graph` where there is no CUDA device.
@@ -102,7 +102,7 @@ class Stepper:
         """How many seeds `each` runs at a time, as the mode is now."""
         return self._parallel if side_by_side(self.mode) else 1
 
-    def each(self, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Gradient]:
+    def each(self, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[PixelGradient]:
         """The same for every seed's images (g, B, 3, S, S); where `stop` is set on the way, only for the first few,
         within one evaluation."""
         seeds, group = seeds.detach(), group.detach()
@@ -110,17 +110,19 @@ class Stepper:
             program = self._ready(seeds[0], group)
             if program is not None and side_by_side(self.mode):
                 return self._side_by_side(program, seeds, group, stop)
-        found: list[Gradient] = []
+        found: list[PixelGradient] = []
         for images in seeds:
             if stop.is_set():
                 break
             found.append(self(images, group))
         return found
 
-    def _side_by_side(self, program: Program, seeds: Tensor, group: Tensor, stop: threading.Event) -> list[Gradient]:
+    def _side_by_side(
+        self, program: Program, seeds: Tensor, group: Tensor, stop: threading.Event
+    ) -> list[PixelGradient]:
         if self._workers is None:
             self._workers = _workers(min(self._parallel, len(seeds)))
-        found: list[Gradient] = []
+        found: list[PixelGradient] = []
         futures = [self._workers.submit(self._run, program, images, group) for images in seeds]
         try:
             for future in futures:
@@ -166,10 +168,10 @@ class Stepper:
             return
         self._give_up(f"the recorded evaluation deviates from autograd's by a share of {deviation:.1e}")
 
-    def _run(self, program: Program, images: Tensor, group: Tensor) -> Gradient:
+    def _run(self, program: Program, images: Tensor, group: Tensor) -> PixelGradient:
         with torch.no_grad():
             gradient, parts, *raw, distance = program(images, group)
-        return Gradient(gradient, parts, dict(zip(self._names, raw, strict=True)), distance)
+        return PixelGradient(gradient, parts, dict(zip(self._names, raw, strict=True)), distance)
 
     def _give_up(self, reason: str) -> None:
         log.warning("Every step runs eagerly, which is slower: %s.", reason)
@@ -221,7 +223,7 @@ def _workers(count: int) -> ThreadPoolExecutor:
     return workers
 
 
-def evaluate(function: Function, images: Tensor, group: Tensor, tape: Tape | None = None) -> Gradient:
+def evaluate(function: Function, images: Tensor, group: Tensor, tape: Tape | None = None) -> PixelGradient:
     """The reference: the function and autograd's gradient of its total, recorded on the tape where there is one."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
@@ -229,10 +231,10 @@ def evaluate(function: Function, images: Tensor, group: Tensor, tape: Tape | Non
             found = function(images, group)
             (gradient,) = torch.autograd.grad(found.total, images)
             parts = found.total.detach().view(1) if found.parts is None else found.parts.detach()
-    return Gradient(gradient, parts, found.raw, found.distance)
+    return PixelGradient(gradient, parts, found.raw, found.distance)
 
 
-def _deviation(found: Gradient, expected: Gradient) -> float:
+def _deviation(found: PixelGradient, expected: PixelGradient) -> float:
     """The largest relative deviation of the gradient (by its norm), its parts, the terms and the distance."""
     pairs = [(found.gradient, expected.gradient), (found.parts, expected.parts)]
     pairs += [(found.raw[name], raw) for name, raw in expected.raw.items()]

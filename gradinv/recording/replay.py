@@ -20,7 +20,7 @@ from gradinv.config import AttackConfig, recorded
 from gradinv.images import from_grid
 from gradinv.models import MODELS, imagenet_classes, tiny_classes
 from gradinv.recording.stores import DirectoryStore, MemoryStore, Store
-from gradinv.types import GradinvError, Observation, Snapshot, Term
+from gradinv.types import GradinvError, Observation, Snapshot, TermValues
 
 FORMAT = 1
 OBSERVATION = "observation.safetensors"
@@ -152,7 +152,9 @@ class Recording:
             seeds=tiles[:-1],
             consensus=tiles[-1],
             terms={
-                name: Term(tuple(row[f"{name}.raw"] for row in rows), tuple(row[f"{name}.weighted"] for row in rows))
+                name: TermValues(
+                    tuple(row[f"{name}.raw"] for row in rows), tuple(row[f"{name}.weighted"] for row in rows)
+                )
                 for name in present
             },
             distance=tuple(row["distance"] for row in rows if row["distance"] is not None),

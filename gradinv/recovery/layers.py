@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradinv.models import Model
-from gradinv.network import STEM, Block, Unit, node_shapes, parts
+from gradinv.network import STEM, Block, Unit, node_shapes, parts_of
 from gradinv.recovery.convex import Layer, layers_of_input, mean_of_input, solve_convex
 from gradinv.recovery.convolution import (
     Equations,
@@ -61,10 +61,10 @@ def solve_layers(
     first, float32 on the model's device, and a sentence that says why there are no more ("" where `until` was reached).
     Computed in float64 on the CPU. Raises GradinvError where the network has no such node.
     """
-    lowest = None if until is None else parts(model.network).node(until)
+    lowest = None if until is None else parts_of(model.network).node(until)
     if observation.mode != "eval":
         return (), "In train mode batch normalisation mixes the images, so no layer below the final one is linear."
-    for unit in (unit for block in parts(model.network).blocks for unit in block.all_units):
+    for unit in (unit for block in parts_of(model.network).blocks for unit in block.all_units):
         if unit.conv.groups != 1 or unit.conv.dilation != (1, 1):
             return (), f"{unit.name} is a grouped or dilated convolution, of which the layers' equations do not hold."
     way = _Way(model, observation, fit, stop or threading.Event())
@@ -142,7 +142,7 @@ class _Way:
                 raise Unsolved(f"{node.name} is known to {error:.0f} % only, too rough to go on below it")
 
     def _steps(self) -> Iterator[_Step]:
-        blocks = parts(self._model.network).blocks
+        blocks = parts_of(self._model.network).blocks
         for index in range(len(blocks) - 1, -1, -1):
             block, below = blocks[index], blocks[index - 1] if index else None
             for place in range(len(block.units) - 1, 0, -1):
@@ -153,7 +153,7 @@ class _Way:
 
     def _top(self) -> Gate:
         """The mask of the last block, from the features."""
-        block = parts(self._model.network).blocks[-1]
+        block = parts_of(self._model.network).blocks[-1]
         _, height, width = self._shapes[block.name]
         gradients = {f"{unit.name}.weight": self._gradient(f"{unit.name}.weight") for unit in block.units[-2:]}
         pooled = self._pooled(height * width)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.network import STEM, parts
+from gradinv.network import STEM, parts_of
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import FinalLayer, Fit
 from gradinv.recovery.labels import RestoredLabels, restore_labels
@@ -106,7 +106,7 @@ def _given(model: Model, observation: Observation, labels: Tensor) -> RestoredLa
 def _reach(model: Model, observation: Observation) -> tuple[str | None, str]:
     """The lowest node that is solved of gradients that are there, None where none is, and the first that lacks on the
     way down ("" where all are there). Those of batch normalisation may lack: they only mend masks."""
-    blocks = parts(model.network).blocks
+    blocks = parts_of(model.network).blocks
     lowest = None
     for index in range(len(blocks) - 1, -1, -1):
         block, below = blocks[index], blocks[index - 1] if index else None
@@ -131,8 +131,8 @@ def _layers(
     progress: Callable[[SolvedNode], None] | None,
 ) -> tuple[tuple[SolvedNode, ...], str]:
     if config.boundary != "auto":
-        until = parts(model.network).node(config.boundary)
-        order = parts(model.network).nodes
+        until = parts_of(model.network).node(config.boundary)
+        order = parts_of(model.network).nodes
         lowest, lacks = _reach(model, observation)
         if lacks and (lowest is None or order.index(until) < order.index(lowest)):
             raise GradinvError(

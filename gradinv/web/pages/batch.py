@@ -16,7 +16,7 @@ from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import from_path
 from gradinv.types import GradinvError
 from gradinv.web.parts import head, lessons, markup, shared
-from gradinv.web.parts.gradient import Gradient
+from gradinv.web.parts.gradient import OwnGradient
 from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.lessons import Attack, Candidate, Pool
 
@@ -62,7 +62,7 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
     _found(network, pool, found, places if shown else None, lambda: lessons.painted(*asked))
 
 
-def _search_own(own: Gradient, seed: int, texts: tuple[str, ...], pool: Pool) -> None:
+def _search_own(own: OwnGradient, seed: int, texts: tuple[str, ...], pool: Pool) -> None:
     """The same of a gradient that the visitor brought, of which nobody here knows the pictures."""
     network, observation = shared.model(own.model), own.find(shared.visitor())
     found = lessons.attacked_own(own.key, own.model, texts, seed, observation)

@@ -17,7 +17,7 @@ from gradinv import figures, metrics
 from gradinv.defenses import DELTA, gaussian_epsilon, gaussian_sigma, parse
 from gradinv.types import Gradients
 from gradinv.web.parts import head, lessons, markup, shared, showcase, ways
-from gradinv.web.parts.gradient import Gradient
+from gradinv.web.parts.gradient import OwnGradient
 from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.lessons import Attack, Pool
 from gradinv.web.parts.markup import Row, Tile
@@ -200,7 +200,7 @@ def _layers(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places: 
 # --- a gradient of one's own
 
 
-def _own(own: Gradient, texts: tuple[str, ...], seed: int) -> None:
+def _own(own: OwnGradient, texts: tuple[str, ...], seed: int) -> None:
     """The same of a gradient that the visitor brought, of which nobody here knows the pictures."""
     network, observation = shared.model(own.model, size=own.side), own.find(shared.visitor())
     st.header("What the last layer alone still gives away", anchor=False)

@@ -18,7 +18,7 @@ from gradinv.models import Model
 from gradinv.recovery.labels import METHODS, restore_labels
 from gradinv.types import GradinvError, Observation
 from gradinv.web.parts import head, lessons, markup, shared
-from gradinv.web.parts.gradient import Gradient
+from gradinv.web.parts.gradient import OwnGradient
 from gradinv.web.parts.guard import guarded
 
 EXPLAINED = {
@@ -76,7 +76,7 @@ def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
     lessons.credits(pool)
 
 
-def _own(own: Gradient) -> None:
+def _own(own: OwnGradient) -> None:
     """The same of a gradient that the visitor brought, of which nobody here knows the truth."""
     network, observation = shared.model(own.model), own.find(shared.visitor())
     st.markdown(f"**{markup.count(own.batch_size, 'picture')}** in the batch; nobody here knows of which classes.")
@@ -108,7 +108,7 @@ def _shown(
         )
         st.markdown(
             f'<i class="gi-swatch" style="background:{_NEGATIVE}"></i> below zero, '
-            f'<i class="gi-swatch" style="background:{_POSITIVE}"></i> above zero; the stronger the colour, the further.',
+            f'<i class="gi-swatch" style="background:{_POSITIVE}"></i> above zero; stronger colours are further off.',
             unsafe_allow_html=True,
         )
     with side:

@@ -13,7 +13,7 @@ import torch
 from gradinv import figures
 from gradinv.cli.say import AS_GOOD_AS_EXACT, percent
 from gradinv.models import Model
-from gradinv.network import STEM, node_shapes, parts
+from gradinv.network import STEM, node_shapes, parts_of
 from gradinv.recovery.convolution import Equations
 from gradinv.web.parts import head, lessons, markup, shared
 from gradinv.web.parts.guard import guarded
@@ -89,7 +89,7 @@ def _lesson() -> None:
 def counted(model: Model, batch_size: int) -> list[Count]:
     """Each layer's equations and unknowns, the highest layer first."""
     shapes, found = node_shapes(model.network, model.preprocessing.size), []
-    blocks = parts(model.network).blocks
+    blocks = parts_of(model.network).blocks
     for index in range(len(blocks) - 1, -1, -1):
         block = blocks[index]
         below = blocks[index - 1].name if index else STEM

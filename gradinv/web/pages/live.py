@@ -17,7 +17,7 @@ from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.types import GradinvError
 from gradinv.web.parts import command, gradient, head, lessons, markup, pick, settings, shared, showcase, tour
-from gradinv.web.parts.gradient import Gradient
+from gradinv.web.parts.gradient import OwnGradient
 from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.inversion import Inversion, Originals
 from gradinv.web.parts.pick import Batch
@@ -108,11 +108,11 @@ def _network(name: str, size: int) -> Model | None:
         return shared.model(name, size=size)
 
 
-def _check(network: Model, batch: Batch | Gradient | None, config: AttackConfig) -> None:
+def _check(network: Model, batch: Batch | OwnGradient | None, config: AttackConfig) -> None:
     """Raises GradinvError for what would only fail later."""
     if batch is None:
         raise GradinvError("Bring a gradient first.")
-    if isinstance(batch, Gradient):
+    if isinstance(batch, OwnGradient):
         observation = batch.find(shared.visitor())
         with shared.using:
             bn_targets(network, observation, config)
@@ -131,13 +131,13 @@ def _check(network: Model, batch: Batch | Gradient | None, config: AttackConfig)
 
 
 def _received(
-    network: Model, batch: Batch | Gradient | None, texts: tuple[str, ...], config: AttackConfig | None
+    network: Model, batch: Batch | OwnGradient | None, texts: tuple[str, ...], config: AttackConfig | None
 ) -> None:
     if batch is None or (isinstance(batch, Batch) and not batch.members):
         st.info("Nothing yet: there is no gradient." if batch is None else "Nothing yet: the batch is empty.")
         return
     method = config.labels if config is not None else "auto"
-    true = None if isinstance(batch, Gradient) else [member.name for member in batch.members]
+    true = None if isinstance(batch, OwnGradient) else [member.name for member in batch.members]
     preview = _preview(network, batch, texts, method)
     left, right = st.columns([3, 2], gap="medium")
     with left:
@@ -168,8 +168,8 @@ def _received(
     st.html(markup.knowledge(filter(None, (bn, learned))))
 
 
-def _preview(network: Model, batch: Batch | Gradient, texts: tuple[str, ...], method: str) -> shared.Preview:
-    if isinstance(batch, Gradient):
+def _preview(network: Model, batch: Batch | OwnGradient, texts: tuple[str, ...], method: str) -> shared.Preview:
+    if isinstance(batch, OwnGradient):
         return gradient.preview(network.name, batch.key, method, batch.find(shared.visitor()))
     key = tuple((member.chosen.id, member.label) for member in batch.members)
     pixels = torch.stack([member.pixels for member in batch.members])
@@ -178,7 +178,7 @@ def _preview(network: Model, batch: Batch | Gradient, texts: tuple[str, ...], me
 
 def _start_bar(
     network: Model,
-    batch: Batch | Gradient | None,
+    batch: Batch | OwnGradient | None,
     config: AttackConfig | None,
     texts: tuple[str, ...],
     problem: str | None,
@@ -191,8 +191,8 @@ def _start_bar(
         if way_back():
             return
         if problem is None and config is not None and batch is not None:
-            size = batch.batch_size if isinstance(batch, Gradient) else len(batch.members)
-            whose = "a gradient of " if isinstance(batch, Gradient) else ""
+            size = batch.batch_size if isinstance(batch, OwnGradient) else len(batch.members)
+            whose = "a gradient of " if isinstance(batch, OwnGradient) else ""
             with shared.using:
                 told = markup.about(pace.estimate(network, config, size))
             st.markdown(
@@ -220,12 +220,12 @@ def _start_bar(
                 st.rerun()
 
 
-def _work(network: Model, batch: Batch | Gradient, config: AttackConfig, texts: tuple[str, ...]) -> Inversion:
+def _work(network: Model, batch: Batch | OwnGradient, config: AttackConfig, texts: tuple[str, ...]) -> Inversion:
     size = network.preprocessing.size
     load = partial(shared.model, network.name, "worker", size)
     classes = tuple(known.name for known in network.classes)
     preset: str = st.session_state.preset
-    if isinstance(batch, Gradient):
+    if isinstance(batch, OwnGradient):
         facts = Facts(network.name, size, preset, (), classes, (), (), (), ())
         return Inversion(load, batch.shared(shared.visitor()), config, facts)
     pixels = torch.stack([member.pixels for member in batch.members])

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from gradinv.config import AttackConfig
 from gradinv.models import MODELS, Model
-from gradinv.web.parts.gradient import Gradient
+from gradinv.web.parts.gradient import OwnGradient
 from gradinv.web.parts.pick import Batch, Chosen
 
 
-def line(network: Model, batch: Batch | Gradient, defences: Sequence[str], preset: str, config: AttackConfig) -> str:
+def line(network: Model, batch: Batch | OwnGradient, defences: Sequence[str], preset: str, config: AttackConfig) -> str:
     """The command that does what the page would; a picture or a gradient that was brought is named as its file was."""
     words = ["gradinv", "invert"]
-    if isinstance(batch, Gradient):
+    if isinstance(batch, OwnGradient):
         words += ["--observation", batch.name, *(["--update"] if batch.update else [])]
     else:
         words += [_name(member.chosen) for member in batch.members]
@@ -23,7 +23,7 @@ def line(network: Model, batch: Batch | Gradient, defences: Sequence[str], prese
         words += [word for member in files for word in ("--class", member.name)]
     words += ["--model", network.name]
     size = network.preprocessing.size
-    if not isinstance(batch, Gradient) and size != MODELS[network.name].size:  # a gradient says its own
+    if not isinstance(batch, OwnGradient) and size != MODELS[network.name].size:  # a gradient says its own
         words += ["--image-size", str(size)]
     words += [word for text in defences for word in ("--defence", text)]
     words += ["--preset", preset]

@@ -63,7 +63,7 @@ STATISTICS = {
 
 
 @dataclass(frozen=True)
-class Gradient:
+class OwnGradient:
     """What a session knows of the gradient that it brought: `key` finds it, `size` is in bytes, `side` in pixels."""
 
     key: str
@@ -165,7 +165,7 @@ class GradientStore:
 _store = GradientStore()
 
 
-def accept(data: bytes, name: str, visitor: str, *, update: bool = False) -> Gradient:
+def accept(data: bytes, name: str, visitor: str, *, update: bool = False) -> OwnGradient:
     """A visitor's file, or an `update` of weights, → what it is, with the gradient held. Raises GradinvError, one
     sentence, for all else."""
     limits = manager().limits
@@ -176,12 +176,12 @@ def accept(data: bytes, name: str, visitor: str, *, update: bool = False) -> Gra
     observation = examined.observation
     leaks = observation.bn is not None, observation.running is not None
     side, mode = observation.preprocessing.size, observation.mode
-    return Gradient(
+    return OwnGradient(
         key, name, len(data), observation.model_name, observation.batch_size, side, mode, leaks, examined.notes, update
     )
 
 
-def read(data: bytes, name: str, visitor: str, *, update: bool = False) -> Gradient:
+def read(data: bytes, name: str, visitor: str, *, update: bool = False) -> OwnGradient:
     """As `accept`, once its labels could be read: what that shows of the gradient is in the notes."""
     brought = accept(data, name, visitor, update=update)
     try:
@@ -251,9 +251,9 @@ def megabytes(size: int) -> str:
 # --- the page
 
 
-def held() -> Gradient | None:
+def held() -> OwnGradient | None:
     """This session's gradient."""
-    brought: Gradient | None = st.session_state.get("gradient")
+    brought: OwnGradient | None = st.session_state.get("gradient")
     return brought
 
 

@@ -20,7 +20,7 @@ from gradinv.config import AttackConfig
 from gradinv.defenses import parse_all
 from gradinv.jobs import Handle, Status
 from gradinv.models import Model
-from gradinv.network import Segment, parts
+from gradinv.network import Segment, parts_of
 from gradinv.pace import MEASURABLE, Pace
 from gradinv.recording.recorder import Recorder, thinned
 from gradinv.recording.replay import Recording, Resumption
@@ -221,7 +221,7 @@ class Inversion:
 
     def __call__(self, handle: Handle) -> Status:
         """Run until the last iteration or `handle.stop`."""
-        return _Work(self, handle).run()
+        return _Running(self, handle).run()
 
     def pictures(self, snapshot: Snapshot) -> Pictures:
         """A live or replayed snapshot of this run, paired with the originals if there are any."""
@@ -241,7 +241,7 @@ class Inversion:
         )
 
 
-class _Work:
+class _Running:
     """An inversion on a worker: what it publishes of each layer as it is solved, and of each snapshot."""
 
     def __init__(self, job: Inversion, handle: Handle) -> None:
@@ -382,6 +382,6 @@ def _nodes(model: Model) -> tuple[str, ...]:
     """The network's nodes that can be solved, the highest first; of one that is no ResNet, none. Of the very highest
     the final layer sees the mean over the picture only."""
     try:
-        return tuple(reversed(parts(model.network).nodes[:-1]))
+        return tuple(reversed(parts_of(model.network).nodes[:-1]))
     except GradinvError:
         return ()

@@ -30,7 +30,7 @@ from gradinv.recovery.labels import bias_corrected, column_minimum, ilrg, llg
 from gradinv.sources import SAMPLES, Picture, gallery, pixels_of
 from gradinv.types import GradinvError, Observation
 from gradinv.web.parts import gradient, markup, shared, uploads
-from gradinv.web.parts.gradient import Gradient
+from gradinv.web.parts.gradient import OwnGradient
 
 NETWORKS = ("resnet18-tiny", "resnet50-tiny")
 MOST = 20  # pictures in a batch: to solve the features of more takes too long for a lesson
@@ -253,7 +253,7 @@ def drawn(pool: Pool, choice: Choice) -> tuple[Pool, tuple[int, ...]]:
     return joined, tuple(range(len(pool.candidates), len(joined.candidates)))
 
 
-def brought() -> Gradient | None:
+def brought() -> OwnGradient | None:
     """The gradient that the visitor brought, here or on the page Live, which then takes the batch's place. Offers to
     bring one. Raises GradinvError where it is of more pictures than a lesson takes."""
     held = gradient.held()

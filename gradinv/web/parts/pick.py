@@ -17,7 +17,7 @@ from gradinv.models import Model
 from gradinv.sources import Credit, Picture, draw, find, gallery, known, search
 from gradinv.types import GradinvError
 from gradinv.web.parts import gradient, markup, shared, uploads
-from gradinv.web.parts.gradient import Gradient
+from gradinv.web.parts.gradient import OwnGradient
 
 Source = Literal["gallery", "folder", "samples", "upload", "gradient"]
 SOURCES: dict[Source, str] = {
@@ -136,7 +136,7 @@ def _name_source() -> None:
         st.query_params.pop("source", None)
 
 
-def panel(network: Model, visitor: str) -> Batch | Gradient | None:
+def panel(network: Model, visitor: str) -> Batch | OwnGradient | None:
     """Everything for choosing; → the batch as it stands, or the visitor's own gradient, None as long as it lacks."""
     # First, though it belongs to what is chosen below: what came later would push the rest down.
     with st.container(key="chosen"):

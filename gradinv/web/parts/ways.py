@@ -19,12 +19,12 @@ from gradinv.attack.inversion import invert
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import Model
-from gradinv.network import Segment, parts
+from gradinv.network import Segment, parts_of
 from gradinv.recovery.recover import recover
 from gradinv.sources import pixels_of
 from gradinv.types import Observation, Recovered, Snapshot, SolvedNode
 from gradinv.web.parts import lessons, markup, shared, solved
-from gradinv.web.parts.gradient import Gradient
+from gradinv.web.parts.gradient import OwnGradient
 from gradinv.web.parts.inversion import Layer, Solving
 
 SEARCH = 100  # iterations of the search for pixels, where there is one
@@ -72,7 +72,7 @@ class Way:
 
     def ladder(self, network: Model) -> str:
         """HTML: a mark for each layer, and in words how far it went."""
-        nodes = tuple(reversed(parts(network.network).nodes[:-1]))
+        nodes = tuple(reversed(parts_of(network.network).nodes[:-1]))
         boundary = self.layers[-1].name if self.layers else "logits"
         return solved.ladder(Solving(nodes, tuple(s.layer for s in self.layers), boundary, self.stopped, self.seconds))
 
@@ -104,7 +104,7 @@ def way(
     return _kept(key, lessons.own(pool.name), network, len(places), texts, solve)
 
 
-def way_of(own: Gradient, network: Model, texts: tuple[str, ...], seed: int) -> Way | None:
+def way_of(own: OwnGradient, network: Model, texts: tuple[str, ...], seed: int) -> Way | None:
     """The same of a gradient that the visitor brought, and always with a search."""
     observation = own.find(shared.visitor())
     key = (network.name, network.preprocessing.size, own.key, (), texts, seed, True)
@@ -135,7 +135,7 @@ def _kept(
             return None
         st.session_state.solve = key[:4]
     told = st.empty()
-    nodes = len(parts(network.network).nodes) - 1
+    nodes = len(parts_of(network.network).nodes) - 1
     told.markdown(markup.progress(0, "Solving the layers", "waiting for its turn"), unsafe_allow_html=True)
     done = 0
 

@@ -25,7 +25,7 @@ from gradinv.attack.objective import Objective
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.execution import stepping, tape
-from gradinv.execution.stepping import PixelGradient, LossTerms, Stepper, evaluate, resolve_mode
+from gradinv.execution.stepping import LossTerms, PixelGradient, Stepper, evaluate, resolve_mode
 from gradinv.types import GradinvError
 
 # Every term, so that none is left out by its weight.
@@ -43,7 +43,7 @@ def pictures(seed: int, batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor]:
     return images, group
 
 
-def assert_same(found: PixelGradient, expected: Gradient) -> None:
+def assert_same(found: PixelGradient, expected: PixelGradient) -> None:
     assert torch.equal(found.gradient, expected.gradient) and torch.equal(found.parts, expected.parts)
     assert list(found.raw) == list(expected.raw)
     assert all(torch.equal(found.raw[name], raw) for name, raw in expected.raw.items())
@@ -179,7 +179,7 @@ def test_nothing_outlives_the_stepper(small_model, small_batch):
 def test_steppers_in_several_threads(small_model, small_batch):
     """Each with a network of its own; what one thread does is not in another's recording."""
 
-    def work(seed: int) -> list[tuple[PixelGradient, Gradient]]:
+    def work(seed: int) -> list[tuple[PixelGradient, PixelGradient]]:
         objective = objective_of(copy.deepcopy(small_model), small_batch)
         stepper = Stepper(objective, "traced")
         results = []

@@ -67,7 +67,7 @@ class Attack:
         "inferred from two successive running statistics, or none",
         choices=("approx", "exact", "inferred", "none"),
     )
-    bn_weight: float = _option(0.1, "weight of the BN term, α_BN", least=0)
+    bn_weight: float = _option(0.1, "weight of the BN term, α_BN (0 is the same as bn=none)", least=0)
     bn_form: str = _option(
         "raw", "raw distances as in the paper, or each relative to the target's spread", choices=("raw", "relative")
     )
@@ -242,6 +242,8 @@ def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they are called today. What older versions called `errors` belongs to an attack that knew no solved
     layers, so that what has come since is off unless it is set as well. Raises GradinvError for an unknown value."""
     found = {RENAMED.get(name, name): value for name, value in settings.items()}
+    if found.get("bn_weight") == 0:
+        found |= {"bn": "none", "bn_weight": AttackConfig.bn_weight}
     if "errors" not in found:
         return found
     errors = found.pop("errors")
@@ -331,7 +333,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layers": "layer3",
         "boundary": "auto",
         "activations": 1.0,
-        "bn_weight": 0.0,
+        "bn": "none",
+        "bn_form": "relative",
+        "bn_weight": 0.02,
         "tv": 0.6,
         "tv_form": "smooth",
         "tv_chroma": 1.0,

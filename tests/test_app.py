@@ -63,7 +63,7 @@ def test_the_page_opens_ready_to_start():
     assert not app.error and not app.warning
     assert [item.picture.key for item in app.session_state.batch] == list(FIRST)
     assert "4 of 4 labels read from the gradient alone" in text(app)
-    assert "the BN statistics of the training data" in text(app)
+    assert "the network with all its weights" in text(app)
     assert "**4 pictures** of 64 px · resnet18-tiny · 1 seed × 1 iteration" in text(app)
     assert not app.button(key="start").disabled
 

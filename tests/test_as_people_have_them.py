@@ -256,7 +256,7 @@ def test_matching_at_the_loss_predicts_smoothed_labels(model, pictures, shared, 
     """At the client's own pictures the two gradients are the same."""
     observation = mapped(shared(2, label_smoothing=smoothing), lambda gradient: 3 * gradient)
     observation = observation if told else replace(observation, label_smoothing=0.0)
-    config = AttackConfig(boundary="loss", labels="auto", gradient=1.0, match="l2", bn_weight=0, tv=0, l2=0, group=0)
+    config = AttackConfig(boundary="loss", labels="auto", gradient=1.0, match="l2", bn="none", tv=0, l2=0, group=0)
     found = recover(model, observation, config)
     assert found.label_smoothing == pytest.approx(smoothing, abs=1e-4)
     order = [LABELS.index(label) for label in found.labels.tolist()]

@@ -234,3 +234,10 @@ def test_frozen_and_comparable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seeds = 3  # type: ignore[misc]
     assert hash(config) == hash(AttackConfig())
+
+
+def test_a_bn_term_without_weight_is_none():
+    """Older demonstrations had approx with weight 0."""
+    assert AttackConfig.from_dict({"bn": "approx", "bn_weight": 0.0}) == AttackConfig(bn="none")
+    demo = AttackConfig.preset("demo", "resnet18-tiny")
+    assert demo.bn == "none" and AttackConfig.from_dict({**demo.to_dict(), "bn": "exact"}).bn_weight > 0

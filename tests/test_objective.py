@@ -256,7 +256,7 @@ def test_the_control_without_the_gradient_needs_nothing_but_its_own_terms(small_
 
 
 def test_an_objective_without_terms_is_refused(small_model, small_batch):
-    config = AttackConfig(gradient=0.0, bn_weight=0.0, tv=0.0, l2=0.0, group=0.0)
+    config = AttackConfig(gradient=0.0, bn="none", tv=0.0, l2=0.0, group=0.0)
     with pytest.raises(GradinvError, match="Every term of the objective has weight 0"):
         objective_for(small_model, observe(small_model, *small_batch), small_batch[1], config)
 

@@ -102,7 +102,7 @@ class Objective:
         matching, target, squares = MATCHING[config.match], self._target, self._squares
         self._add("gradient", config.gradient, lambda e: matching(e.gradients, target, squares))
         # R_fidelity = α_tv R_TV + α_ℓ2 R_ℓ2 + α_BN R_BN (Eqn 9)
-        if config.bn_weight > 0 and (targets := bn_targets(model, observation, config)) is not None:
+        if (targets := bn_targets(model, observation, config)) is not None:
             distance = BN_FORMS[config.bn_form]
             self._add("bn", config.bn_weight, lambda e: distance(e.means, e.variances, targets))
         variation = TV_FORMS[config.tv_form]

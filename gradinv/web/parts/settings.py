@@ -129,8 +129,6 @@ def panel(model: str) -> AttackConfig:
     )
     with right:
         bn = _told("BN statistics that the attacker uses", BN, base.bn, "bn", help=TERMS["BN"])
-        if base.bn_weight == 0:
-            st.caption("Where layers are solved they have no effect, unless you raise their weight.")
     start = "random"
     if model in DECODERS:
         start = _told("What the attack starts from", START, base.start, "start_from")

@@ -357,11 +357,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 FROM_PAINTING: dict[str, dict[str, Any]] = {
     "layer1": {
         "iterations": 150,
-        "prior": 0.3,
+        "prior": 0.15,
         "pooling": (3.0, 10.0, 0.0),
-        "tv_schedule": (0.33, 0.17, 0.1),
+        "tv_schedule": (0.17, 0.1, 0.05),
         "meetings": (),
-        "start_scale": 0.1,
+        "start_scale": 0.03,
     },
     "layer2": {
         "iterations": 50,

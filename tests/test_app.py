@@ -423,6 +423,14 @@ def test_the_same_batch_runs_again_behind_a_defence():
     assert address(other)["noise"] == "1e-2" and other.select_slider(key="noise").value == "1e-2"
 
 
+def test_a_finished_run_runs_again_with_a_learned_prior():
+    app = wait(start(pictures="goldfish.tabby", iterations="2"))
+    before = address(app)["job"]
+    app = wait(press(app, "The same, with a learned prior"))
+    assert address(app)["job"] != before and "with-prior" not in {button.key for button in app.button}
+    assert recorded(app).run["config"]["start"] == "decoder" and "Learned prior" in text(app)
+
+
 def test_what_a_client_shares_behind_a_defence_is_what_the_server_reads():
     assert "2 of 2 labels" in text(visit(pictures="goldfish.tabby"))
     app = visit(pictures="goldfish.tabby", noise="1", preset="matching")

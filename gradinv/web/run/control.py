@@ -8,6 +8,7 @@ import streamlit as st
 
 from gradinv.defenses import parse
 from gradinv.jobs import JobState, manager
+from gradinv.prior import PAINTERS
 from gradinv.web.parts import lessons, shared
 from gradinv.web.parts.inversion import Inversion
 from gradinv.web.run.facts import work_of
@@ -67,6 +68,22 @@ def again(state: JobState) -> None:
             icon=":material/play_arrow:",
             on_click=_follow,
             args=(state.id, replace(work, client=replace(work.originals, defences=texts), before=None)),
+        )
+
+
+def with_prior(state: JobState) -> None:
+    """The same batch once more, with a learned prior, where there is one for it and it was left out."""
+    work, facts = work_of(state)
+    if own(state) and work.config.needs_layers and work.config.start == "random" and facts.model in PAINTERS:
+        st.button(
+            "The same, with a learned prior",
+            key="with-prior",
+            icon=":material/brush:",
+            width="stretch",
+            help="A network that learned from public pictures paints a first guess of what was solved, and the search "
+            "goes on from there. It adds what the gradient leaves open, so what it paints is no evidence.",
+            on_click=_follow,
+            args=(state.id, replace(work, config=replace(work.config, start="decoder"), before=None)),
         )
 
 

@@ -19,7 +19,7 @@ from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.inversion import Inversion, Layer, Progress, Solving
 from gradinv.web.parts.solved import MISFIT
 from gradinv.web.run import board
-from gradinv.web.run.control import again, begin, go_to, own, presenting
+from gradinv.web.run.control import again, begin, go_to, own, presenting, with_prior
 from gradinv.web.run.facts import ENDINGS, Facts, column_of, lowest, progress_of, quality, size_of, work_of
 
 NAMED = 4  # pictures in a download's name
@@ -111,6 +111,7 @@ def _outcome(state: JobState, progress: Progress, recorded: Recording) -> None:
     ]
     board.numbers(numbers)
     again(state)
+    with_prior(state)
     store, name = progress.store, _file_name(work_of(state)[1], recorded, progress)
     with st.container(horizontal=len(progress.pictures.psnr) > board.BESIDE):
         st.download_button(

@@ -1,4 +1,4 @@
-"""What a run has made so far: its pictures in rows, and the layers solved before them."""
+"""What a run has made so far: the layers that were solved, and the pictures in rows."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def laid_out(batch: int, board: Callable[[], T], side: Callable[[], None]) -> T:
     return board()
 
 
-def numbers(numbers: Sequence[tuple[str, str]]) -> None:
+def numbers(told: Sequence[tuple[str, str]]) -> None:
+    """What is measured, each with its name."""
     with st.container(key="facts"):  # for which the style keeps the place
-        st.markdown(markup.facts(numbers), unsafe_allow_html=True)
+        st.markdown(markup.facts(told), unsafe_allow_html=True)
 
 
 def met(work: Inversion) -> str | None:
@@ -80,6 +81,7 @@ def _reveal() -> None:
 
 
 def draw(state: JobState, pictures: Pictures | None, hidden: bool, layer: Layer | None = None) -> None:
+    """Draw the pictures, None as long as there are none, and what a `layer` holds of each."""
     work, facts = work_of(state)
     rows = rows_of(work, facts, pictures, hidden, layer)
     drawn = len(rows)
@@ -98,6 +100,7 @@ def draw(state: JobState, pictures: Pictures | None, hidden: bool, layer: Layer 
 def rows_of(
     work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool, layer: Layer | None = None
 ) -> list[Row]:
+    """The originals, unless they are `hidden`; what was painted and rebuilt; what a `layer` holds; and each seed."""
     own = work.originals
     rows = []
     if own is not None:

@@ -40,6 +40,7 @@ def way_back() -> bool:
 
 
 def go_to(job: str) -> None:
+    """Show a run."""
     st.query_params["job"] = job
 
 

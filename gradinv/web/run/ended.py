@@ -26,6 +26,7 @@ NAMED = 4  # pictures in a download's name
 
 
 def view(state: JobState) -> None:
+    """Everything of a run that has ended, below its head."""
     work, facts = work_of(state)
     progress = progress_of(state)
     if state.reason:

@@ -1,4 +1,4 @@
-"""What the page knows of a run: its batch, how far it is, and whose it is."""
+"""What the page knows of a run: its batch, how far it is, and how good."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Facts:
 
 
 def work_of(state: JobState) -> tuple[Inversion, Facts]:
+    """The job of a run and what the page knows of it. Raises GradinvError where another page started it."""
     work = state.work
     if not isinstance(work, Inversion) or not isinstance(work.facts, Facts):
         raise GradinvError("This run was not started from this page.")

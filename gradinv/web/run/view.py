@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import streamlit as st
 
 from gradinv import figures
@@ -16,8 +14,6 @@ from gradinv.web.parts.solved import MISFIT
 from gradinv.web.run import board, ended
 from gradinv.web.run.control import FOLLOWING, again, begin, own, presenting
 from gradinv.web.run.facts import column_of, lowest, progress_of, quality, size_of, solving_of, work_of
-
-T = TypeVar("T")
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
 

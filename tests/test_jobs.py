@@ -471,6 +471,18 @@ def test_a_client_with_a_defence_shares_what_it_leaves_and_the_recording_says_so
     assert Recording.open(listener.updates[-1].store).run["client"]["defences"] == ["prune:0.9"]
 
 
+def test_a_gradient_that_was_taken_already_serves_unless_more_than_it_leaks():
+    work, model = inversion(), small()
+    assert work.originals is not None
+    taken = work.originals.observed(model, work.config)
+    client = dataclasses.replace(work.originals, known=lambda: taken)
+    assert client.observed(model, work.config) is taken
+    assert client.observed(model, dataclasses.replace(work.config, bn="exact")).bn is not None
+    assert client.observed(model, dataclasses.replace(work.config, bn="inferred")).mode == "train"
+    pruned = dataclasses.replace(client, defences=("prune:0.9",)).observed(model, work.config)
+    assert 0 < pruned.gradients["conv1.weight"].count_nonzero() < taken.gradients["conv1.weight"].count_nonzero()
+
+
 def test_what_is_stopped_while_the_layers_are_solved_claims_nothing_of_those_below():
     listener = Listener(layers=3)
     assert inversion(iterations=1000)(listener) == "stopped"

@@ -171,9 +171,14 @@ def _received(
 def _preview(network: Model, batch: Batch | OwnGradient, texts: tuple[str, ...], method: str) -> shared.Preview:
     if isinstance(batch, OwnGradient):
         return gradient.preview(network.name, batch.key, method, batch.find(shared.visitor()))
-    key = tuple((member.chosen.id, member.label) for member in batch.members)
     pixels = torch.stack([member.pixels for member in batch.members])
-    return shared.preview(network.name, network.preprocessing.size, key, texts, method, pixels)
+    public = all(member.chosen.source != "upload" for member in batch.members)
+    return shared.preview(*_key(network, batch), texts, method, pixels, public)
+
+
+def _key(network: Model, batch: Batch) -> shared.Key:
+    members = tuple((member.chosen.id, member.label) for member in batch.members)
+    return network.name, network.preprocessing.size, members
 
 
 def _start_bar(
@@ -241,4 +246,5 @@ def _work(network: Model, batch: Batch | OwnGradient, config: AttackConfig, text
         baseline=measure(constant_colour(pixels), pixels, ("psnr",))["psnr"],
     )
     labels = tuple(member.label for member in batch.members)
-    return Inversion(load, Originals(pixels, labels, texts), config, facts)
+    known = partial(shared.observed, *_key(network, batch))
+    return Inversion(load, Originals(pixels, labels, texts, known), config, facts)

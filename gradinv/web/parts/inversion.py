@@ -31,11 +31,13 @@ from gradinv.types import GradinvError, Observation, Recovered, Snapshot, Solved
 @dataclass(frozen=True, eq=False)
 class Originals:
     """A client's pictures, pixels (B, 3, S, S) in [0, 1], and their labels. Their gradient is taken first, and changed
-    by the `defences`, in the notation of `defenses.parse`."""
+    by the `defences`, in the notation of `defenses.parse`. `known` gives the gradient of a client in eval mode, without
+    defences and BN statistics, where somebody has taken it already."""
 
     pixels: Tensor
     labels: tuple[int, ...]
     defences: tuple[str, ...] = ()
+    known: Callable[[], Observation | None] = lambda: None
 
     @property
     def batch_size(self) -> int:
@@ -48,13 +50,9 @@ class Originals:
 
     def observed(self, model: Model, config: AttackConfig) -> Observation:
         """What the server receives of them, with the BN statistics that the attack assumes to leak."""
-        observation = observe(
-            model,
-            self.pixels,
-            torch.tensor(self.labels),
-            share_bn=config.bn == "exact",
-            mode="train" if config.bn == "inferred" else "eval",
-        )
+        share_bn, mode = config.bn == "exact", "train" if config.bn == "inferred" else "eval"
+        known = self.known() if not share_bn and mode == "eval" else None
+        observation = known or observe(model, self.pixels, torch.tensor(self.labels), share_bn=share_bn, mode=mode)
         for defence in parse_all(self.defences, config.seed):
             observation = defence(observation)
         return observation

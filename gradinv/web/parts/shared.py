@@ -22,15 +22,19 @@ from gradinv.defenses import parse_all
 from gradinv.models import MODELS, Model, load_model
 from gradinv.recovery.labels import METHODS, restore_labels
 from gradinv.sources import ImageFolder, Picture, SampleSet
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, Observation
 from gradinv.web.host import server
 
 F = TypeVar("F", bound=Callable[..., Any])
 User = Literal["page", "worker"]
+Key = tuple[str, int, tuple[tuple[str, int], ...]]
+"""A network, the side of the pictures, and each picture with its label."""
 _KEPT = 2  # models for each user
+_OBSERVED = 2  # gradients of public pictures, each as large as a network
 
 _models: OrderedDict[tuple[User, str], Model] = OrderedDict()
 _loading: defaultdict[tuple[User, str], threading.Lock] = defaultdict(threading.Lock)
+_observed: OrderedDict[Key, Observation] = OrderedDict()
 _guard = threading.Lock()
 using = threading.Lock()
 """Held while a page runs a network: hooks on it hear every thread that does."""
@@ -121,19 +125,30 @@ def preview(
     defences: tuple[str, ...],
     method: str,
     _pixels: Tensor,
+    _public: bool,
 ) -> Preview:
     """Share the gradient of pixels (B, 3, size, size) in [0, 1], behind some defences, and look at it. `batch`: what
-    tells it from others, and its labels; `method`: how they are restored. Raises GradinvError where the labels cannot
-    be restored."""
+    tells it from others, and its labels; `method`: how they are restored. Of `public` pictures the gradient is kept for
+    a run that may come next. Raises GradinvError where the labels cannot be restored."""
     network = model(name, size=size)
     with using:
         observation = observe(network, _pixels, torch.tensor([label for _, label in batch]))
+    if _public:
+        with _guard:
+            _observed[name, size, batch] = observation
+            while len(_observed) > _OBSERVED:
+                _observed.popitem(last=False)
     for defence in parse_all(defences):
         observation = defence(observation)
     # Behind a defence, testing corrections of the labels takes long and finds nothing: the surest plain method it is.
     methods = METHODS[1:] if defences and method == "auto" else (method,)
     found = max((restore_labels(network, observation, one) for one in methods), key=lambda one: one.confidence)
     return Preview(figures.layer_norms(observation), tuple(found.labels.tolist()), found.method, found.confidence)
+
+
+def observed(*key: Any) -> Observation | None:
+    """The gradient of a batch of public pictures as it was looked at, as long as it is kept. `key` is a `Key`."""
+    return _observed.get(cast(Key, key))
 
 
 @st.cache_data(max_entries=256, show_spinner=False)

@@ -201,7 +201,7 @@ def controls(most: int = MOST, sides: Sequence[str] = ()) -> Choice:
     the draw. All of them are in the address."""
     repeats, side = 1, None
     with st.container(key="lesson-controls"):
-        left, middle, right, last = st.columns([3, 3, 3, 4], gap="medium", vertical_alignment="bottom")
+        left, middle, right, last = st.columns([3, 3, 3, 4], gap="medium")
         with left:
             network = shared.choose("Network", NETWORKS, NETWORKS[0], "network")
         size = middle.slider("Batch size", 1, most, 4 if sides else 8, key="batch_size", bind="query-params")

@@ -32,7 +32,7 @@ PAINTERS: dict[str, dict[str, str]] = {
         "layer2.3": "42bf44ac99155234bd63922677b026d91e3a6bdb4610780c67babd984cbb711a",
     },
     "resnet18-tiny": {
-        "layer2.1": "46ce5764842b4e1d97e2c291678345077142b777b22b2f924fc791e68b6f7950",
+        "layer2.1": "f8f93da1802819474a77ee5ab16118ffd9e715805dd35312c8771ffa4ca44551",
         "layer1.1": "7582b244e2fa163e5558ceb988a4577efb745e35510a7c4fc58655b20a711021",
     },
 }

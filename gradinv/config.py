@@ -352,8 +352,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "start_scale": 0.45,
     },
 }
-# What `demo` becomes where the search starts from a picture that was painted from the activations that it is held to,
-# by their stage: the higher it lies, the less it says of the pixels, and the more the search is drawn to the picture.
+# What `demo` becomes where the search starts from a picture that was painted near its boundary, by the stage of what it
+# was painted from: the higher that lies, the less it says of the pixels, and the more the search is drawn to it.
 FROM_PAINTING: dict[str, dict[str, Any]] = {
     "layer1": {
         "iterations": 150,
@@ -372,7 +372,7 @@ FROM_PAINTING: dict[str, dict[str, Any]] = {
         "start_scale": 0.1,
     },
 }
-# And where they are those of a node above: much is still to be found, so the annealing stays.
+# And where it was painted from a stage above: much is still to be found, so the annealing stays.
 FROM_ABOVE: dict[str, Any] = {"start_scale": 0.3}
 # What it becomes where the boundary lies above the first stage: the seeds differ by what the boundary leaves open, and
 # the mean of seeds that never met is nearer than what they find after a meeting.

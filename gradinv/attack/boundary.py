@@ -49,12 +49,14 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
 
 def _fitting(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
     """The settings that fit a node as the boundary. Seeds do not meet above the first stage; and from a picture that is
-    painted from the node's own activations the search needs no annealing from far away. Fields that differ from the
-    `demo` preset were chosen, and stay."""
+    painted from the first stage, or from the node itself, the search needs no annealing from far away. Fields that
+    differ from the `demo` preset were chosen, and stay."""
     new = {} if stage_of(config.boundary) in (STEM, "layer1") else APART
     painted = painted_from(model, recovered) if config.start == "decoder" else None
     if painted is not None:
-        new = new | (FROM_PAINTING[stage_of(painted.name)] if painted.name == config.boundary else FROM_ABOVE)
+        stage = stage_of(painted.name)
+        near = stage == "layer1" or painted.name == config.boundary
+        new = new | (FROM_PAINTING[stage] if near else FROM_ABOVE)
     usual = AttackConfig.preset("demo", model.name)
     changes = {name: value for name, value in new.items() if getattr(config, name) == getattr(usual, name)}
     if ("pooling" in changes) != ("tv_schedule" in changes):  # they go together

@@ -45,11 +45,6 @@ gradients = {name: p.grad for name, p in model.network.named_parameters()}
 Observation(gradients, len(pixels), model.preprocessing, model.name, model.sha256).save("mine.safetensors")
 """
 
-IS_UPDATE = (
-    "This is a weight update, not a gradient: its negative is what explains the final layer. Switch on below that "
-    "it is one, and bring the file again."
-)
-
 STATISTICS = {
     (False, False): "It carries no BN statistics, so the attack has those stored in the weights (approx) or none.",
     (True, False): "It carries the BN statistics of its own batch, so “exact” can be chosen below.",
@@ -182,12 +177,15 @@ def accept(data: bytes, name: str, visitor: str, *, update: bool = False) -> Own
 
 
 def read(data: bytes, name: str, visitor: str, *, update: bool = False) -> OwnGradient:
-    """As `accept`, once its labels could be read: what that shows of the gradient is in the notes."""
+    """As `accept`, once its labels could be read: what that shows of the gradient is in the notes. What turns out to be
+    an update is taken as one."""
     brought = accept(data, name, visitor, update=update)
     try:
         found = preview(brought.model, brought.key, "auto", brought.find(visitor))
-    except GradinvError:
+    except GradinvError as error:
         _store.leave(brought.key, visitor)
+        if str(error) == UPDATE and not update:
+            return read(data, name, visitor, update=True)
         raise
     return replace(brought, notes=(*brought.notes, *found.notes))
 
@@ -300,12 +298,6 @@ def panel(network: Model, pictures: Sequence[str], visitor: str) -> None:
     )
     if notice := st.session_state.pop("gradient_notice", None):
         st.warning(markup.plain(notice))
-    if "gradient_update" in st.session_state:
-        st.toggle(
-            "What I bring is a weight update: its negative is inverted",
-            key="gradient_negated",
-            help="A client of federated averaging shares −η times the gradient, as the change of its weights.",
-        )
     st.caption(
         "It stays in this server’s memory for as long as the page and its run need it, and is never written to its "
         "disk. The file names its network, and holds neither pictures nor labels."
@@ -333,12 +325,8 @@ def _take(file: UploadedFile, visitor: str) -> None:
     )
     try:
         with st.spinner("Reading the gradient"):
-            turned = bool(st.session_state.get("gradient_negated"))
-            st.session_state.gradient = read(file.getvalue(), name or "The file", visitor, update=turned)
+            st.session_state.gradient = read(file.getvalue(), name or "The file", visitor)
     except GradinvError as error:
-        if str(error) == UPDATE:
-            st.session_state.gradient_update = True
-            error = GradinvError(IS_UPDATE)
         st.session_state.gradient_notice = shorten(str(error), 400, placeholder="…")
     finally:
         uploads.let_go(file)

@@ -40,7 +40,7 @@ STEPS = (
         "A client shares only the gradient that its pictures cause. The first strip below shows what a server "
         "that knows the network makes of that gradient, starting from noise; the second one shows the pictures, which "
         "it never sees.",
-        "Watch one picture appear. Whenever you like, start a run of your own with “Rebuild the pictures”; the tour "
+        "Watch the pictures appear. Whenever you like, start a run of your own with “Rebuild the pictures”; the tour "
         "keeps it for you.",
     ),
     Step(
@@ -48,7 +48,7 @@ STEPS = (
         "The last layer names the classes",
         "Before any picture is rebuilt, the gradient of the network’s last layer tells which classes are in the batch. "
         "A picture pushes only its own class’s row below zero.",
-        "Draw three pictures of one class with the slider and see in the table below which methods can still count.",
+        "Move “Pictures of one class” to 3 and see in the table below which methods can still count.",
     ),
     Step(
         "Who was in the batch?",
@@ -62,7 +62,7 @@ STEPS = (
         "What needs no guessing",
         "Below the last layer it goes on in the same way. The gradient of each layer is a set of equations for what "
         "the layer saw in each picture. While there are enough of them, the attacker knows it exactly.",
-        "Draw the batch size to 8 and see where the two lines cross. Then look at the layers, from the output down.",
+        "Move the batch size up and see where the two lines cross. Then look at the layers, from the output down.",
     ),
     Step(
         "Replay",
@@ -210,9 +210,11 @@ def _undo(address: dict[str, str]) -> None:
 def _end(page: st.Page) -> None:
     """On the page where it ends, what was carried for others has no use, nor what the step itself had set up."""
     st.session_state.pop(ON, None)
-    address = st.query_params.to_dict()
     for name in (PARAMETER, *(CARRIED if page.title != OWN.page else ())):
-        address.pop(name, None)
+        st.query_params.pop(name, None)
+    address = st.query_params.to_dict()
     _undo(address)
-    # A widget's own name cannot be taken out of the address, but for by going there anew.
-    st.switch_page(page, query_params=address)
+    if len(address) == len(st.query_params):
+        st.rerun()
+    # A widget's own name cannot be taken out of the address, nor put there, but for by going to the page anew.
+    st.switch_page(page, query_params={name: value for name, value in address.items() if name not in st.session_state})

@@ -67,6 +67,7 @@ def again(state: JobState) -> None:
             key="again",
             type="primary",
             icon=":material/play_arrow:",
+            disabled=texts == work.originals.defences,
             on_click=_follow,
             args=(state.id, replace(work, client=replace(work.originals, defences=texts), before=None)),
         )

@@ -30,6 +30,8 @@ def stand_in(title: str, module: ModuleType) -> Callable[[], None]:
         st.header(title)
         if module is live:
             tour.entrance()
+        if module is layers:
+            st.slider("Batch size", 1, 16, 4, key="batch_size", bind="query-params")
 
     return page
 
@@ -73,6 +75,13 @@ def test_back_leads_back_and_end_ends_it_on_the_page():
     assert [item.value for item in app.header] == ["Labels"]
     assert step(app) == "" and "tour" not in app.query_params
     assert step(app.run()) == ""
+
+
+def test_what_the_visitor_has_set_stays_where_the_tour_ends():
+    app = press(visit(), "begin", "next", "next", "next")
+    app.query_params["batch_size"] = "8"  # as the browser has it once the slider is moved
+    app.slider(key="batch_size").set_value(8).run()
+    assert address(press(app, "end")) == {"batch_size": "8"} and app.slider(key="batch_size").value == 8
 
 
 def test_what_a_step_set_up_does_not_outlast_the_tour():

@@ -363,6 +363,14 @@ FROM_PAINTING: dict[str, dict[str, Any]] = {
         "meetings": (),
         "start_scale": 0.03,
     },
+    "layer3": {
+        "iterations": 50,
+        "prior": 100.0,
+        "pooling": (0.0,),
+        "tv_schedule": (0.1,),
+        "meetings": (),
+        "start_scale": 0.1,
+    },
     "layer2": {
         "iterations": 50,
         "prior": 10.0,

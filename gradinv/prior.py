@@ -32,6 +32,7 @@ PAINTERS: dict[str, dict[str, str]] = {
         "layer2.3": "42bf44ac99155234bd63922677b026d91e3a6bdb4610780c67babd984cbb711a",
     },
     "resnet18-tiny": {
+        "layer3.1": "364475ded5318314cc5f69232cd66e101e16516c4021d6317785391d22a3f5eb",
         "layer2.1": "f8f93da1802819474a77ee5ab16118ffd9e715805dd35312c8771ffa4ca44551",
         "layer1.1": "7582b244e2fa163e5558ceb988a4577efb745e35510a7c4fc58655b20a711021",
     },

@@ -49,13 +49,13 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
 
 def _fitting(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
     """The settings that fit a node as the boundary. Seeds do not meet above the first stage; and from a picture that is
-    painted from the first stage, or from the node itself, the search needs no annealing from far away. Fields that
-    differ from the `demo` preset were chosen, and stay."""
+    painted from the first stage, from the third, which says little more further down, or from the node itself, the search
+    needs no annealing from far away. Fields that differ from the `demo` preset were chosen, and stay."""
     new = {} if stage_of(config.boundary) in (STEM, "layer1") else APART
     painted = painted_from(model, recovered) if config.start == "decoder" else None
     if painted is not None:
         stage = stage_of(painted.name)
-        near = stage == "layer1" or painted.name == config.boundary
+        near = stage in ("layer1", "layer3") or painted.name == config.boundary
         new = new | (FROM_PAINTING[stage] if near else FROM_ABOVE)
     usual = AttackConfig.preset("demo", model.name)
     changes = {name: value for name, value in new.items() if getattr(config, name) == getattr(usual, name)}

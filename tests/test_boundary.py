@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -541,13 +540,3 @@ def test_a_value_that_is_not_finite_is_a_step_too_far():
 
     _, best = searched(holed, 40)
     assert best[-1] < 1e-4 * best[0]
-
-
-def test_files_of_a_state_hold_the_history(model, batch, observation, tmp_path: Path):
-    stream = invert(model, observation, BELOW, every=1, recovered=known(model, batch))
-    for snapshot in stream:
-        if snapshot.step == 3:
-            break
-    tensors = stream.state().tensors
-    assert tensors["lbfgs.moves"].shape == (2, HISTORY * 2 * 3 * SIZE * SIZE)
-    assert tensors["lbfgs.numbers"].dtype == torch.float64

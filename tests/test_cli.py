@@ -621,14 +621,14 @@ def breaking(error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "status", "sentence"),
+    ("error", "code", "status", "sentence", "as_json"),
     [
-        (GradinvError("It stopped being finite."), 1, "failed", "It stopped being finite. What had been recorded"),
-        (RuntimeError("no\n kernel"), 1, "failed", "Unexpected RuntimeError: no kernel (--debug shows where). What "),
-        (KeyboardInterrupt(), 130, "stopped", "Quit at once; what had been recorded"),
+        (GradinvError("It stopped being finite."), 1, "failed", "It stopped being finite. What had been", False),
+        (RuntimeError("no\n kernel"), 1, "failed", "Unexpected RuntimeError: no kernel (--debug shows where).", False),
+        (RuntimeError("no\n kernel"), 1, "failed", "Unexpected RuntimeError: no kernel (--debug shows where).", True),
+        (KeyboardInterrupt(), 130, "stopped", "Quit at once; what had been recorded", False),
     ],
 )
-@pytest.mark.parametrize("as_json", [False, True])
 def test_a_run_that_breaks_is_kept_and_shown(error, code, status, sentence, as_json, monkeypatch, capsys):
     monkeypatch.setattr(inversion, "invert", breaking(error))
     assert cli.main(["invert", "lion", *QUICK, "--out", "run", *(["--json"] if as_json else [])]) == code

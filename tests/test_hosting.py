@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import streamlit as st
+from conftest import ROOT
 
 from gradinv.jobs import Limits
 from gradinv.models import MODELS
@@ -28,7 +29,6 @@ from gradinv.prior import DECODERS, PAINTERS
 from gradinv.web.parts import uploads
 from serving import served
 
-ROOT = Path(__file__).resolve().parent.parent
 LOCK = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SEPARATE = {"torch", "torchvision"}

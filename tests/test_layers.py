@@ -204,10 +204,10 @@ def test_the_error_is_known_within_a_factor_of_two(basic, level, size):
 def test_half_precision_gradients_go_far(basic):
     images, observation = batch(basic, [3, 7])
     rounded = {name: value.half().double() for name, value in observation.gradients.items()}
-    recovered = recover(basic, replace(observation, gradients=rounded), replace(AUTO, boundary="layer1"))
+    recovered = recover(basic, replace(observation, gradients=rounded), AUTO)
     order = ordered(recovered)
     true = truth(basic, images)
-    assert recovered.nodes[-1].name == "layer1.0"
+    assert len(recovered.nodes) >= 10
     for node in recovered.nodes:
         assert relative(node.activation, true[node.name][order]).median() < 3 * float(node.error.median()) < 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from headless import PATIENCE
 from streamlit.testing.v1 import AppTest
 
 from gradinv.client import observe
@@ -16,7 +17,6 @@ from gradinv.web.parts import shared, ways
 from gradinv.web.parts.lessons import Candidate
 
 NETWORK = "resnet18-tiny"
-PATIENCE = 240.0  # seconds after which something hangs; nothing depends on how fast it is
 
 
 def two() -> tuple[list[Candidate], torch.Tensor]:

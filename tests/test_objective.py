@@ -31,7 +31,7 @@ from gradinv.batchnorm import (
 )
 from gradinv.client import observe
 from gradinv.config import AttackConfig
-from gradinv.models import Model, load_model
+from gradinv.models import load_model
 from gradinv.types import BatchNormStatistics, GradinvError, Preprocessing
 
 
@@ -123,12 +123,6 @@ def test_norms_at_zero_have_a_gradient(term):
     assert torch.equal(gradient, torch.zeros_like(flat))
 
 
-def double(model: Model) -> Model:
-    """The model in double precision, with a smooth activation's derivative left as it is: kinks have measure zero."""
-    model.network.double()
-    return model
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -144,7 +138,8 @@ def test_pixel_gradient_agrees_with_numerical_differences(small_model, small_bat
     pixels, labels = small_batch
     mode = "train" if changes.get("bn") == "inferred" else "eval"
     observation = observe(small_model, pixels, labels, share_bn=True, mode=mode)
-    model = double(small_model)
+    model = small_model
+    model.network.double()
     objective = objective_for(model, observation, labels, AttackConfig(**changes))
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)

@@ -187,7 +187,7 @@ def test_live_pictures_are_swapped_in_place_and_stop_ends_the_run(server: str, b
 def test_the_page_fits_can_be_read_and_says_what_its_pictures_show(
     server: str, browser: Any, name: str, width: int, scheme: str
 ) -> None:
-    few = "&batch_size=2" if name in ("defences", "layers") else ""  # they solve layers
+    few = {"defences": "&batch_size=1", "layers": "&batch_size=2"}.get(name, "")  # they solve layers
     asked = f"{PAGES[name]}?model=resnet18-tiny&noise=1e-3&reveal=true{few}"
     visit = Visit(browser, width, scheme).open(f"{server}/{asked}")
     visit.page.wait_for_selector(".gi-knowledge" if name == "live" else '[data-testid="stExpander"]')  # drawn last

@@ -28,6 +28,7 @@ from gradinv.config import AttackConfig
 from gradinv.models import ImageClass, Model
 from gradinv.recovery.final_layer import FinalLayer
 from gradinv.types import Observation, Preprocessing, Recovered
+from serving import chromium
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # of a process that a test starts
@@ -76,6 +77,16 @@ def smooth(count: int, seed: int, coarse: int = 2, size: int = SIZE) -> Tensor:
     """Pictures (count, 3, size, size) without fine detail, pixels in [0, 1]."""
     values = torch.rand(count, 3, coarse, coarse, generator=torch.Generator().manual_seed(seed))
     return nn.functional.interpolate(values, (size, size), mode="bilinear")
+
+
+class Clock:
+    """A time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +200,19 @@ def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     shared.folder.clear()
     jobs.reset()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        path = chromium() or driver.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip("no Chromium here: install one, or run `playwright install chromium`")
+        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 # --- the command line

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import PATIENCE, ROOT, encoded
 from PIL import Image
 
 import soak
@@ -17,21 +16,14 @@ from gradinv.images import FORMATS
 from gradinv.sources import from_upload
 from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
 
-ROOT = Path(__file__).resolve().parent.parent
 CASES = 500
-PATIENCE = 900.0  # seconds after which something hangs; nothing depends on how fast it is
 
 
 def files() -> dict[str, bytes]:
     """A picture of the gallery, small, in every format that can be uploaded."""
     with Image.open(ROOT / "assets" / "samples" / "goldfish.jpg") as image:
         small = image.resize((48, 40))
-    packed = {}
-    for kind in FORMATS:
-        buffer = io.BytesIO()
-        small.save(buffer, kind)
-        packed[kind] = buffer.getvalue()
-    return packed
+    return {kind: encoded(small, kind) for kind in FORMATS}
 
 
 def cut(data: bytes, chance: random.Random, _: dict[str, bytes]) -> bytes:

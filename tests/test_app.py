@@ -129,14 +129,9 @@ def test_how_long_a_run_takes_is_told_before_the_first_and_follows_what_is_measu
     assert "about 2 min" not in text(visit(pictures="goldfish", preset="matching", seeds="2", iterations="1000"))
 
 
-@pytest.mark.parametrize(("given", "side"), [({}, 64), ({"size": "128"}, 128), ({"size": "96"}, 96)])
-def test_the_pictures_have_the_size_that_the_address_says(given, side):
-    app = visit(pictures="goldfish", **given)
-    assert f"**1 picture** of {side} px" in text(app) and "1 of 1 labels read" in text(app)
-    assert ("--image-size" in command(app)) == (side != 64)
-
-
 def test_a_run_has_the_chosen_size_and_leads_back_to_it():
+    app = visit(pictures="goldfish", size="128")
+    assert "**1 picture** of 128 px" in text(app) and "--image-size 128" in command(app)
     app = wait(start(pictures="goldfish", size="96", preset="matching"))
     assert "1 picture of 96 px" in text(app)
     assert recorded(app).run["model"]["image_size"] == 96 and recorded(app).images("consensus").shape[-1] == 96
@@ -153,12 +148,6 @@ def test_a_random_draw_has_the_size_that_was_asked_for():
     press(app, "Draw at random")
     assert "There are only 23 pictures to draw 100 from" in text(app)
     assert len(app.session_state.batch) == 3
-
-
-def test_an_empty_batch_is_a_sentence_and_no_start():
-    app = visit(pictures="")
-    assert "Choose at least one picture." in text(app)
-    assert app.button(key="start").disabled
 
 
 def test_a_class_that_the_model_lacks_is_named_and_can_be_removed():
@@ -180,7 +169,7 @@ def test_repeated_classes_are_counted_or_warned_of():
 
 def test_hostile_addresses_do_no_harm():
     app = visit(pictures="../../etc.<script>", model="nothing", seeds="-1", iterations="many", bn="'", preset="x")
-    assert "Choose at least one picture." in text(app)
+    assert "Choose at least one picture." in text(app) and app.button(key="start").disabled
 
 
 def test_numbers_in_the_address_that_no_setting_takes_are_dropped_and_said():
@@ -192,15 +181,11 @@ def test_numbers_in_the_address_that_no_setting_takes_are_dropped_and_said():
     assert "seeds" not in app.query_params and address(app)["model"] == "resnet50-tiny"
 
 
-def test_settings_are_read_from_the_address():
-    app = visit(preset="paper", bn="none", seeds="2", iterations="7")
-    assert "Paper: the constants" in text(app) and "None: the attack does without." in text(app)
-    assert "2 seeds × 7 iterations" in text(app)
-    assert app.selectbox(key="set_match").value == "l2"
-
-
 def test_every_setting_is_read_from_the_address():
-    app = visit(set_match="l2", set_tv="0.3", set_stages="0.5, 0.5", set_box="false", set_seed="5")
+    app = visit(
+        set_match="l2", set_tv="0.3", set_stages="0.5, 0.5", set_box="false", set_seed="5", bn="none", seeds="2"
+    )
+    assert "None: the attack does without." in text(app) and "2 seeds × 1 iteration" in text(app)
     shown = (
         app.selectbox(key="set_match").value,
         app.number_input(key="set_tv").value,
@@ -303,15 +288,15 @@ def test_a_run_from_the_button_to_the_numbers():
     assert settings.MODEL == "resnet18-tiny" and "model" not in other.query_params
 
 
-def test_the_originals_can_be_hidden_and_so_are_the_true_classes():
-    app = wait(start(pictures="goldfish", preset="matching"))
+def test_a_finished_run_is_replayed_and_presented_and_its_originals_hidden_until_the_reveal():
+    app = wait(start(pictures="goldfish", preset="matching", iterations="2"))
+    last = board(app)
+    sound(app.select_slider[0].set_value(0).run())  # an earlier step
+    assert board(app) != last
     sound(app.toggle(key="hide").set_value(True).run())
     assert "Hidden original" in board(app) and "gi-right" not in board(app)
     assert "goldfish" not in text(app)
-
-
-def test_a_presentation_shows_the_pictures_only_and_the_originals_after_the_reveal():
-    app = wait(start(pictures="goldfish", preset="matching"))
+    sound(app.toggle(key="hide").set_value(False).run())
     sound(app.button(key="present").click().run())
     assert address(app)["present"] == "1"
     assert "goldfish" not in text(app) and "gi-presenting" in text(app)
@@ -322,13 +307,6 @@ def test_a_presentation_shows_the_pictures_only_and_the_originals_after_the_reve
     assert "goldfish" not in text(visit(job=address(app)["job"], present="1"))
     sound(app.button(key="present").click().run())
     assert "present" not in app.query_params and len(app.get("download_button")) == 4
-
-
-def test_the_replay_shows_an_earlier_step():
-    app = wait(start(pictures="goldfish", iterations="2", preset="matching"))
-    last = board(app)
-    sound(app.select_slider[0].set_value(0).run())
-    assert board(app) != last
 
 
 def test_the_seeds_of_a_single_picture_stand_side_by_side():
@@ -526,6 +504,7 @@ def test_an_imagenet_folder_is_searched_by_class_name(tmp_path, monkeypatch):
         for number in range(2):
             (tmp_path / wnid / f"{wnid}_{number}.JPEG").write_bytes(picture_file("JPEG"))
     (tmp_path / "n02123045" / "damaged.JPEG").write_bytes(b"nothing")
+    assert "ImageNet folder" not in group(visit(), "source").options
     monkeypatch.setenv("GRADINV_IMAGENET", str(tmp_path))
     app = source(visit(pictures=""), "folder")
     sound(app)
@@ -537,12 +516,6 @@ def test_an_imagenet_folder_is_searched_by_class_name(tmp_path, monkeypatch):
     assert "1 of 1 labels" in text(app)
     press(app, "Draw at random")
     assert len(app.session_state.batch) == 4
-
-
-def test_a_folder_is_offered_where_one_is_named(monkeypatch, tmp_path):
-    assert "ImageNet folder" not in group(visit(), "source").options
-    monkeypatch.setenv("GRADINV_IMAGENET", str(tmp_path))
-    assert "ImageNet folder" in group(visit(), "source").options
 
 
 def test_what_users_write_is_escaped():

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -99,11 +98,6 @@ def known(model: Model, batch: tuple[Tensor, Tensor], scale: float = 1.0, error:
     return Recovered(labels, "given", 1.0, features, errors, 0.0, scale, nodes[::-1], "Below there are no more.")
 
 
-def double(model: Model) -> Model:
-    model.network.double()
-    return model
-
-
 def change(config: AttackConfig, **changes: object) -> AttackConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
@@ -142,7 +136,8 @@ def test_a_segments_gradient_is_the_whole_networks(model, batch, node):
 def test_a_segments_pixel_gradient_agrees_with_numerical_differences(model, batch, changes):
     pixels, labels = batch
     observation = observe(model, pixels, labels)
-    model, pixels = double(model), pixels.double()
+    model.network.double()
+    pixels = pixels.double()
     config = change(BELOW, **changes)
     objective = Objective(model, observation, known(model, (pixels, labels)), config)
     if config.pooling:
@@ -390,7 +385,7 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(model, batch, obse
     """Also in the last step before a stage begins and in the first one after."""
     config, recovered = change(ANNEALED, stepping="traced"), known(model, batch)
     whole = list(invert(model, observation, config, every=1, recovered=recovered))
-    for step in (0, 7, 8, 9, 12, 13, 16, 17, 24):
+    for step in (0, 7, 8, 12, 16, 17):
         stream = invert(model, observation, config, every=1, recovered=recovered)
         for snapshot in stream:
             if snapshot.step == step:
@@ -541,13 +536,3 @@ def test_a_value_that_is_not_finite_is_a_step_too_far():
 
     _, best = searched(holed, 40)
     assert best[-1] < 1e-4 * best[0]
-
-
-def test_files_of_a_state_hold_the_history(model, batch, observation, tmp_path: Path):
-    stream = invert(model, observation, BELOW, every=1, recovered=known(model, batch))
-    for snapshot in stream:
-        if snapshot.step == 3:
-            break
-    tensors = stream.state().tensors
-    assert tensors["lbfgs.moves"].shape == (2, HISTORY * 2 * 3 * SIZE * SIZE)
-    assert tensors["lbfgs.numbers"].dtype == torch.float64

@@ -5,6 +5,7 @@ The checks are pytest's too, in each of the ranks: see `test_ranks_agree_with_on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -88,6 +89,17 @@ def test_ranks_agree_with_one_process() -> None:
 def ranks() -> Iterator[Ranks]:
     with joined() as ranks:
         yield ranks
+
+
+def check_what_cannot_be_run_is_said_once(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "joined", lambda: contextlib.nullcontext(ranks))
+    code = cli.main(["invert", "goldfish", *SMALL, "--seeds", "1", "--out", str(tmp_path / "run")])
+    assert (code != 0) == (ranks.rank == 0)
+    said = complaints(capsys.readouterr().err)
+    assert [line.startswith("gradinv: 3 ranks cannot share 1 seed; ") for line in said] == [True] * (ranks.rank == 0)
+    assert not (tmp_path / "run").exists()
 
 
 def check_what_they_say_to_one_another(ranks: Ranks) -> None:
@@ -285,13 +297,3 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
         assert found.keys() == expected.keys()
         for name in expected.keys() - {"seconds", *(name for name in expected if expected[name] is None)}:
             assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), (name, expected["step"])
-
-
-@pytest.mark.slow
-def test_what_cannot_be_run_is_said_once(tmp_path: Path) -> None:
-    with start(tmp_path, "goldfish", *SMALL, "--seeds", "1") as started:
-        _, errors = started.communicate(timeout=PATIENCE)
-    assert started.returncode != 0
-    (sentence,) = complaints(errors)
-    assert sentence.startswith("gradinv: 2 ranks cannot share 1 seed; ")
-    assert not (tmp_path / "runs").exists()

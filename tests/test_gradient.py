@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, Clock
 from headless import address, group, press, sound, text, visit, wait
 from streamlit.testing.v1 import AppTest
 from torch.nn.functional import cross_entropy
@@ -65,14 +65,6 @@ def test_the_example_is_that_of_the_readme_and_makes_what_it_says(model, tmp_pat
 
 
 # --- what is held
-
-
-@dataclasses.dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 LIMITS = Limits(gradient=100, gradients=250, lease=60, retained_seconds=1000)

@@ -133,12 +133,6 @@ def test_a_feature_that_never_changes_gets_no_weight():
     assert not weight[:, 3].any() and weight[:, :3].all() and bias.isfinite().all()
 
 
-def test_decay_shrinks_the_weights():
-    features, labels = noisy()
-    norms = [float(head.fit(features, labels, 3, epochs=50, decay=decay)[0].norm()) for decay in (1, 10, 100)]
-    assert norms[0] > norms[1] > norms[2] > 0
-
-
 def test_held_out_pictures_are_of_every_class_and_leave_one():
     labels = torch.tensor([0] * 10 + [1] * 20 + [2])
     pictures = head._Pictures(torch.arange(31.0)[:, None], labels, ["a", "b", "c"])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from headless import PATIENCE
 from streamlit.testing.v1 import AppTest
 
 from gradinv.web.pages import how
-
-PATIENCE = 240.0
 
 
 @pytest.fixture(scope="module")

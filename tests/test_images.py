@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import warnings
 import zlib
@@ -11,17 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import encoded
 from PIL import Image
 
 from gradinv import images
 from gradinv.paths import ASSETS
 from gradinv.types import GradinvError, Preprocessing
-
-
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def png(width: int, height: int, *, depth: int, colour: int, rows: bytes) -> bytes:
@@ -51,14 +45,14 @@ def refused(data: bytes, name: str) -> str:
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF"])
 def test_lossless_formats_come_back_exactly(format: str) -> None:
-    image, notes = images.decode(encode(ramp(), format), "ramp")
+    image, notes = images.decode(encoded(ramp(), format), "ramp")
     assert image.mode == "RGB" and notes == []
     assert np.array_equal(np.asarray(image), np.asarray(ramp()))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF"])
 def test_lossy_formats_come_back_at_their_size(format: str) -> None:
-    image, notes = images.decode(encode(Image.new("RGB", (12, 10), (200, 40, 90)), format), "plain")
+    image, notes = images.decode(encoded(Image.new("RGB", (12, 10), (200, 40, 90)), format), "plain")
     assert (image.mode, image.size, notes) == ("RGB", (12, 10), [])
     assert np.abs(np.asarray(image).astype(int) - (200, 40, 90)).max() <= 4
 
@@ -71,23 +65,27 @@ def test_every_sample_decodes_without_a_note() -> None:
         assert (image.mode, image.size, notes) == ("RGB", (288, 288), [])
 
 
-def test_text_named_png_is_refused() -> None:
-    assert "is not a picture" in refused(b"Dear diary, today I renamed a text file.\n", "notes.png")
-
-
-def test_empty_file_is_refused() -> None:
-    assert "is an empty file" in refused(b"", "nothing.jpg")
-
-
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_truncated_file_is_refused(format: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    data = encode(noise, format)
+    data = encoded(noise, format)
     refused(data[: len(data) // 2], f"half.{format.lower()}")
 
 
-def test_format_outside_the_list_is_refused() -> None:
-    assert "is not a picture; choose a file in JPEG, PNG" in refused(encode(ramp(), "PPM"), "ramp.ppm")
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"Dear diary, today I renamed a text file.\n", "is not a picture"),
+        (b"", "is an empty file"),
+        (encoded(ramp(), "PPM"), "is not a picture; choose a file in JPEG, PNG"),
+        (encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"), "32 bits a pixel"),
+        (encoded(Image.new("RGB", (1, 21))), "too thin"),
+        (encoded(Image.new("RGB", (2100, 100))), "too thin"),
+    ],
+    ids=["text", "empty", "PPM", "32 bits", "narrow", "flat"],
+)
+def test_what_is_no_picture_for_a_network_is_refused(data: bytes, said: str) -> None:
+    assert said in refused(data, "file.png")
 
 
 def test_30000_by_30000_png_is_refused() -> None:
@@ -113,7 +111,7 @@ def test_picture_just_within_the_limit_is_accepted() -> None:
 
 
 def test_file_of_too_many_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encode(ramp(), "PNG")
+    data = encoded(ramp(), "PNG")
     monkeypatch.setattr(images, "MAX_BYTES", len(data))
     images.decode(data, "ramp.png")
     monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
@@ -123,46 +121,34 @@ def test_file_of_too_many_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
 def test_animation_is_refused(format: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
-    data = encode(frames[0], format, save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
     assert "is an animation; choose a still picture" in refused(data, f"dance.{format.lower()}")
 
 
-@pytest.mark.parametrize("size", [(1, 21), (2100, 100)])
-def test_thin_picture_is_refused(size: tuple[int, int]) -> None:
-    assert "too thin" in refused(encode(Image.new("RGB", size), "PNG"), "thread.png")
-
-
 def test_picture_at_the_limit_of_thinness_is_accepted() -> None:
-    assert images.decode(encode(Image.new("RGB", (20, 1)), "PNG"), "strip.png")[0].size == (20, 1)
+    assert images.decode(encoded(Image.new("RGB", (20, 1)), "PNG"), "strip.png")[0].size == (20, 1)
 
 
 def test_cmyk_is_converted_with_a_note() -> None:
-    image, notes = images.decode(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), "print.tif")
+    image, notes = images.decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), "print.tif")
     assert image.getpixel((3, 3)) == (255, 0, 0)
     assert notes == ["print.tif has CMYK colours, which were converted to RGB without their colour profile."]
 
 
 def test_cmyk_jpeg_is_converted_with_a_note() -> None:
-    image, notes = images.decode(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95), "print.jpg")
+    image, notes = images.decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95), "print.jpg")
     red, green, blue = image.getpixel((3, 3))  # type: ignore[misc]
     assert red > 240 and green < 15 and blue < 15
     assert len(notes) == 1 and "CMYK" in notes[0]
 
 
-def test_16_bit_grey_is_scaled_not_cut() -> None:
+@pytest.mark.parametrize(("format", "order"), [("PNG", "=u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
+def test_16_bit_grey_of_either_byte_order_is_scaled_not_cut(format: str, order: str) -> None:
     # 0, a quarter, a half and all of the range; what is cut at 255 would be white from the second on.
-    values = np.array([[0, 16384, 32768, 65535]], dtype=np.uint16)
-    image, notes = images.decode(encode(Image.fromarray(values), "PNG"), "scan.png")
+    values = np.array([[0, 16384, 32768, 65535]], dtype=order)
+    image, notes = images.decode(encoded(Image.fromarray(values), format), "scan.png")
     assert [image.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 64, 128, 255)]
     assert notes == ["scan.png has 16 bits a channel and was reduced to 8."]
-
-
-@pytest.mark.parametrize("order", ["<u2", ">u2"])
-def test_16_bit_tiff_of_either_byte_order_is_scaled(order: str) -> None:
-    values = np.array([[0, 16384, 32768, 65535]], dtype=order)
-    image, notes = images.decode(encode(Image.fromarray(values), "TIFF"), "scan.tif")
-    assert [image.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 64, 128, 255)]
-    assert len(notes) == 1 and "16 bits" in notes[0]
 
 
 def test_16_bit_colour_is_noted() -> None:
@@ -172,14 +158,9 @@ def test_16_bit_colour_is_noted() -> None:
     assert len(notes) == 1 and "16 bits" in notes[0]
 
 
-def test_32_bit_values_are_refused() -> None:
-    data = encode(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")
-    assert "32 bits a pixel" in refused(data, "depth.tif")
-
-
 def test_several_pages_are_noted() -> None:
     pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    image, notes = images.decode(encode(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "fax.tif")
+    image, notes = images.decode(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "fax.tif")
     assert image.getpixel((0, 0)) == (255, 0, 0) and notes == [
         "fax.tif has several pages, of which the first was taken."
     ]
@@ -188,13 +169,13 @@ def test_several_pages_are_noted() -> None:
 def test_alpha_is_filled_with_white() -> None:
     picture = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
     picture.putpixel((1, 0), (0, 0, 0, 0))
-    image, notes = images.decode(encode(picture, "PNG"), "logo.png")
+    image, notes = images.decode(encoded(picture, "PNG"), "logo.png")
     assert [image.getpixel((x, 0)) for x in range(2)] == [(0, 0, 0), (255, 255, 255)]
     assert notes == ["logo.png is transparent in places; they were filled with white."]
 
 
 def test_opaque_alpha_is_not_noted() -> None:
-    image, notes = images.decode(encode(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), "PNG"), "opaque.png")
+    image, notes = images.decode(encoded(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), "PNG"), "opaque.png")
     assert image.getpixel((0, 0)) == (9, 8, 7) and notes == []
 
 
@@ -202,15 +183,15 @@ def test_palette_with_and_without_transparency() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
     palette.putpixel((1, 0), 1)
-    image, notes = images.decode(encode(palette, "PNG"), "flag.png")
+    image, notes = images.decode(encoded(palette, "PNG"), "flag.png")
     assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 0, 0), (0, 0, 255)] and notes == []
-    image, notes = images.decode(encode(palette, "PNG", transparency=1), "flag.png")
+    image, notes = images.decode(encoded(palette, "PNG", transparency=1), "flag.png")
     assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 0, 0), (255, 255, 255)] and len(notes) == 1
 
 
 @pytest.mark.parametrize(("mode", "value", "grey"), [("L", 77, 77), ("1", 1, 255), ("LA", (77, 255), 77)])
 def test_greyscale_becomes_rgb(mode: str, value: Any, grey: int) -> None:
-    image, notes = images.decode(encode(Image.new(mode, (4, 4), value), "PNG"), "grey.png")
+    image, notes = images.decode(encoded(Image.new(mode, (4, 4), value), "PNG"), "grey.png")
     assert image.getpixel((2, 2)) == (grey, grey, grey) and notes == []
 
 
@@ -219,37 +200,21 @@ def test_exif_rotation_is_applied_and_metadata_dropped() -> None:
     picture.paste("black", (0, 0, 16, 16))  # black is left; turned by 90° clockwise it is on top
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "my address"
-    image, _ = images.decode(encode(picture, "JPEG", exif=exif, quality=95), "phone.jpg")
+    image, _ = images.decode(encoded(picture, "JPEG", exif=exif, quality=95), "phone.jpg")
     assert image.size == (16, 32)
     assert max(image.getpixel((8, 4))) < 30 and min(image.getpixel((8, 28))) > 225  # type: ignore[arg-type]
     assert not image.info and not image.getexif()
 
 
 def test_damaged_exif_does_not_matter() -> None:
-    data = encode(ramp(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05\x01\x12\x00\x03")
+    data = encoded(ramp(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05\x01\x12\x00\x03")
     assert images.decode(data, "phone.jpg")[0].size == (12, 10)
 
 
 def test_decoding_leaves_no_trace_in_the_warning_filters() -> None:
     before = list(warnings.filters)
-    images.decode(encode(ramp(), "PNG"), "ramp.png")
+    images.decode(encoded(ramp(), "PNG"), "ramp.png")
     assert list(warnings.filters) == before
-
-
-def test_damage_anywhere_is_decoded_or_refused_in_one_sentence() -> None:
-    """Bytes flipped at random in real files: whatever the decoder makes of them, nothing but GradinvError comes out."""
-    generator = np.random.default_rng(1)
-    for format in images.FORMATS:
-        original = np.frombuffer(encode(ramp(40, 40), format), dtype=np.uint8)
-        for _ in range(40):
-            damaged = original.copy()
-            damaged[generator.integers(0, len(damaged), 8)] ^= generator.integers(1, 256, 8).astype(np.uint8)
-            try:
-                image, _ = images.decode(damaged.tobytes(), "damaged")
-            except GradinvError as error:
-                assert "damaged" in str(error) and str(error).endswith(".")
-            else:
-                assert image.mode == "RGB"
 
 
 def test_to_pixels_resizes_the_shorter_side_and_crops_the_centre() -> None:

@@ -101,18 +101,6 @@ def test_the_group_term_pulls_seeds_together(small_model, observation):
     assert spread(0.1) < 0.5 * spread(0.0)
 
 
-@pytest.mark.parametrize("preset", ["paper", "matching"])
-def test_every_term_of_the_presets_runs(small_model, observation, preset):
-    config = AttackConfig.preset(preset, iterations=8, seeds=2, layers="all")
-    *_, last = invert(small_model, observation, config)
-    expected = {
-        "paper": {"gradient", "bn", "tv", "l2", "group"},
-        "matching": {"features", "gradient", "bn", "tv"},
-    }
-    assert set(last.terms) >= expected[preset]
-    assert all(math.isfinite(value) for term in last.terms.values() for value in term.raw)
-
-
 # Of twelve steps, before layers were solved: the terms of both seeds; the seeds' mean and deviation, two pixels.
 FROZEN: dict[str, tuple[dict[str, tuple[float, float]], tuple[float, ...]]] = {
     "paper": (
@@ -322,7 +310,7 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(small_model, obser
     """Also in the last step before a stage begins and in the first one after, and between two registrations."""
     config = dataclasses.replace(RESUMABLE, **changes)
     whole = list(invert(small_model, observation, config, every=1))
-    for step in (0, 5, 6, 7, 12, 23, 24):
+    for step in (0, 5, 6, 12, 24):
         stream = invert(small_model, observation, config, every=1)
         for snapshot in stream:
             if snapshot.step == step:

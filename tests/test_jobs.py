@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import PATIENCE
+from conftest import PATIENCE, Clock
 
 from gradinv import jobs
 from gradinv.config import AttackConfig
@@ -50,14 +50,6 @@ class Scripted:
             if order is None:
                 return "done"
             handle.publish(order, self.size, self.remaining)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -150,42 +150,40 @@ def test_the_steps_of_a_convolution_lead_from_each_position_to_its_neighbours():
 
 
 def test_one_image_is_solved_down_to_the_stem(basic):
-    model = basic
-    images, observation = batch(model, [6])
-    recovered = recover(model, observation, AUTO)
-    assert [node.name for node in recovered.nodes] == list(parts_of(model.network).nodes[-2::-1])
-    assert relative(recovered.nodes[-1].activation, truth(model, images)["maxpool"]).max() < 1e-6
+    images, observation = batch(basic, [6])
+    recovered = recover(basic, observation, AUTO)
+    assert [node.name for node in recovered.nodes] == list(parts_of(basic.network).nodes[-2::-1])
+    assert relative(recovered.nodes[-1].activation, truth(basic, images)["maxpool"]).max() < 1e-6
     assert "max pooling" in recovered.stopped
 
 
 def test_cotangents_are_those_of_the_loss(basic, two):
-    model, (images, _, recovered, order) = basic, two
-    nodes = parts_of(model.network).nodes
+    images, _, recovered, order = two
+    nodes = parts_of(basic.network).nodes
     # In the segment a node's value is its pre-activation; the loss of the whole network by way of it.
-    found = Segment(model.network, nodes[-1], nodes)(images)
+    found = Segment(basic.network, nodes[-1], nodes)(images)
     features = found[nodes[-1]].relu().mean((2, 3))
-    loss = F.cross_entropy(model.network.fc(features), torch.tensor(LABELS))
+    loss = F.cross_entropy(basic.network.fc(features), torch.tensor(LABELS))
     for node in recovered.nodes:
         (expected,) = torch.autograd.grad(loss, found[node.name], retain_graph=True)
         assert relative(node.cotangent, expected[order]).max() < 1e-5, node.name
 
 
 def test_repeated_labels_and_a_rescaled_gradient(basic):
-    model = basic
-    images, observation = batch(model, [3, 3, 8])
+    images, observation = batch(basic, [3, 3, 8])
     scaled = replace(observation, gradients={name: 3 * value for name, value in observation.gradients.items()})
-    recovered = recover(model, scaled, AUTO)
+    recovered = recover(basic, scaled, AUTO)
     assert sorted(recovered.labels.tolist()) == [3, 3, 8]
     assert recovered.scale == pytest.approx(3, rel=1e-5)
-    true = truth(model, images)
+    true = truth(basic, images)
     order = paired(recovered, true[recovered.nodes[0].name])
     assert sorted(order) == [0, 1, 2]
     assert relative(recovered.nodes[4].activation, true[recovered.nodes[4].name][order]).max() < 1e-6
 
 
-@pytest.mark.parametrize("level", [1e-5, 1e-3])
-def test_the_error_is_known_within_a_factor_of_two(basic, level):
-    model = basic
+@pytest.mark.parametrize(("level", "size"), [(1e-5, 64), (1e-3, 32)])  # at 64 px many masks need mending: it takes long
+def test_the_error_is_known_within_a_factor_of_two(basic, level, size):
+    model = basic if size == 64 else resnet(*BASIC, size)
     images, observation = batch(model, [3, 7, 1])
     norm = torch.cat([value.flatten() for value in observation.gradients.values()]).std()
     generator = torch.Generator().manual_seed(1)
@@ -204,25 +202,23 @@ def test_the_error_is_known_within_a_factor_of_two(basic, level):
 
 
 def test_half_precision_gradients_go_far(basic):
-    model = basic
-    images, observation = batch(model, [3, 7])
+    images, observation = batch(basic, [3, 7])
     rounded = {name: value.half().double() for name, value in observation.gradients.items()}
-    recovered = recover(model, replace(observation, gradients=rounded), AUTO)
+    recovered = recover(basic, replace(observation, gradients=rounded), AUTO)
     order = ordered(recovered)
-    true = truth(model, images)
-    assert len(recovered.nodes) >= 4
+    true = truth(basic, images)
+    assert len(recovered.nodes) >= 10
     for node in recovered.nodes:
         assert relative(node.activation, true[node.name][order]).median() < 3 * float(node.error.median()) < 1
 
 
-@pytest.mark.parametrize("defence", ["prune:0.9", "quantise:6"])
-def test_behind_a_defence_the_way_ends_with_a_sentence_and_tells_its_error(basic, defence):
+@pytest.mark.parametrize(("defence", "labels"), [("prune:0.9", [3, 7]), ("quantise:6", [3])])
+def test_behind_a_defence_the_way_ends_with_a_sentence_and_tells_its_error(basic, defence, labels):
     """Behind noise: test_as_people_have_them."""
-    model = basic
-    images, observation = batch(model, [3, 7])
-    recovered = recover(model, parse(defence)(observation), AUTO)
-    assert recovered.stopped
-    true = truth(model, images)
+    images, observation = batch(basic, labels)
+    recovered = recover(basic, parse(defence)(observation), AUTO)
+    assert recovered.stopped and ("set to 0" in recovered.stopped) == defence.startswith("prune")
+    true = truth(basic, images)
     for node in recovered.nodes:
         # Labels may be wrong as well, so images are paired by what is nearest.
         nearest = [
@@ -243,10 +239,9 @@ def test_features_without_zeros_are_refused():
 
 
 def test_train_mode_ends_above_batch_normalisation(basic):
-    model = basic
-    with forward_mode(model.network, "train"):
-        _, observation = batch(model, [3, 7])
-    recovered = recover(model, replace(observation, mode="train"), AUTO)
+    with forward_mode(basic.network, "train"):
+        _, observation = batch(basic, [3, 7])
+    recovered = recover(basic, replace(observation, mode="train"), AUTO)
     assert recovered.nodes == () and recovered.features is not None
     assert "train mode" in recovered.stopped
 
@@ -267,19 +262,17 @@ def test_other_networks_keep_their_features(small_model, observation):
 
 
 def test_a_node_as_the_boundary_is_reached_or_refused(basic):
-    model = basic
-    _, observation = batch(model, [3, 7, 1])
-    recovered = recover(model, observation, replace(AUTO, boundary="layer3"))
+    _, observation = batch(basic, [3, 7, 1])
+    recovered = recover(basic, observation, replace(AUTO, boundary="layer3"))
     assert recovered.nodes[-1].name == "layer3.1" and recovered.stopped == ""
     with pytest.raises(GradinvError, match="does not determine maxpool"):
-        recover(model, observation, replace(AUTO, boundary="maxpool"))
+        recover(basic, observation, replace(AUTO, boundary="maxpool"))
     with pytest.raises(GradinvError, match="no node"):
-        recover(model, observation, replace(AUTO, boundary="layer3.7"))
+        recover(basic, observation, replace(AUTO, boundary="layer3.7"))
 
 
 def test_the_way_down_can_be_stopped_and_tells_each_node(basic):
-    model = basic
-    _, observation = batch(model, [3])
+    _, observation = batch(basic, [3])
     stop, told = threading.Event(), list[SolvedNode]()
 
     def progress(node: SolvedNode) -> None:
@@ -287,7 +280,7 @@ def test_the_way_down_can_be_stopped_and_tells_each_node(basic):
         if len(told) == 3:
             stop.set()
 
-    recovered = recover(model, observation, AUTO, stop=stop, progress=progress)
+    recovered = recover(basic, observation, AUTO, stop=stop, progress=progress)
     assert (
         [node.name for node in recovered.nodes]
         == [node.name for node in told]
@@ -306,11 +299,10 @@ def test_the_way_ends_above_a_layer_that_memory_does_not_suffice_for(basic, monk
 
 
 def test_what_needs_no_layers_solves_none(basic, monkeypatch):
-    model = basic
-    _, observation = batch(model, [3])
+    _, observation = batch(basic, [3])
     monkeypatch.setattr(sys.modules["gradinv.recovery.recover"], "solve_layers", None)
-    assert recover(model, observation, AttackConfig()).features is None
-    assert recover(model, observation, AttackConfig(boundary="logits")).features is not None
+    assert recover(basic, observation, AttackConfig()).features is None
+    assert recover(basic, observation, AttackConfig(boundary="logits")).features is not None
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +388,7 @@ def test_rounding_of_a_large_channel_turns_no_entry():
 
 def test_equations_hold_for_the_true_input(basic):
     """The linear form of ∇W, and the pulled-back cotangent, against autograd."""
-    model = basic
-    for unit in parts_of(model.network).blocks[2].all_units:  # with a stride: 3 × 3 and 1 × 1
+    for unit in parts_of(basic.network).blocks[2].all_units:  # with a stride: 3 × 3 and 1 × 1
         x = torch.rand(2, unit.conv.in_channels, 6, 6, dtype=torch.float64, requires_grad=True)
         output = unit.conv(x)
         cotangent = torch.randn(output.shape, dtype=torch.float64)
@@ -412,17 +403,15 @@ def test_equations_hold_for_the_true_input(basic):
 
 
 def test_the_final_layer_is_refined_to_the_last_digit(basic):
-    model = basic
-    _, observation = batch(model, [3, 7, 1])
-    layer, labels = FinalLayer(model, observation), torch.tensor([3, 7, 1])
+    _, observation = batch(basic, [3, 7, 1])
+    layer, labels = FinalLayer(basic, observation), torch.tensor([3, 7, 1])
     fit = layer.fit(labels)
     assert layer.refined(fit, labels).residual <= min(fit.residual, 1e-8)
 
 
 def test_a_wrong_layer_is_never_called_exact(basic, monkeypatch):
     """Where masks cannot be mended, the residual tells."""
-    model = basic
-    images, observation = batch(model, [3, 7])
+    images, observation = batch(basic, [3, 7])
     original = layers.last_gate
 
     def spoilt(*args):
@@ -433,9 +422,9 @@ def test_a_wrong_layer_is_never_called_exact(basic, monkeypatch):
 
     monkeypatch.setattr(layers, "last_gate", spoilt)
     monkeypatch.setattr(convolution, "_JOINT_FLIPS", 1)
-    fit = FinalLayer(model, observation).fit(torch.tensor(LABELS))
-    nodes, stopped = solve_layers(model, observation, fit)
-    true = truth(model, images)
+    fit = FinalLayer(basic, observation).fit(torch.tensor(LABELS))
+    nodes, stopped = solve_layers(basic, observation, fit)
+    true = truth(basic, images)
     assert stopped
     for node in nodes:
         assert float(relative(node.activation, true[node.name]).median()) < max(3 * float(node.error.median()), 1e-5)

@@ -203,18 +203,6 @@ def test_without_originals(start, store):
     assert len(list(opened.snapshots())) == 2
 
 
-def test_status_is_running_until_the_end(start, store):
-    made = start()
-    assert Recording.open(store).run["status"] == "running" and Recording.open(store).steps == []
-    seen = []
-    for one in made.follow(snapshot(step) for step in (0, 2, 4)):
-        opened = Recording.open(store)
-        seen.append((opened.run["status"], opened.run["iterations"]["done"], opened.steps[-1]))
-        assert opened.originals() is not None and opened.snapshot(one.step).step == one.step
-    assert seen == [("running", 0, 0), ("running", 2, 2), ("running", 4, 4)]
-    assert made.run["status"] == "done"
-
-
 @pytest.mark.parametrize("steps", [(0, 2), ()])
 def test_a_stream_that_ends_early_is_stopped(start, steps, store):
     made = follow(start(), steps)

@@ -35,7 +35,6 @@ from gradinv.sources import Credit, find, gallery
 from gradinv.types import GradinvError
 from gradinv.web.pages import replay
 from gradinv.web.parts import markup, showcase
-from serving import chromium
 
 BUNDLED = sorted((ASSETS / "runs").glob("*.zip"))
 CONFIG = AttackConfig(seeds=2, iterations=4, group=0.0, registration="lazy")
@@ -204,13 +203,6 @@ def test_recipe_refuses_what_is_too_large(recipe, installed, tmp_path, monkeypat
 
 
 # --- reading a zip
-
-
-def test_zip_opens_as_the_folder_does(installed, tmp_path):
-    zipped = Recording.open(tmp_path / "assets" / "runs" / "four.zip")
-    folder = installed["four"]
-    assert zipped.run == folder.run and zipped.curves == folder.curves and zipped.steps == folder.steps
-    assert torch.equal(zipped.snapshot(4).consensus, folder.snapshot(4).consensus)
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "cut", "flipped", "bomb"])
@@ -428,18 +420,6 @@ class Player:
 
     def step(self) -> str:
         return str(self.ask(".step", "textContent"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        try:
-            opened = driver.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        except playwright.Error:
-            pytest.skip("no Chromium is installed")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -78,17 +78,6 @@ def test_traced_is_autograd_to_the_last_bit(small_model, small_batch, caplog, mo
     assert stepper.mode == "traced" and stepper._program is not None and not caplog.records
 
 
-def test_each_result_is_its_own(small_model, small_batch):
-    """No evaluation writes over what an earlier one gave."""
-    stepper = Stepper(objective_of(small_model, small_batch), "traced")
-    results = [stepper(*pictures(seed)) for seed in range(4)]
-    copies = copy.deepcopy([(result.gradient, dict(result.raw)) for result in results])
-    for seed in range(4, 7):
-        stepper(*pictures(seed))
-    for result, (gradient, raw) in zip(results, copies, strict=True):
-        assert torch.equal(result.gradient, gradient) and dict(result.raw) == raw
-
-
 def test_the_recording_runs_less_than_autograd_does_and_holds_no_more(small_model, small_batch):
     objective = objective_of(small_model, small_batch)
     stepper = Stepper(objective, "traced")

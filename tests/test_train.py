@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -36,12 +38,10 @@ def command(recipe: str, *args: object) -> list[str]:
 
 
 def run(recipe: str, *args: object) -> str:
-    """What a recipe prints when it is run as a process, which must succeed."""
-    done = subprocess.run(
-        command(recipe, *args), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What a recipe prints, run in this process to save the imports."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, torch.random.fork_rng():
+        runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"](command(recipe, *args)[2:])
+    return printed.getvalue()
 
 
 def killed(recipe: str, checkpoint: Path, *args: object) -> int:
@@ -56,15 +56,20 @@ def killed(recipe: str, checkpoint: Path, *args: object) -> int:
 
 
 def refused(recipe: str, capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """What a recipe says when it refuses, run in this process to save the imports."""
+    """What a recipe says when it refuses."""
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"](command(recipe, *args)[2:])
+        run(recipe, *args)
     return capsys.readouterr().err if isinstance(ended.value.code, int) else str(ended.value.code)
 
 
 def same_weights(one: Path, other: Path) -> bool:
     first, second = safetensors.torch.load_file(one), safetensors.torch.load_file(other)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(autouse=True)
+def recipes_import_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
 
 
 # --- a classifier
@@ -91,9 +96,12 @@ def options(data: Path, out: Path, *more: str) -> list[object]:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """The weights of a run without interruption, which decodes in two processes, and what it printed."""
+    """The weights of a run as a process without interruption, which decodes in two more, and what it printed."""
     out = tmp_path_factory.mktemp("whole") / "colours.safetensors"
-    return out, run("train", *options(data, out, "--workers", "2"))
+    whole = command("train", *options(data, out, "--workers", "2"))
+    done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 def test_training_learns_the_classes(trained):
@@ -167,19 +175,8 @@ def folders(tmp_path_factory):
 
 def test_a_painter_learns_and_goes_on_where_it_was_killed(folders, tmp_path):
     def arguments(out: Path, steps: int) -> list[object]:
-        return [
-            *folders,
-            "--node",
-            "layer2",
-            "--batch-size",
-            4,
-            "--out",
-            out,
-            "--steps",
-            steps,
-            "--checkpoint-every",
-            10,
-        ]
+        node = ["--node", "layer2", "--batch-size", 4, "--out", out]
+        return [*folders, *node, "--steps", steps, "--checkpoint-every", 10]
 
     decibels = {}
     for steps in (2, 40):
@@ -196,8 +193,7 @@ def test_a_painter_learns_and_goes_on_where_it_was_killed(folders, tmp_path):
     assert "Going on after step" in run("train_painter", *arguments(again, 40)) and same_weights(again, out)
 
 
-def test_a_decoder_learns_and_is_written_as_it_is_read(folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(RECIPES))
+def test_a_decoder_learns_and_is_written_as_it_is_read(folders, tmp_path, capsys):
     decibels = {}
     for epochs in (1, 16):
         arguments = [*folders, "--out", out := tmp_path / f"decoder{epochs}.safetensors", "--epochs", epochs]
@@ -212,8 +208,7 @@ def test_a_decoder_learns_and_is_written_as_it_is_read(folders, tmp_path, monkey
     assert str(tmp_path / "none") in refused("train_decoder", capsys, *missing)
 
 
-def test_the_decoders_similarity_is_that_of_the_metrics(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+def test_the_decoders_similarity_is_that_of_the_metrics():
     import train_decoder  # type: ignore[import-not-found, unused-ignore]
 
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, Snapshot, TermValues
+from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, TermValues
 
 PREPROCESSING = Preprocessing(size=8, resize=9, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.1))
 FACTS = {
@@ -24,9 +24,9 @@ FACTS = {
 }
 
 
-def observation(bn: BatchNormStatistics | None = None) -> Observation:
+def observation() -> Observation:
     gradients = {"fc.weight": torch.randn(4, 3), "conv1.weight": torch.randn(2, 3, 3, 3), "fc.bias": torch.randn(4)}
-    return Observation(gradients, 2, PREPROCESSING, "small", "0" * 64, bn)
+    return Observation(gradients, 2, PREPROCESSING, "small", "0" * 64)
 
 
 def test_normalise_by_hand() -> None:
@@ -50,10 +50,12 @@ def test_bounds_are_black_and_white() -> None:
     torch.testing.assert_close(high, PREPROCESSING.normalise(torch.ones(3, 1, 1)))
 
 
-@pytest.mark.parametrize("leaked", [False, True])
-def test_observation_survives_its_file(leaked: bool, tmp_path: Path) -> None:
-    bn = BatchNormStatistics({"bn1": torch.randn(5)}, {"bn1": torch.rand(5)}) if leaked else None
-    saved = observation(bn)
+@pytest.mark.parametrize("kind", ["", "bn", "running"])
+def test_observation_survives_its_file(kind: str, tmp_path: Path) -> None:
+    """Without statistics, with those of the batch, and with the running ones of a client in train mode."""
+    statistics = BatchNormStatistics({"bn1": torch.randn(5)}, {"bn1": torch.rand(5)})
+    changes = {kind: statistics, "mode": "train" if kind == "running" else "eval"} if kind else {}
+    saved = dataclasses.replace(observation(), **changes)  # type: ignore[arg-type]
     saved.save(tmp_path / "gradient.safetensors")
     loaded = Observation.load(tmp_path / "gradient.safetensors")
     assert set(loaded.gradients) == set(saved.gradients)
@@ -61,21 +63,12 @@ def test_observation_survives_its_file(leaked: bool, tmp_path: Path) -> None:
     assert loaded.preprocessing == PREPROCESSING
     for name in ("batch_size", "model_name", "model_sha256", "mode"):
         assert getattr(loaded, name) == getattr(saved, name)
-    if bn is None:
-        assert loaded.bn is None
-    else:
-        assert loaded.bn is not None
-        assert torch.equal(loaded.bn.mean["bn1"], bn.mean["bn1"]) and torch.equal(loaded.bn.var["bn1"], bn.var["bn1"])
-    assert loaded.running is None
-
-
-def test_running_statistics_survive_the_file_of_a_client_in_train_mode(tmp_path: Path) -> None:
-    running = BatchNormStatistics({"bn1": torch.randn(5)}, {"bn1": torch.rand(5)})
-    dataclasses.replace(observation(), mode="train", running=running).save(tmp_path / "gradient.safetensors")
-    loaded = Observation.load(tmp_path / "gradient.safetensors")
-    assert loaded.mode == "train" and loaded.bn is None and loaded.running is not None
-    assert torch.equal(loaded.running.mean["bn1"], running.mean["bn1"])
-    assert torch.equal(loaded.running.var["bn1"], running.var["bn1"])
+    for name in ("bn", "running"):
+        found = getattr(loaded, name)
+        assert (found is None) == (name != kind)
+        if found is not None:
+            assert torch.equal(found.mean["bn1"], statistics.mean["bn1"])
+            assert torch.equal(found.var["bn1"], statistics.var["bn1"])
 
 
 def test_the_file_is_read_by_what_it_says(tmp_path: Path) -> None:
@@ -164,13 +157,6 @@ def test_observation_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(GradinvError, match="Cannot write the observation"):
         observation().save(tmp_path / "file" / "gradient.safetensors")
-
-
-@pytest.mark.parametrize(("step", "final"), [(0, False), (9, False), (10, True)])
-def test_snapshot_knows_whether_it_is_the_last(step: int, final: bool) -> None:
-    pixels = torch.zeros(1, 2, 3, 8, 8)
-    snapshot = Snapshot(step, 10, pixels, pixels[0], {"tv": TermValues((0.5,), (0.1,))}, (0.3,), 1.5, (4, 2))
-    assert snapshot.final is final
 
 
 def test_everything_is_frozen() -> None:

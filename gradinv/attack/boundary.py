@@ -49,7 +49,7 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
 
 def _fitting(model: Model, recovered: Recovered, config: AttackConfig) -> AttackConfig:
     """The settings that fit a node as the boundary. Seeds do not meet above the first stage; and from a picture that is
-    painted from the first stage, from the third, which says little more further down, or from the node itself, the search
+    painted from the first stage, from the third, below which little is known then, or from the node itself, the search
     needs no annealing from far away. Fields that differ from the `demo` preset were chosen, and stay."""
     new = {} if stage_of(config.boundary) in (STEM, "layer1") else APART
     painted = painted_from(model, recovered) if config.start == "decoder" else None

@@ -561,7 +561,7 @@ def test_the_archive_carries_the_credits_of_the_originals():
     credit = Credit("Ada", "CC BY 2.0", "https://example.org/licence", "https://example.org/picture", "cropped")
     known = facts.Facts("resnet18-tiny", 64, "demo", (), (), (), ("lion", "mine"), (credit, None), ())
     with zipfile.ZipFile(io.BytesIO(ended._archive(store, known))) as archive:
-        assert archive.namelist() == ["images/CREDITS.txt", "run.json"]
+        assert archive.namelist() == ["README.txt", "images/CREDITS.txt", "run.json"]
         credits = archive.read("images/CREDITS.txt").decode()
     assert credits.count("\n") == 1 and credits.startswith("original_00.png: lion, Ada, CC BY 2.0, cropped ")
     assert credit.licence_url in credits and credit.source in credits

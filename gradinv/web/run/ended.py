@@ -23,6 +23,12 @@ from gradinv.web.run.control import again, begin, go_to, own, presenting, with_p
 from gradinv.web.run.facts import ENDINGS, Facts, column_of, lowest, progress_of, quality, size_of, work_of
 
 NAMED = 4  # pictures in a download's name
+CONTENTS = """\
+images/     lossless: the originals, each seed's pictures, their consensus; those of one number belong together
+frames/     what was found by step: a row for each seed, then the consensus; in the order of labels.restored
+curves.csv  the terms of the loss and the PSNR, a line for each step and seed
+run.json    the settings, what was solved of each layer, the labels, and the final numbers in the order of images/
+"""
 
 
 def view(state: JobState) -> None:
@@ -178,7 +184,7 @@ def _summary(state: JobState, progress: Progress, recorded: Recording, numbers: 
 
 
 def _archive(store: MemoryStore, facts: Facts) -> bytes:
-    """The recording as a zip, with the credits that the originals' licences ask for."""
+    """The recording as a zip, with what is in it and the credits that the originals' licences ask for."""
     lines = [
         f"original_{place:02d}.png: {title}, {credit.author}, {credit.licence}, {credit.changes} "
         f"{credit.licence_url or ''} {credit.source or ''}"
@@ -186,6 +192,7 @@ def _archive(store: MemoryStore, facts: Facts) -> bytes:
         if credit is not None
     ]
     files = {name: store.read(name) for name in store.names()}
+    files["README.txt"] = CONTENTS.encode()
     if lines:
         files["images/CREDITS.txt"] = "\n".join([*lines, ""]).encode()
     return MemoryStore(files).zip()

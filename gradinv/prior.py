@@ -30,6 +30,7 @@ DECODERS = {
 PAINTERS: dict[str, dict[str, str]] = {
     "resnet50-tiny": {
         "layer2.3": "42bf44ac99155234bd63922677b026d91e3a6bdb4610780c67babd984cbb711a",
+        "layer1.2": "c4035824141d56cdc0a096975990830db8cf2ce038b7c998d82a766a2a585976",
     },
     "resnet18-tiny": {
         "layer3.1": "364475ded5318314cc5f69232cd66e101e16516c4021d6317785391d22a3f5eb",

@@ -105,7 +105,7 @@ RUNS = (
         "noise",
         "Behind noise",
         "The client adds noise to its gradient before it shares it: the upper layers are still known, roughly.",
-        options=("--seeds", "2", "--defence", "noise:1e-3"),
+        options=("--seeds", "2", "--image-size", "128", "--every", "6", "--defence", "noise:1e-4"),
     ),
     Run(
         "matching",

@@ -30,6 +30,7 @@ _RIDGE = 1e-14
 _SINGLE_FLIPS, _PAIRED_FLIPS, _JOINT_FLIPS = 200, 24, 1024
 # Of these together: singular values above noise, iterations of the splitting, entries that are turned round afterwards.
 _CUTS, _SPLITTINGS, _FEW_FLIPS = (1e-3, 1e-4, 1e-5), 300, 30
+_TOGETHER = 2**22  # numbers of the channels that are mended at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -482,39 +483,71 @@ def mended_by_residual(gate: Gate, equations: Equations, x: Tensor, suspects: Te
     patches = F.unfold(x, conv.kernel_size, padding=_padding(equations.unit), stride=conv.stride)  # (B, C·m·n, places)
     patches = patches.transpose(0, 1).flatten(1)
     flips = torch.zeros_like(gate.mask)
-    for channel in suspects.nonzero()[:, 0].tolist():
-        gradient = equations.gradient[channel].flatten()
-        lacking = gradient - patches @ equations.cotangent[:, channel].flatten()
-        if float(lacking.norm()) < 3 * _ROUNDING * float(gradient.norm()):  # it was set aside for nothing
-            continue
-        order = gate.margin[:, channel].flatten().argsort()[:_JOINT_FLIPS]
-        on, full = (part[:, channel].flatten()[order] for part in (gate.mask, gate.full))
-        effect = patches[:, order] * (torch.where(on, -full, full) * equations.unit.slope[channel].to(full))
-        turned = _adding_up(effect, lacking)
-        if float((lacking - effect @ turned.to(effect)).norm()) < 0.7 * float(lacking.norm()):
-            _turn(flips, channel, order[turned])
+    channels = suspects.nonzero()[:, 0].tolist()
+    together = max(1, _TOGETHER // min(_JOINT_FLIPS, gate.margin[:, 0].numel()) ** 2)
+    for start in range(0, len(channels), together):
+        sums = []
+        for channel in channels[start : start + together]:
+            gradient = equations.gradient[channel].flatten()
+            lacking = gradient - patches @ equations.cotangent[:, channel].flatten()
+            if float(lacking.norm()) < 3 * _ROUNDING * float(gradient.norm()):  # it was set aside for nothing
+                continue
+            order = gate.margin[:, channel].flatten().argsort()[:_JOINT_FLIPS]
+            on, full = (part[:, channel].flatten()[order] for part in (gate.mask, gate.full))
+            each = torch.where(on, -full, full) * equations.unit.slope[channel].to(full)
+            sums.append(_Sum.of(channel, order, each, patches[:, order] * each, lacking))
+        for one, guesses in zip(sums, _adding_up(sums), strict=True):
+            effect = patches[:, one.order] * one.each  # not kept: all of them together are large
+            found = [_polished(effect, one.lacking, guess) for guess in guesses]
+            left = [float((one.lacking - effect @ turned.to(effect)).norm()) for turned in found]
+            if min(left) < 0.7 * float(one.lacking.norm()):
+                _turn(flips, one.channel, one.order[found[left.index(min(left))]])
     return gate.flipped(flips), int(flips.sum())
 
 
-def _adding_up(effect: Tensor, lacking: Tensor) -> Tensor:
-    """Which columns of the effect (E, n) add up to what is lacking (E,): (n,) bool.
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """Of a channel: which of n entries add up to what is `lacking` (E,). They are the first ones in `order` (n,), and
+    each has the effect `each` (n,) times its patch. By a singular value decomposition of these effects (E, n): the
+    singular values `size` (r,), the `rows` (r, n) and what is lacking in their terms, `goal` (r,)."""
+
+    channel: int
+    order: Tensor
+    each: Tensor
+    lacking: Tensor
+    size: Tensor
+    rows: Tensor
+    goal: Tensor
+
+    @classmethod
+    def of(cls, channel: int, order: Tensor, each: Tensor, effect: Tensor, lacking: Tensor) -> _Sum:
+        left, size, right = torch.linalg.svd(effect, full_matrices=False)
+        return cls(channel, order, each, lacking, size, right, left.T @ lacking)
+
+
+def _adding_up(sums: Sequence[_Sum]) -> Tensor:
+    """Guesses at which entries add up to what is lacking, of each sum one for each of _CUTS: (sums, cuts, n) bool.
 
     The point of the box [0, 1]ⁿ that explains it is rounded: where columns outnumber equations, but not twice, there is
     no other such point as a rule. It is found by Douglas and Rachford's splitting, for a few choices of which
-    combinations of the equations are above noise. What the rounding leaves is mended entry by entry.
+    combinations of the equations are above noise. The channels go through it together: one alone is too small a problem
+    to be worth the calls.
     """
-    left, size, right = torch.linalg.svd(effect, full_matrices=False)
+    if not sums:
+        return torch.zeros(0, len(_CUTS), 0, dtype=torch.bool)
+    size, rows, goal = (torch.stack([getattr(one, name) for one in sums]) for name in ("size", "rows", "goal"))
     found = []
     for cut in _CUTS:
-        kept = size > cut * size[0]
-        rows, goal = right[kept], (left[:, kept].T @ lacking) / size[kept]
-        moving = torch.zeros(effect.shape[1], dtype=effect.dtype)
+        kept = size > cut * size[:, :1]
+        known = rows * kept[..., None]
+        wanted = torch.where(kept, goal / size, 0)[..., None]
+        moving = torch.zeros_like(rows[:, :1].mT)
         for _ in range(_SPLITTINGS):
             inside = moving.clamp(0, 1)
             mirrored = 2 * inside - moving
-            moving = moving + mirrored + rows.T @ (goal - rows @ mirrored) - inside
-        found.append(_polished(effect, lacking, moving > 0.5))
-    return min(found, key=lambda turned: float((lacking - effect @ turned.to(effect)).norm()))
+            moving = moving + mirrored + known.mT @ (wanted - known @ mirrored) - inside
+        found.append(moving[..., 0] > 0.5)
+    return torch.stack(found, 1)
 
 
 def _polished(effect: Tensor, lacking: Tensor, turned: Tensor) -> Tensor:

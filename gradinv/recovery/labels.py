@@ -93,9 +93,16 @@ def restore_labels(model: Model, observation: Observation, method: str = "auto")
         raise GradinvError(UPDATE)
     restored = _restored(model, observation, method, readings, layer)
     tested = observation.batch_size <= (_TESTABLE if method == "auto" else _QUICK)
-    if restored.fit is None and tested and not signs and _is_update(model, observation, layer):
+    # Of a gradient that other labels explain it is not asked, since that takes long.
+    unread = restored.fit is None and tested and not _read_by_any(layer, readings)
+    if unread and not signs and _is_update(model, observation, layer):
         raise GradinvError(UPDATE)
     return restored
+
+
+def _read_by_any(layer: FinalLayer, readings: Mapping[str, Callable[[], Tensor]]) -> bool:
+    """Whether the labels of some method explain the gradient."""
+    return any(layer.fit(labels.cpu()).explained for labels in _attempted(readings).values())
 
 
 def _restored(

@@ -23,7 +23,7 @@ from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import Picture
 from gradinv.types import GradinvError
 from gradinv.web.pages import batch, defences
-from gradinv.web.pages import labels as lessons_labels
+from gradinv.web.pages import labels as labels_page
 from gradinv.web.parts import gradient, lessons, markup, shared, showcase, ways
 from gradinv.web.parts.lessons import Candidate, Pool
 from gradinv.web.parts.uploads import Upload
@@ -118,33 +118,33 @@ def test_recovered_features_are_put_in_the_pictures_order():
 def test_the_picture_shows_the_rows_with_the_most_negative_minima_and_where_these_lie():
     gradient = torch.zeros(30, 60)
     gradient[7, 50], gradient[3, 9], gradient[12] = -2.0, -1.0, 0.5
-    drawn = lessons_labels.picture(gradient, [f"class {place}" for place in range(30)], 2, {7: 1, 12: 3})
+    drawn = labels_page.picture(gradient, [f"class {place}" for place in range(30)], 2, {7: 1, 12: 3})
     labels = drawn.layout.yaxis.ticktext
     assert labels[:2] == ("<b>class 7 ●</b>", "class 3") and "<b>class 12 ×3 ●</b>" in labels
     heat, first, others = drawn.data
     assert [heat.customdata[place][first.x[place]][1] for place in (0, 1)] == [50, 9]
     assert heat.z[0][first.x[0]] == -2 and len(others.x) == len(labels) - 2
-    hidden = lessons_labels.picture(gradient, ["<i>x</i>"] * 30, 2, None)
+    hidden = labels_page.picture(gradient, ["<i>x</i>"] * 30, 2, None)
     assert set(hidden.layout.yaxis.ticktext) == {"&lt;i&gt;x&lt;/i&gt;"}
 
 
 def test_the_bars_are_the_minima_and_the_biases_times_the_batch_size():
     gradient, bias = torch.tensor([[0.5, 1.0], [-1.0, 0.0], [-3.0, 2.0]]), torch.tensor([0.1, -0.25, -0.5])
-    drawn = lessons_labels.bars(gradient, bias, ["a", "b", "c"], 2, {2: 2})
+    drawn = labels_page.bars(gradient, bias, ["a", "b", "c"], 2, {2: 2})
     assert [bar.y for bar in drawn.data] == [(-3,), (-1, 0.5), (-1,), pytest.approx((-0.5, 0.2))]
     assert [bar.customdata for bar in drawn.data[:2]] == [("c",), ("b", "a")]
 
 
 def test_the_table_marks_wrong_counts_and_none_while_the_truth_is_hidden():
     found = {
-        "ilrg": lessons_labels.Reading({0: 2, 1: 1}, 1.0),
-        "llg": lessons_labels.Reading({}, 0.0, "It <cannot>."),
+        "ilrg": labels_page.Reading({0: 2, 1: 1}, 1.0),
+        "llg": labels_page.Reading({}, 0.0, "It <cannot>."),
     }
-    table = lessons_labels.table(found, ["<a>", "b"], {0: 2, 1: 1}, 3)
+    table = labels_page.table(found, ["<a>", "b"], {0: 2, 1: 1}, 3)
     assert table.count('aria-label="wrong"') == 2  # llg's cells of both classes
     assert "<td>3 of 3</td><td>0 of 3</td>" in table
     assert "&lt;a&gt;" in table and "It &lt;cannot&gt;." in table
-    hidden = lessons_labels.table(found, ["a", "b"], None, 3)
+    hidden = labels_page.table(found, ["a", "b"], None, 3)
     assert "wrong" not in hidden and "Truth" not in hidden and "of 3" not in hidden
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import streamlit as st
 
 from gradinv.paths import ASSETS
-from gradinv.web.pages import batch, defences, how, layers, live, replay
-from gradinv.web.pages import labels as lessons_labels
+from gradinv.web.pages import batch, defences, how, labels, layers, live, replay
 from gradinv.web.parts import tour
 from gradinv.web.site import address
 
@@ -26,7 +25,7 @@ st.logo(str(ASSETS / "icon.svg"), size="large")
 pages = [
     st.Page(live.page, title="Live", icon=":material/play_circle:", url_path="live", default=True),
     st.Page(replay.page, title="Replay", icon=":material/movie:", url_path="replay"),
-    st.Page(lessons_labels.page, title="Labels", icon=":material/label:", url_path="labels"),
+    st.Page(labels.page, title="Labels", icon=":material/label:", url_path="labels"),
     st.Page(batch.page, title="Who was in the batch?", icon=":material/person_search:", url_path="batch"),
     st.Page(layers.page, title="Layer by layer", icon=":material/layers:", url_path="layers"),
     st.Page(defences.page, title="Defences", icon=":material/shield:", url_path="defences"),

@@ -72,8 +72,11 @@ def invert(
     ranks.check(model.device)
     share = len(ranks.share(config.seeds))
     check_memory(model, observation.batch_size, replace(config, seeds=share))
-    recovered = recovered or recover(model, observation, config, labels=labels, stop=stop, progress=progress)
-    observation = examine(model, observation).observation
+    examined = examine(model, observation)
+    recovered = recovered or recover(
+        model, observation, config, labels=labels, stop=stop, progress=progress, examined=examined
+    )
+    observation = examined.observation
     config = settled(model, recovered, config)
     painted = painting(model, recovered) if config.start == "decoder" else None
     start = None if painted is None else model.preprocessing.normalise(painted.pixels)

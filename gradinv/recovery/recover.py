@@ -12,7 +12,7 @@ from torch import Tensor
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.network import STEM, parts_of
-from gradinv.recovery.examination import examine
+from gradinv.recovery.examination import Examined, examine
 from gradinv.recovery.final_layer import FinalLayer, Fit
 from gradinv.recovery.labels import RestoredLabels, restore_labels
 from gradinv.recovery.layers import solve_layers
@@ -30,19 +30,20 @@ def recover(
     stop: threading.Event | None = None,
     progress: Callable[[SolvedNode], None] | None = None,
     told: Callable[[Recovered], None] | None = None,
+    examined: Examined | None = None,
 ) -> Recovered:
     """Read the labels, solve the final layer where the config needs it, then the layers below as far as they go.
 
     How far is `config.boundary`: "loss" solves nothing but the labels (and the features where a term needs them),
     "logits" the final layer, "auto" as many layers as the gradient determines, a node's name down to that node.
     `labels` (B,) are taken as they are where they are given, as they have to be of a client that does not train its
-    final layer. `examine` says first what the gradient is, whatever its file says. `told` is called once with the
-    labels and, where it is solved, the final layer, before the layers below, which may take minutes, or before it is
-    said that there are none; `progress` is called with each node as it is solved; `stop` ends the way down there.
-    Raises GradinvError where the labels cannot be read, or the final layer cannot be solved though the config needs
-    it.
+    final layer. `examine` says first what the gradient is, whatever its file says, unless it is `examined` already.
+    `told` is called once with the labels and, where it is solved, the final layer, before the layers below, which may
+    take minutes, or before it is said that there are none; `progress` is called with each node as it is solved; `stop`
+    ends the way down there. Raises GradinvError where the labels cannot be read, or the final layer cannot be solved
+    though the config needs it.
     """
-    examined = examine(model, observation)
+    examined = examined or examine(model, observation)
     observation = examined.observation
     if labels is None:
         restored = restore_labels(model, observation, config.labels)

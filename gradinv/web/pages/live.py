@@ -12,7 +12,6 @@ from gradinv.attack.memory import check_memory
 from gradinv.attack.objective import bn_targets
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse
-from gradinv.jobs import manager
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.types import GradinvError
@@ -22,7 +21,7 @@ from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.inversion import Inversion, Originals
 from gradinv.web.parts.pick import Batch
 from gradinv.web.run import view
-from gradinv.web.run.control import way_back
+from gradinv.web.run.control import begin, way_back
 from gradinv.web.run.facts import Facts
 
 BN_KNOWN = {
@@ -218,11 +217,9 @@ def _start_bar(
         )
         if pressed and config is not None and batch is not None:
             try:
-                st.query_params["job"] = manager().submit(_work(network, batch, config, texts), shared.owner())
+                begin(_work(network, batch, config, texts))
             except GradinvError as error:
                 st.error(markup.plain(str(error)))
-            else:
-                st.rerun()
 
 
 def _work(network: Model, batch: Batch | OwnGradient, config: AttackConfig, texts: tuple[str, ...]) -> Inversion:
@@ -246,5 +243,5 @@ def _work(network: Model, batch: Batch | OwnGradient, config: AttackConfig, text
         baseline=measure(constant_colour(pixels), pixels, ("psnr",))["psnr"],
     )
     labels = tuple(member.label for member in batch.members)
-    known = partial(shared.observed, *_key(network, batch))
+    known = partial(shared.observed, _key(network, batch))
     return Inversion(load, Originals(pixels, labels, texts, known), config, facts)

@@ -146,9 +146,9 @@ def preview(
     return Preview(figures.layer_norms(observation), tuple(found.labels.tolist()), found.method, found.confidence)
 
 
-def observed(*key: Any) -> Observation | None:
-    """The gradient of a batch of public pictures as it was looked at, as long as it is kept. `key` is a `Key`."""
-    return _observed.get(cast(Key, key))
+def observed(key: Key) -> Observation | None:
+    """The gradient of a batch of public pictures as it was looked at, as long as it is kept."""
+    return _observed.get(key)
 
 
 @st.cache_data(max_entries=256, show_spinner=False)

@@ -76,9 +76,10 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_ranks_agree_with_one_process() -> None:
-    """Three of them over gloo, with 4, 5 or 7 seeds."""
-    checks = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "python_functions=check_", __file__]
+def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
+    """Three of them over gloo, with 4, 5 or 7 seeds; each in a folder of its own, as they would clear one another's."""
+    pytest_ = f"{sys.executable} -m pytest -q -x -p no:cacheprovider -o python_functions=check_"
+    checks = ["--no-python", "sh", "-c", f"exec {pytest_} --basetemp '{tmp_path}'/$RANK {__file__}"]
     done = subprocess.run([*TORCHRUN, "3", *checks], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     functions = [name for name in globals() if name.startswith("check_")]

@@ -156,7 +156,7 @@ def painted_from(model: Model, recovered: Recovered) -> SolvedNode | None:
     if info is None or info.sha256 != model.sha256:
         return None
     known = PAINTERS.get(model.name, {})
-    usable = [node for node in recovered.nodes if node.name in known and float(node.error.median()) <= TRUSTED]
+    usable = [node for node in recovered.nodes if node.name in known and node.typical_error <= TRUSTED]
     return usable[-1] if usable else None
 
 

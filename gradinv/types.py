@@ -333,6 +333,11 @@ class SolvedNode:
     seconds: float
 
     @property
+    def typical_error(self) -> float:
+        """The median of `error` over the images."""
+        return float(self.error.median())
+
+    @property
     def on(self) -> Tensor:
         """Which units are on, (B, C, H, W) bool: through those alone the loss has a derivative. Of an activation that
         is not known exactly small values may be those of units that are off."""

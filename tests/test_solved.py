@@ -12,7 +12,7 @@ from gradinv.web.parts import showcase, solved
 from gradinv.web.parts.inversion import Layer, Solving
 
 NODES = ("layer4.1.conv1", "layer4.0", "layer1.1", "maxpool")
-EXACT, NEAR = Layer("layer4.0", (512, 2, 2), 4e-7), Layer("layer1.1", (64, 16, 16), 0.023)
+EXACT, NEAR = Layer("layer4.0", (512, 2, 2), (4e-7, 2e-7)), Layer("layer1.1", (64, 16, 16), (0.02, 0.023, 0.3))
 
 
 def test_each_layer_has_a_mark_and_the_sentence_says_what_is_known() -> None:
@@ -38,7 +38,7 @@ def test_a_recorded_run_tells_its_layers_if_it_has_any() -> None:
     node: dict[str, Any] = {"name": "layer4.0", "shape": [512, 2, 2], "error": [None, 0.1, 0.2]}
     run = {"recovered": {"nodes": [node], "stopped": "", "seconds": 1.0}, "boundary": "layer4.0"}
     found = solved.recorded(run)
-    assert found is not None and found.layers == (Layer("layer4.0", (512, 2, 2), 0.2),)
+    assert found is not None and found.layers == (Layer("layer4.0", (512, 2, 2), (float("inf"), 0.1, 0.2)),)
     assert 'aria-label="1 layer solved"' in solved.ladder(found)
     assert solved.recorded({}) is None and solved.recorded({"recovered": {"nodes": []}}) is None
 
@@ -67,3 +67,9 @@ def test_the_misfit_of_solved_activations_is_drawn_where_no_gradient_is_matched(
     assert [trace.name for trace in drawn.data] == ["seed 1", "seed 2", "mean of the seeds"]
     assert len(figures.live_distance(rows, 2, "activations.raw")["series"]) == 3
     assert [trace.name for trace in figures.loss_curves(rows).data] == ["solved activations"]
+
+
+def test_a_layer_that_is_exact_for_most_pictures_only_says_for_how_many() -> None:
+    most = Layer("layer4.0", (512, 2, 2), (1e-6, 0.007, 1e-6, float("inf"), 1e-6))
+    said = solved.words(Solving(NODES, (most,), "layer4.0"))
+    assert "(512 × 2 × 2) known exactly for 3 of 5 pictures. Pixels" in said

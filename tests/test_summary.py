@@ -19,7 +19,7 @@ def document(count: int = 1, table: str = "<table></table>", **settings: Any) ->
         "environment": {"gradinv": "1", "torch": "2", "device": "cpu"},
     }
     rows = [Row("Consensus", [Tile("data:,", "one")] * count)]
-    return summary.document("<title>", [("in all", "1 s")], rows, table, run, []).decode()
+    return summary.document("<title>", [("in all", "1 s")], "Solved: <all>.", rows, table, run, []).decode()
 
 
 @pytest.mark.parametrize("count", range(1, markup.COLUMNS + 2))
@@ -42,4 +42,4 @@ def test_it_says_all_that_the_attack_saw() -> None:
 
 def test_a_run_without_originals_has_no_numbers() -> None:
     assert "<h2>Numbers</h2>" in document() and "<h2>Numbers</h2>" not in document(table="")
-    assert "<title>&lt;title&gt;</title>" in document()
+    assert "<title>&lt;title&gt;</title>" in document() and "<p>Solved: &lt;all&gt;.</p>" in document()

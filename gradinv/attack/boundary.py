@@ -35,7 +35,7 @@ def settled(model: Model, recovered: Recovered, config: AttackConfig) -> AttackC
     if not config.needs_layers:  # the control, which uses none
         return replace(config, boundary="loss") if config.boundary == "auto" else config
     explained = recovered.residual is not None and recovered.residual <= EXPLAINED
-    usable = [node for node in recovered.nodes if explained and float(node.error.median()) <= USABLE]
+    usable = [node for node in recovered.nodes if explained and node.typical_error <= USABLE]
     if config.boundary != "auto":
         boundary = _solved(model, recovered, config.boundary).name
         return _fitting(model, recovered, replace(config, boundary=boundary))
@@ -147,7 +147,7 @@ def _held_to(recovered: Recovered, lowest: SolvedNode) -> tuple[SolvedNode, ...]
     """The boundary alone, or within a block also the block's output: what lies above follows from it, also where it is
     known more exactly, and each further node adds local minima (docs/results.md)."""
     block = lowest.name.rpartition(".conv")[0]
-    output = (node for node in recovered.nodes if node.name == block and float(node.error.median()) <= USABLE)
+    output = (node for node in recovered.nodes if node.name == block and node.typical_error <= USABLE)
     return (lowest, *output)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradinv.cli.invert import signals_set
-from gradinv.cli.say import AS_GOOD_AS_EXACT, aligned, complain, percent, solved_to, speaker
+from gradinv.cli.say import aligned, complain, exact, percent, solved_to, speaker
 from gradinv.cli.task import Task, add_client, add_network, begin, describe, describe_labels, facts, write_barred
 
 # torch takes seconds to import: what needs it is imported by the functions, so that help and mistakes answer at once.
@@ -171,7 +171,7 @@ class _Rows:
             f"{node.equations:,}",
             f"{node.unknowns:,}",
             f"{node.residual:.1e}",
-            _share(float(node.error.median())),
+            _share(node.typical_error),
             _share(float(node.error.max())),
             _share(node.mended),
             f"{node.seconds:.1f}",
@@ -249,8 +249,8 @@ def _conclude(say: Callable[[str], None], recovered: Recovered, seconds: float) 
     if not nodes:
         say(f"No layer below the final one is solved ({seconds:.1f} s).")
         return
-    exact = [node for node in nodes if float(node.error.median()) <= AS_GOOD_AS_EXACT]
-    known = f"; {exact[-1].activation[0].numel():,} numbers of each picture are known exactly" if exact else ""
+    fine = [node for node in nodes if exact(node.error.tolist())]
+    known = f", {fine[-1].activation[0].numel():,} numbers of each picture" if fine else ""
     say(f"Layers solved {solved_to(nodes)} in {seconds:.1f} s{known}.")
 
 

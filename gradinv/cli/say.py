@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from gradinv.types import SolvedNode
 
 AS_GOOD_AS_EXACT = 1e-3
-"""The relative error, the median over the images, up to which a solved layer is called exact."""
+"""The estimated relative error up to which an image's activations are called exact."""
 
 
 def speaker(args: argparse.Namespace) -> Callable[[str], None]:
@@ -81,10 +82,21 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
 
 
+def exact(errors: Sequence[float]) -> bool:
+    """Whether a layer with these errors, one for each image, is called exact: where at least half of them are."""
+    return statistics.median_low(errors) <= AS_GOOD_AS_EXACT
+
+
+def known(errors: Sequence[float]) -> str:
+    """How well a layer with these errors is known, as an adverb."""
+    if not exact(errors):
+        return f"to within {percent(statistics.median_low(errors))}"
+    right = sum(error <= AS_GOOD_AS_EXACT for error in errors)
+    return "exactly" if right == len(errors) else f"exactly for {right} of {len(errors)} pictures"
+
+
 def solved_to(nodes: Sequence[SolvedNode]) -> str:
-    """How deep the layers are solved, and how well: the lowest that is exact, and the lowest of all."""
-    exact = [node for node in nodes if float(node.error.median()) <= AS_GOOD_AS_EXACT]
-    words = [f"{node.name} (exact)" for node in exact[-1:]]
-    if not exact or exact[-1] is not nodes[-1]:
-        words.append(f"{nodes[-1].name} (to {percent(float(nodes[-1].error.median()))})")
-    return f"down to {listed(words, 'and')}"
+    """How well and how deep the layers are solved: the lowest that is exact, and the lowest of all."""
+    fine = [node for node in nodes if exact(node.error.tolist())]
+    ends = dict.fromkeys((*fine[-1:], nodes[-1]))
+    return listed([f"{known(node.error.tolist())} down to {node.name}" for node in ends], "and")

@@ -154,7 +154,7 @@ def _run(bench: Bench, observation: Observation, config: AttackConfig) -> tuple[
     if config.needs_layers:
         node = next((node for node in snapshots.recovered.nodes if node.name == last.boundary), None)
         values["known"] = 0.0 if node is None else float(node.activation[0].numel())
-        values["known_error"] = None if node is None else 100 * float(node.error.median())
+        values["known_error"] = None if node is None else 100 * node.typical_error
     if last.prior is not None:
         values["agreement_psnr"] = float(metrics.psnr(last.consensus, last.prior.pixels).mean())
         for name in ("activations", "features", "gradient"):

@@ -210,7 +210,7 @@ def _on(direction: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
     """As `_nearer`. Raises Unsolved where most entries are neither the expected ones nor 0."""
     on, sure = _nearer(direction, expected)
     if not float((direction - expected * on).norm()) < _MISFIT * float(direction.norm()):
-        raise Unsolved("The positions of the last block's map cannot be told apart")
+        raise Unsolved("The gradient does not tell which position each value of the last block's map is at")
     return on, sure
 
 
@@ -250,7 +250,7 @@ def _through_pointwise(
         tried = [(*upper(corner @ q, image), corner @ q) for q in candidates]
         left, direction, e = min(tried, key=lambda attempt: attempt[0])
         if not left < _NEAR:
-            raise Unsolved("The images' cotangents in the last block cannot be told apart")
+            raise Unsolved("The gradient does not tell which image each value of the last block's map belongs to")
         on, sure = _two_valued(direction, expected[image], pooled.off[image])
         exact = dict[tuple[int, int], Tensor]()
         for row, column in itertools.product(range(height), range(width)):

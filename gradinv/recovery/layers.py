@@ -137,8 +137,8 @@ class _Way:
             node = self._solve(step)
             self._solved.append(replace(node, seconds=time.perf_counter() - began))
             yield self._solved[-1]
-            if float(node.error.median()) > _TOO_ROUGH:
-                error = 100 * float(node.error.median())
+            if node.typical_error > _TOO_ROUGH:
+                error = 100 * node.typical_error
                 raise Unsolved(f"{node.name} is known to {error:.0f} % only, too rough to go on below it")
 
     def _steps(self) -> Iterator[_Step]:
@@ -371,7 +371,7 @@ class _Way:
             layers, mean = [Layer(step.unit, target, output.on)], None
         else:
             return None
-        return layers, mean, max(1e-6, *(float(solved[name].error.median()) for name in names))
+        return layers, mean, max(1e-6, *(solved[name].typical_error for name in names))
 
     def _equations(self, step: _Step, beside: Known | None = None) -> list[Equations]:
         """Those of the step's convolution, and of the shortcut where that has the same input and is not what tells the

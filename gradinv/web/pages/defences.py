@@ -24,6 +24,7 @@ from gradinv.web.parts.markup import Row, Tile
 
 FEW = 4  # pictures of which the layers are solved
 EPSILON = 8.0  # of the guarantee that the page holds against the sliders
+WORTHLESS = 10  # an ε from which e^ε bounds next to nothing
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ def privacy(texts: Sequence[str]) -> str:
     needed = f"ε = {EPSILON:g} would take σ = {least} on every number."
     if sigma is None:
         return f"**Privacy guarantee:** none, since clipping leaves nothing to chance; {needed}"
-    reached = f"{markup.number(gaussian_epsilon(2 * norm, sigma, DELTA), 3)}, {markup.number(DELTA)}"
+    epsilon = gaussian_epsilon(2 * norm, sigma, DELTA)
+    reached = f"{markup.number(epsilon, 3)}, {markup.number(DELTA)}"
+    worthless = f", and an ε above {WORTHLESS} promises next to nothing" if epsilon > WORTHLESS else ""
     return (
         f"**Privacy guarantee:** (ε, δ) = ({reached}) for the whole batch and one round, none for a single picture of "
-        f"it; {needed}"
+        f"it{worthless}; {needed}"
     )
 
 

@@ -11,7 +11,7 @@ import streamlit as st
 import torch
 
 from gradinv import figures
-from gradinv.cli.say import AS_GOOD_AS_EXACT, percent
+from gradinv.cli.say import AS_GOOD_AS_EXACT, exact, known, percent
 from gradinv.models import Model
 from gradinv.network import STEM, node_shapes, parts_of
 from gradinv.recovery.convolution import Equations
@@ -191,10 +191,14 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
         Tile(lessons.thumbnail_of(pool, place), f"Original: {title}", title)
         for place, title in zip(places, titles, strict=True)
     ]
-    numbers = f"{math.prod(seen.shape):,} numbers of each picture"
+    numbers = f"{seen.layer.numbers:,} numbers of each picture; nine of {seen.layer.shape[0]} channels"
     rows = [
         Row("Originals", originals, "only the client has them"),
-        Row("True", _tiles(seen.own, f"What {name} holds of", titles), f"{numbers}; nine of {seen.shape[0]} channels"),
+        Row(
+            "True",
+            _tiles(seen.own, f"What {name} holds of", titles),
+            numbers,
+        ),
         Row("Recovered", _tiles(seen.found, f"What was recovered of {name} for", titles), "from the gradient alone"),
     ]
     with st.container(key="layer-board"):
@@ -202,7 +206,7 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
         st.markdown(
             markup.facts(
                 [
-                    ("error, as the attacker estimates it", percent(seen.estimated)),
+                    ("known, as the attacker estimates it", known(seen.layer.errors)),
                     ("true error", percent(seen.true)),
                     ("places where the mask is wrong", percent(seen.wrong)),
                 ]
@@ -265,11 +269,11 @@ def stopped_by(clean: Way, noisy: Way) -> str:
     if not noisy.layers:
         return f"Behind this noise **no layer** can be solved. {noisy.stopped}"
     lowest = noisy.layers[-1]
-    exact = [seen.name for seen in noisy.layers if seen.estimated <= AS_GOOD_AS_EXACT]
-    words = f"Behind this noise the way ends at **{lowest.name}**, known to within {percent(lowest.estimated)}"
+    fine = [seen.name for seen in noisy.layers if exact(seen.layer.errors)]
+    words = f"Behind this noise the way ends at **{lowest.name}**, known {known(lowest.layer.errors)}"
     if before is not None:
         words += f", without it at {before}"
-    words += f". Exact down to {exact[-1]}." if exact else ". No layer is exact any more."
+    words += f". Exact down to {fine[-1]}." if fine else ". No layer is exact any more."
     return f"{words} {noisy.stopped}"
 
 

@@ -101,13 +101,17 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Layer:
-    """A node that was solved: its shape (C, H, W), the median over the images of its estimated relative error, and what
-    it holds of each image (`figures.activations`), in the originals' order where there are any."""
+    """A node that was solved: its shape (C, H, W), the estimated relative error of each image, and what it holds of
+    each (`figures.activations`), in the originals' order where there are any."""
 
     name: str
     shape: tuple[int, ...]
-    error: float
+    errors: tuple[float, ...]
     tiles: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, node: SolvedNode, tiles: tuple[str, ...] = ()) -> Layer:
+        return cls(node.name, tuple(node.activation.shape[1:]), tuple(node.error.tolist()), tiles)
 
     @property
     def numbers(self) -> int:
@@ -289,7 +293,7 @@ class _Running:
         def solved(node: SolvedNode) -> None:
             self._order = self._order or self._paired(node)
             tiles = figures.activations(node.activation[self._order].float())
-            layer = Layer(node.name, tuple(node.activation.shape[1:]), float(node.error.median()), tiles)
+            layer = Layer.of(node, tiles)
             spent = time.perf_counter() - self._began
             self._solving = replace(self._solving, layers=(*self._solving.layers, layer), seconds=spent)
             self._handle.publish(self._solving, self._solving.size, max(expected - spent, 0.0))

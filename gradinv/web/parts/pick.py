@@ -43,12 +43,14 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Member:
-    """A chosen picture as the model sees it: pixels (3, S, S) in [0, 1], its label and its class's name."""
+    """A chosen picture as the model sees it: pixels (3, S, S) in [0, 1], its label and its class's name; `predicted` if
+    nobody said the class, so that the model did."""
 
     chosen: Chosen
     pixels: Tensor
     label: int
     name: str
+    predicted: bool
 
     @property
     def credit(self) -> Credit | None:
@@ -106,17 +108,14 @@ def _member(item: Chosen, network: Model) -> Member:
     # A picture of the gallery may be of another class for another model.
     picture = find(gallery(network), item.id) if item.source == "gallery" else item.picture
     pixels = to_pixels(picture.open(), network.preprocessing)
-    label = network.class_index(picture.wnid) if picture.wnid else _class_of_upload(item, network, pixels)
+    said = network.class_index(picture.wnid) if picture.wnid else st.session_state.get(_class_key(item, network))
+    predicted = picture.wnid is None and said is None
+    label = shared.prediction(network.name, network.preprocessing.size, item.id, pixels) if predicted else said
     if label is None:
         raise GradinvError(
             f"{network.name} does not know the class {picture.name} of {picture.title}; remove it or change the model."
         )
-    return Member(replace(item, picture=picture), pixels, label, network.class_name(label))
-
-
-def _class_of_upload(item: Chosen, network: Model, pixels: Tensor) -> int:
-    own: int | None = st.session_state.get(_class_key(item, network))
-    return own if own is not None else shared.prediction(network.name, network.preprocessing.size, item.id, pixels)
+    return Member(replace(item, picture=picture), pixels, label, network.class_name(label), predicted)
 
 
 def _class_key(item: Chosen, network: Model) -> str:
@@ -204,7 +203,7 @@ def _card(member: Member, network: Model) -> None:
             markup.card(
                 uri,
                 f"Picture of the batch: {item.picture.title}",
-                member.name,
+                f"predicted: {member.name}" if member.predicted else member.name,
                 member.credit,
                 "your upload" if item.source == "upload" else SOURCES[item.source],
             ),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from html import escape
 from itertools import groupby
 from typing import Any
 
-from gradinv.cli.say import AS_GOOD_AS_EXACT, percent
+from gradinv.cli import say
 from gradinv.network import stage_of
 from gradinv.web.parts import markup
 from gradinv.web.parts.inversion import Layer, Solving
@@ -36,16 +35,11 @@ def recorded(run: Mapping[str, Any]) -> Solving | None:
             node["name"],
             tuple(node["shape"]),
             # What is not finite is null.
-            statistics.median(float("inf") if value is None else value for value in node["error"]),
+            tuple(float("inf") if value is None else value for value in node["error"]),
         )
         for node in found["nodes"]
     ]
     return Solving((), tuple(layers), run.get("boundary", ""), found["stopped"], found["seconds"])
-
-
-def exact(layer: Layer) -> bool:
-    """Whether it is known as well as if the pictures were at hand."""
-    return layer.error <= AS_GOOD_AS_EXACT
 
 
 def matching_instead(solving: Solving) -> bool:
@@ -70,13 +64,8 @@ def ladder(solving: Solving) -> str:
 def _mark(name: str, layer: Layer | None) -> str:
     if layer is None:
         return f'<i title="{escape(name)}"></i>'
-    kind = "exact" if exact(layer) else "near"
-    return f'<i class="gi-{kind}" title="{escape(name)}: {escape(known(layer))}"></i>'
-
-
-def known(layer: Layer) -> str:
-    """How well a layer is known."""
-    return "exactly" if exact(layer) else f"to within {percent(layer.error)}"
+    kind = "exact" if say.exact(layer.errors) else "near"
+    return f'<i class="gi-{kind}" title="{escape(name)}: {escape(say.known(layer.errors))}"></i>'
 
 
 def words(solving: Solving) -> str:
@@ -91,7 +80,7 @@ def words(solving: Solving) -> str:
             "The gradient does not determine the layers well enough, so pixels are searched for until their gradient "
             f"matches, by the preset Matching.{why}"
         )
-    best = [layer for layer in solving.layers if exact(layer)]
+    best = [layer for layer in solving.layers if say.exact(layer.errors)]
     lowest = next((layer for layer in solving.layers if layer.name == solving.boundary), solving.layers[-1])
     parts = [_told(layer) for layer in dict.fromkeys((*best[-1:], lowest))]
     below = solving.boundary or lowest.name
@@ -103,4 +92,4 @@ def words(solving: Solving) -> str:
 
 def _told(layer: Layer) -> str:
     sides = " × ".join(str(side) for side in layer.shape)
-    return f"{layer.name}, {layer.numbers:,} numbers of each picture ({sides}) known {known(layer)}"
+    return f"{layer.name}, {layer.numbers:,} numbers of each picture ({sides}) known {say.known(layer.errors)}"

@@ -37,13 +37,14 @@ _STYLE += "".join(f".gi-n{count} {{ --n: {count}; }}\n" for count in range(1, ma
 def document(
     title: str,
     facts: Sequence[tuple[str, str]],
+    story: str,
     board: Sequence[Row],
     table: str,
     run: Mapping[str, Any],
     credits: Sequence[tuple[str, Credit]],
 ) -> bytes:
-    """The file's bytes. `table` is HTML, empty where nothing was measured, everything else is escaped here; `run` is
-    the content of run.json."""
+    """The file's bytes. `story` says what was solved, empty where nothing was; `table` is HTML, empty where nothing was
+    measured, everything else is escaped here; `run` is the content of run.json."""
     model, made = run["model"], run["environment"]
     numbers = " · ".join(f"{name}: {value}" for name, value in facts)
     settings = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in run["config"].items())
@@ -56,7 +57,7 @@ def document(
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><p>{escape(numbers)}</p>"
-        f"{markup.board(board)}{measured}"
+        f"{f'<p>{escape(story)}</p>' if story else ''}{markup.board(board)}{measured}"
         f'<h2>Settings</h2><dl class="settings">{settings}</dl>'
         f"<p>{escape(model['name'])}, weights {escape(str(model['sha256'])[:16])}…; gradinv {escape(made['gradinv'])}, "
         f"torch {escape(made['torch'])}, {escape(made['device'])}.</p>{credited}"

@@ -34,13 +34,11 @@ _KEPT = 24  # batches that were solved
 
 @dataclass(frozen=True)
 class Seen:
-    """A layer that was solved: its relative error as it is estimated and as it is, the median over the pictures; by
-    picture what it holds, recovered and true; of one channel the recovered values, their mask and the true mask; and
-    the share of mask entries that are wrong. All but the estimate is for those who have the pictures."""
+    """A `layer` that was solved, beside the truth: its relative error, the median over the pictures; by picture what it
+    holds, recovered and true; of one channel the recovered values, their mask and the true mask; and the share of mask
+    entries that are wrong. All but the layer is for those who have the pictures."""
 
-    name: str
-    shape: tuple[int, ...]
-    estimated: float
+    layer: Layer
     true: float = math.nan
     found: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
@@ -51,9 +49,9 @@ class Seen:
     wrong: float = math.nan
 
     @property
-    def layer(self) -> Layer:
-        """As the ladder takes it."""
-        return Layer(self.name, self.shape, self.estimated)
+    def name(self) -> str:
+        """The layer's."""
+        return self.layer.name
 
 
 @dataclass(frozen=True)
@@ -198,9 +196,7 @@ def blind(
 ) -> Way:
     """Solve a gradient of which nobody has the pictures, behind some defences, and search for pixels below."""
     observation, config, found = _solve(network, observation, texts, seed, progress)
-    layers = tuple(
-        Seen(node.name, tuple(node.activation.shape[1:]), float(node.error.median())) for node in found.nodes
-    )
+    layers = tuple(Seen(Layer.of(node)) for node in found.nodes)
     last = _search(network, observation, config, found)
     classes = tuple(network.class_name(label) for label in last.labels)
     seconds = sum(node.seconds for node in found.nodes)
@@ -238,9 +234,7 @@ def _seen(node: SolvedNode, found: Tensor, true: Tensor) -> Seen:
     channel = int((share - 0.5).abs().argmin())
     one, own = found[:1, channel : channel + 1], true[:1, channel : channel + 1]
     return Seen(
-        name=node.name,
-        shape=tuple(found.shape[1:]),
-        estimated=float(node.error.median()),
+        layer=Layer.of(node),
         true=float(errors.median()),
         found=figures.activations(found, true),
         own=figures.activations(true),

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import streamlit as st
 
+from gradinv.cli import say
 from gradinv.jobs import JobState
 from gradinv.web.parts import markup, solved
 from gradinv.web.parts.inversion import Inversion, Layer, Pictures, Solving
@@ -150,5 +151,5 @@ def rows_of(
 def _held(layer: Layer) -> Row:
     """What a solved layer holds of each picture."""
     tiles = [Tile(uri, f"What {layer.name} holds of picture {place}") for place, uri in enumerate(layer.tiles, 1)]
-    note = f"{layer.numbers:,} numbers of each picture, {solved.known(layer)}; nine of {layer.shape[0]} channels"
+    note = f"{layer.numbers:,} numbers of each picture, {say.known(layer.errors)}; nine of {layer.shape[0]} channels"
     return Row(layer.name.replace(".", ".\u200b"), tiles, note)  # the name may break behind its dots

@@ -14,7 +14,7 @@ from gradinv.jobs import JobState, manager
 from gradinv.recording.replay import Recording
 from gradinv.recording.stores import MemoryStore
 from gradinv.sources import Credit
-from gradinv.web.parts import markup, shared, summary
+from gradinv.web.parts import markup, shared, solved, summary
 from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.inversion import Inversion, Layer, Progress, Solving
 from gradinv.web.parts.solved import MISFIT
@@ -175,7 +175,8 @@ def _summary(state: JobState, progress: Progress, recorded: Recording, numbers: 
     done = (ENDINGS[state.status].lower(), f"{progress.step:,} of {progress.steps:,} iterations")
     return summary.document(
         title,
-        [done, *numbers],
+        [done, ("pictures", f"{facts.size} × {facts.size} pixels"), *numbers],
+        solved.words(progress.solving) if work.config.needs_layers else "",
         board.rows_of(work, facts, progress.pictures, False),
         _numbers(work, facts, measured, restored, False) if measured is not None else "",
         recorded.run,

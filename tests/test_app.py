@@ -493,8 +493,9 @@ def test_uploads_are_classified_by_the_model_or_the_visitor_and_bad_ones_are_one
     # Where they were brought, not above the batch.
     assert [item.type for item in app.main if item.type in ("file_uploader", "warning")] == ["file_uploader", "warning"]
     assert [item.source for item in app.session_state.batch] == ["gallery", "upload"]
+    assert ">predicted: " in said
     sound(next(box for box in app.selectbox if box.label == "Class of mine").set_value(7).run())
-    assert "**2 pictures**" in text(app)
+    assert "**2 pictures**" in text(app) and ">predicted: " not in text(app)
     assert address(app)["pictures"] == "goldfish"
 
 

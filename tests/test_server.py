@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,3 +123,19 @@ def test_uploads_beyond_what_is_held_for_all_are_refused_unread(
     assert facts["status"] == status
     assert (body == server.Bounded.FULL) is (status == 413)
     assert asked(server.Bounded, "GET", "/replay", content_length="99")[0]["status"] == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps freed memory for each thread")
+def test_freed_memory_is_handed_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(server, "TIDY", 0.001)
+    monkeypatch.setattr(server.ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=trimmed.append))
+
+    async def running() -> None:
+        task = asyncio.create_task(server._tidy())
+        while len(trimmed) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(running(), 60))
+    assert set(trimmed) == {0}

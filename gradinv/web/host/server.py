@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gzip
 import importlib
 import re
 import secrets
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
@@ -25,6 +27,7 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 COOKIE = "gradinv-visitor"
 """What the server calls a browser, so that its tabs are one visitor: a random name, forgotten when it is closed."""
+TIDY = 60.0  # seconds between two times that freed memory is handed back, which takes some milliseconds
 
 # A presentation that is opened by its link is large from the start: else all of it would grow once the page's own mark
 # is there, which then takes the place of this one.
@@ -213,4 +216,15 @@ async def ready(app: object) -> AsyncIterator[None]:
         pace.probe(shared.model(settings.MODEL, size=settings.SIZE))
 
     threading.Thread(target=rest, name="gradinv-ready", daemon=True).start()
+    tidying = asyncio.create_task(_tidy())
     yield
+    tidying.cancel()
+
+
+async def _tidy() -> None:
+    """Hand freed memory back to the system now and then. Streamlit has a thread for each rerun, and glibc keeps what
+    each has freed: without this a busy server grows by some MB a minute though nothing is held."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    while trim is not None:
+        await asyncio.sleep(TIDY)
+        await asyncio.to_thread(trim, 0)

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
@@ -87,6 +88,14 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture(scope="session")
+def resnet18() -> dict[str, Tensor]:
+    """Random weights of a 3-class ResNet-18, under torchvision's names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return dict(torchvision.models.resnet18(num_classes=3).state_dict())
 
 
 @pytest.fixture(autouse=True)

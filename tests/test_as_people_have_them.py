@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from gradinv import cli, models
 from gradinv.attack.inversion import invert
 from gradinv.attack.objective import Objective
+from gradinv.backbones import load_backbone, save_fitted
 from gradinv.batchnorm import running_statistics
 from gradinv.checks import check_observation
 from gradinv.client import observe
@@ -33,7 +34,7 @@ from gradinv.config import AttackConfig
 from gradinv.defenses import parse
 from gradinv.gallery import Gallery
 from gradinv.images import SUFFIXES, decode, to_pixels
-from gradinv.models import Model, load_backbone, load_model, save_fitted
+from gradinv.models import Model, load_model
 from gradinv.names import WRAPPERS, wrapper
 from gradinv.network import Segment, parts_of
 from gradinv.recovery.examination import examine

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradinv import cli, models
+from gradinv import backbones, cli, models
 from gradinv.cli import head
 from gradinv.gallery import pooled
 from gradinv.images import to_pixels
@@ -215,10 +215,10 @@ def test_moco_is_found_by_its_name_once_it_is_fitted(tmp_path, encoder, folder, 
     assert cli.main(attack) == 2
     assert "has no final layer yet; fit one once with `gradinv head --imagenet DIR`" in capsys.readouterr().err
 
-    path = tmp_path / "cache" / "models" / models.MOCO_URL.rsplit("/", 1)[-1]
+    path = tmp_path / "cache" / "models" / backbones.MOCO_URL.rsplit("/", 1)[-1]
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {f"module.encoder_q.{name}": value for name, value in encoder.items()}}, path)
-    monkeypatch.setattr(models, "_MOCO_MD5", hashlib.md5(path.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(backbones, "_MOCO_MD5", hashlib.md5(path.read_bytes()).hexdigest()[:8])
     assert cli.main(["head", "--device", "cpu", "--imagenet", folder]) == 0
     assert "attack it with --model resnet50-moco" in capsys.readouterr().out
     model = load_model("resnet50-moco", device="cpu")

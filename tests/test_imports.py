@@ -16,9 +16,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "gradinv names paths downloads",
         "types",
-        "config images",
+        "config images weights",
         "models",
-        "network",
+        "network backbones",
         "batchnorm prior",
         "recovery",  # what the gradient says without a search
         "execution",  # how an evaluation is run

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 def _fit(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Everything from the pictures to the written network: → what is to be known of it."""
     from gradinv import __version__
-    from gradinv.models import check_writable, load_backbone, save_fitted
+    from gradinv.backbones import check_writable, load_backbone, save_fitted
     from gradinv.sources import ImageFolder
     from gradinv.types import GradinvError
 

@@ -21,9 +21,10 @@ from gradinv.config import AttackConfig
 from gradinv.defenses import parse
 from gradinv.models import ImageClass, Model
 from gradinv.network import Segment, parts_of
-from gradinv.recovery import convolution, layers, recover
-from gradinv.recovery.convolution import Equations, Gate, mended_by_bias, mended_by_residual, solve_input
+from gradinv.recovery import gates, layers, recover
+from gradinv.recovery.convolution import Equations, solve_input
 from gradinv.recovery.final_layer import FinalLayer
+from gradinv.recovery.gates import Gate, mended_by_bias, mended_by_residual
 from gradinv.recovery.last_block import Steps, Unsolved
 from gradinv.recovery.layers import solve_layers
 from gradinv.types import GradinvError, Observation, Preprocessing, Recovered, SolvedNode
@@ -421,7 +422,7 @@ def test_a_wrong_layer_is_never_called_exact(basic, monkeypatch):
         return replace(gate, mask=mask, margin=torch.full_like(gate.margin, 1e3))
 
     monkeypatch.setattr(layers, "last_gate", spoilt)
-    monkeypatch.setattr(convolution, "_JOINT_FLIPS", 1)
+    monkeypatch.setattr(gates, "_JOINT_FLIPS", 1)
     fit = FinalLayer(basic, observation).fit(torch.tensor(LABELS))
     nodes, stopped = solve_layers(basic, observation, fit)
     true = truth(basic, images)

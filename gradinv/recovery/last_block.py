@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradinv.network import Block
-from gradinv.recovery.convolution import Gate
+from gradinv.recovery.gates import Gate
 
 _ZERO = (
     5e-8  # a share of the largest feature: float32 leaves up to 1e-8 of a true 0, values above 0 were seen from 6e-8

@@ -15,18 +15,9 @@ from torch import Tensor
 from gradinv.models import Model
 from gradinv.network import STEM, Block, Unit, node_shapes, parts_of
 from gradinv.recovery.convex import Layer, layers_of_input, mean_of_input, solve_convex
-from gradinv.recovery.convolution import (
-    Equations,
-    Gate,
-    Known,
-    Solution,
-    gate,
-    known_by_shortcut,
-    mended_by_bias,
-    mended_by_residual,
-    solve_input,
-)
+from gradinv.recovery.convolution import Equations, Known, Solution, known_by_shortcut, solve_input
 from gradinv.recovery.final_layer import COMPUTED, Fit, rounding
+from gradinv.recovery.gates import Gate, gate, mended_by_bias, mended_by_residual
 from gradinv.recovery.last_block import Pooled, Unsolved, last_gate
 from gradinv.types import Observation, SolvedNode
 

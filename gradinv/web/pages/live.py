@@ -34,12 +34,21 @@ LEARNED = "public pictures of the same kind, from which it learned a prior"
 
 
 def page() -> None:
-    """Everything on the page."""
+    """Everything on the page: a run, or what there is to choose for one.
+
+    Each has a place of its own, and the other's is emptied: else parts of the one would stand among those of the other
+    as these come, and would be pushed about.
+    """
     with guarded():
         if job := st.query_params.get("job"):
-            view.view(job)
+            st.empty()
+            with st.container():
+                view.view(job)
         else:
-            _set_up()
+            choice = st.container()
+            st.empty()
+            with choice:
+                _set_up()
 
 
 def _set_up() -> None:

@@ -22,6 +22,7 @@ _SPARE, _LEAST_SPARE = 1.1, 1.02
 _TELLING = 1.5  # a channel of x tells the noise of its equations if it has so many for each unknown
 _ENTRIES = 4_000_000  # at most of the matrices of the channels that are solved at a time
 _TOLD = 1.1  # a position's input is known if so many of the shortcut's outputs are on for each channel of it
+_REFINEMENTS, _REFINED = 3, 1e-8  # of a least-squares solution at most; the share of x that the last one may change
 _ONE_BY_ONE = 8  # channels at most that are set aside one by one
 # A ridge, relative to the columns' norms: a column of which nothing is known gets a large σ and no infinity.
 _RIDGE = 1e-14
@@ -248,9 +249,12 @@ def _least_squares(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     scaled = a / norms
     factor = _factor(scaled.T @ scaled)
     x, left = torch.zeros(a.shape[1], g.shape[1], dtype=a.dtype), g
-    for _ in range(3):
-        x = x + torch.cholesky_solve(scaled.T @ left, factor)
+    for _ in range(_REFINEMENTS):
+        change = torch.cholesky_solve(scaled.T @ left, factor)
+        x = x + change
         left = _left(scaled, x, g)
+        if float(change.norm()) <= _REFINED * float(x.norm()):
+            break
     spread = torch.cholesky_inverse(factor).diagonal().clamp(min=0).sqrt()
     noise = left.norm(dim=0) / math.sqrt(max(1, len(a) - a.shape[1]))
     return x / norms[:, None], spread[:, None] * noise / norms[:, None]

@@ -103,7 +103,7 @@ class _Way:
         self._fit = fit
         self._shapes = node_shapes(model.network, model.preprocessing.size)
         self._solved: list[SolvedNode] = []
-        self._looked_at: set[str] = set()
+        self._taken: dict[str, Tensor] = {}  # gradients as the present step has taken them
 
     def nodes(self) -> tuple[SolvedNode, ...]:
         """What is solved so far, on the model's device."""
@@ -123,6 +123,7 @@ class _Way:
         self._gate = self._outer = self._top()
         for step in self._steps():
             began = time.perf_counter()
+            self._taken.clear()
             if step.last:
                 self._outer = self._gate
             node = self._solve(step)
@@ -383,12 +384,12 @@ class _Way:
         return torch.as_tensor(pulled + self._outer.cotangent if identity else pulled)
 
     def _gradient(self, name: str) -> Tensor:
-        gradient = self._observation.gradients[name].detach().cpu().double()
-        if name not in self._looked_at:
-            self._looked_at.add(name)
+        if name not in self._taken:
+            gradient = self._observation.gradients[name].detach().cpu().double()
             if _is_pruned(gradient):
                 raise Unsolved(f"Entries of the gradient of {name} were set to 0, and so are no equations")
-        return gradient
+            self._taken[name] = gradient
+        return self._taken[name]
 
 
 def _unexplained(solution: Solution, expected: float) -> tuple[float, float]:

@@ -419,7 +419,7 @@ STEPS = (
         "for what the layer saw in each picture. As long as there are as many equations as unknowns, that is known "
         "exactly, down to where the pixels are searched for: [Layer by layer](layers).\n\n"
         "The **learned prior** goes further: a small network that learned from public pictures paints a first guess, "
-        "here from the features alone; from a solved layer it paints nearly the whole picture. What it paints is partly "
+        "here from the features alone; from a solved layer it paints nearly the picture. What it paints is partly "
         "what it has learned, not what the client has, so it is marked wherever it is used and can be switched off.",
     ),
 )

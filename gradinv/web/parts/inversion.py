@@ -289,11 +289,15 @@ class _Running:
     def _solve(self) -> Snapshots:
         """Solve the layers, or take what was solved before, and be about to search."""
         before, expected = self._before, pace.estimate(self._model, self._job.config, self._job.client.batch_size)
+        drawn = 0.0
 
         def solved(node: SolvedNode) -> None:
+            nonlocal drawn
             self._order = self._order or self._paired(node)
-            tiles = figures.activations(node.activation[self._order].float())
-            layer = Layer.of(node, tiles)
+            # Drawing takes as long as solving does: now only what a page shows before the next, and the others later.
+            due = time.perf_counter() - drawn >= self._job.INTERVAL
+            layer = Layer.of(node, self._tiles(node) if due else ())
+            drawn = time.perf_counter() if due else drawn
             spent = time.perf_counter() - self._began
             self._solving = replace(self._solving, layers=(*self._solving.layers, layer), seconds=spent)
             self._handle.publish(self._solving, self._solving.size, max(expected - spent, 0.0))
@@ -316,6 +320,9 @@ class _Running:
             self._solving = replace(self._solving, boundary=boundary, stopped=run.recovered.stopped, seconds=spent)
         return run
 
+    def _tiles(self, node: SolvedNode) -> tuple[str, ...]:
+        return figures.activations(node.activation[self._order].float())
+
     def _paired(self, node: SolvedNode) -> list[int]:
         """The originals' order of what is solved, which comes in the labels': by the first node."""
         own, model = self._own, self._model
@@ -325,11 +332,17 @@ class _Running:
             true = Segment(model.network, node.name)(model.preprocessing.normalise(own.pixels.to(model.device)))
         return metrics.aligned(node.activation.float(), true[node.name].relu())[0]
 
-    def _shown(self, snapshots: Iterator[Snapshot]) -> Iterator[Snapshot]:
+    def _shown(self, snapshots: Snapshots) -> Iterator[Snapshot]:
         first = 0 if self._before is None else self._before.state.step
         for snapshot in snapshots:
             self._clock.add(snapshot.seconds, snapshot.step, first)
             self._publish(snapshot)
+            if not all(layer.tiles for layer in self._solving.layers):
+                pairs = zip(self._solving.layers, snapshots.recovered.nodes, strict=True)
+                layers = tuple(
+                    layer if layer.tiles else replace(layer, tiles=self._tiles(node)) for layer, node in pairs
+                )
+                self._solving = replace(self._solving, layers=layers)
             yield snapshot
 
     def _publish(self, snapshot: Snapshot, kept: Kept | None = None) -> None:

@@ -63,11 +63,12 @@ def solving_of(state: JobState) -> Solving | None:
 
 
 def lowest(solving: Solving | None) -> Layer | None:
-    """The layer to look at: what was solved last, and what the pixels are searched below."""
+    """The layer to look at, of those that are drawn: what was solved last, and what the pixels are searched below."""
     if solving is None:
         return None
-    below = [layer for layer in solving.layers if layer.name == solving.boundary]
-    return next(iter(below or solving.layers[-1:]), None)
+    drawn = [layer for layer in solving.layers if layer.tiles]
+    below = [layer for layer in drawn if layer.name == solving.boundary]
+    return next(iter(below or drawn[-1:]), None)
 
 
 def quality(state: JobState, progress: Progress | None) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import streamlit as st
 
 from gradinv import figures
@@ -16,6 +18,7 @@ from gradinv.web.run.control import FOLLOWING, again, begin, own, presenting
 from gradinv.web.run.facts import column_of, lowest, progress_of, quality, size_of, solving_of, work_of
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
+CHART = 225  # pixels that a live chart is high
 
 # Keys that press what the page shows at that moment: its own, since Streamlit keeps R for itself.
 # And what copies the address, which only the browser knows as it is.
@@ -249,17 +252,20 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
             column = column_of(work, solving_of(state))
             name, alt = MISFIT[column]
             st.markdown(f"**{name}**")
-            st.echarts_chart(figures.live_distance(curves, steps, column), key="live-distance", height=225, alt=alt)
+            _chart(progress, "live-distance", figures.live_distance(curves, steps, column), alt)
         else:
             st.markdown("**PSNR in dB**", help=board.met(work))
-            st.echarts_chart(
-                figures.live_psnr(curves, steps, facts.mean_baseline),
-                key="live-psnr",
-                height=225,
-                alt=board.PSNR_ALT[work.config.seeds > 1],
-            )
+            options = figures.live_psnr(curves, steps, facts.mean_baseline)
+            _chart(progress, "live-psnr", options, board.PSNR_ALT[work.config.seeds > 1])
     with charts[1]:
         st.markdown("**Terms of the loss**", help=board.TERMS_OF_LOSS)
-        st.echarts_chart(
-            figures.live_losses(curves, steps), key="live-loss", height=225, alt="Terms of the loss by step"
-        )
+        _chart(progress, "live-loss", figures.live_losses(curves, steps), "Terms of the loss by step")
+
+
+def _chart(progress: Progress | None, key: str, options: dict[str, Any], alt: str) -> None:
+    """A chart, and its place as long as there is no picture: to fetch and start what draws it takes the browser half a
+    second of a core that the layers need."""
+    if progress is None:
+        st.html(f'<div style="height: {CHART}px"></div>')
+    else:
+        st.echarts_chart(options, key=key, height=CHART, alt=alt)

@@ -35,6 +35,7 @@ TERMS = {
     "group": "group consistency",
 }
 _STAGES = {"layer1": "stage 1", "layer2": "stage 2", "layer3": "stage 3", "layer4": "stage 4", "fc": "classifier"}
+MEET = "the seeds meet"
 WHOLE = ("consensus", "rebuilt")  # the curve of several seeds together, and of one alone
 _SMALL = 128  # px a side below which a tile is enlarged
 _POINTS = 160  # a curve at most, when it is drawn live
@@ -143,9 +144,9 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     return _dress(figure, height=320, hovermode="x unified")
 
 
-def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go.Figure:
+def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None, meetings: Sequence[int] = ()) -> go.Figure:
     """Lines: PSNR of each seed and of the consensus over the steps, of a single seed one; dashed, the best constant
-    colour's."""
+    colour's; dotted, the steps after which the seeds meet."""
     figure, found = go.Figure(), _psnr(rows)
     for name, (steps, values) in found.items():
         whole = name in WHOLE
@@ -166,6 +167,12 @@ def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None) -> go
             annotation_text="constant colour",
             # Curves begin below the line; where they end near it, there is room on the left.
             annotation_position="bottom right" if above else "top left",
+        )
+    for step in meetings:
+        figure.add_vline(
+            x=step,
+            line={"color": NEUTRAL, "dash": "dot", "width": 1.2},
+            annotation={"text": MEET, "textangle": -90, "yanchor": "bottom", "y": 0.04, "xanchor": "right"},
         )
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="PSNR in dB")
@@ -198,7 +205,9 @@ def live_losses(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]
     return _live(series, steps, {"type": "log"})
 
 
-def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | None) -> dict[str, Any]:
+def live_psnr(
+    rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | None, meetings: Sequence[int] = ()
+) -> dict[str, Any]:
     """`psnr_curves` as ECharts options for a run of so many steps."""
     series = [
         _line(name, _thin(points), *((COLOURS[0], 3) if name in WHOLE else (NEUTRAL, 1)))
@@ -208,6 +217,14 @@ def live_psnr(rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | N
         ends = ([0, steps], [baseline, baseline])
         line = _line("constant colour", ends, COLOURS[1], 2)
         series.append({**line, "lineStyle": {**line["lineStyle"], "type": "dashed"}})
+    if series and meetings:
+        series[0]["markLine"] = {
+            "symbol": "none",
+            "silent": True,
+            "lineStyle": {"color": NEUTRAL, "type": "dotted"},
+            "label": {"formatter": MEET, "position": "insideStartTop"},
+            "data": [{"xAxis": step} for step in meetings],
+        }
     return _live(series, steps, {"type": "value", "scale": True})
 
 

@@ -36,7 +36,7 @@ def test_a_number_may_be_written_in_another_way(page: str, name: str, given: str
         ("labels", "batch_size", "-inf", "batch_size takes a whole number"),
         ("live", "size", "99", "size takes one of 64, 96, 128"),
         ("live", "model", "vgg", "model takes one of resnet50-tiny"),
-        ("live", "seeds", "1e999", "seeds takes a whole number from 1 to 1,024"),
+        ("live", "seeds", "1e999", "seeds takes a whole number from 1 to 32"),
         ("live", "set_tv", "-1", "set_tv takes a number of at least 0"),
         ("live", "set_match", "L3", "set_match takes one of l2"),
         ("batch", "among", "attic", "among takes one of samples"),

@@ -58,7 +58,9 @@ def test_twice_the_pictures_are_twice_the_unknowns_and_larger_ones_have_more_pla
 def test_it_says_which_layer_is_reached_and_why_not_the_next() -> None:
     counts = [Count("high", (8, 1, 1), 72, 4), Count("middle", (4, 2, 2), 36, 16), Count("low", (4, 4, 4), 36, 64)]
     said = layers._explained(counts, 4)
-    assert "enough down to **middle**. For **low** there are 36 equations and 64 unknowns, 1.8 times" in said
+    assert (
+        "enough down to **middle**. The next one, **low**, has 36 equations and 1.8 times as many unknowns, 64." in said
+    )
     assert "down to **middle**, the lowest layer" in layers._explained(counts[:2], 4)
     shown = layers.table(counts)
     assert shown.count("<td>enough</td>") == 2 and shown.count("<td>too few</td>") == 1

@@ -169,8 +169,8 @@ def test_the_privacy_statement_needs_clipping_and_noise():
     alone = defences.privacy(["clip:0.3"])
     assert "none" in alone and f"σ = {gaussian_sigma(0.6, 8, 1e-5):.3g}" in alone
     both = defences.privacy(["clip:0.3", "noise:1", "quantise:4"])
-    assert f"(ε, δ) = ({gaussian_epsilon(0.6, 1, 1e-5):.3g}, 1e-5)" in both and "next to nothing" not in both
-    assert "above 10 promises next to nothing" in defences.privacy(["clip:1", "noise:1e-4"])
+    assert f"(ε, δ) = ({gaussian_epsilon(0.6, 1, 1e-5):.3g}, 1e-5)" in both and "next to none" not in both
+    assert "next to none, since an ε above 10" in defences.privacy(["clip:1", "noise:1e-4"])
 
 
 @pytest.mark.parametrize("norm", lessons.STRENGTHS["clip"][1])

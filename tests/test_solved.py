@@ -72,4 +72,6 @@ def test_the_misfit_of_solved_activations_is_drawn_where_no_gradient_is_matched(
 def test_a_layer_that_is_exact_for_most_pictures_only_says_for_how_many() -> None:
     most = Layer("layer4.0", (512, 2, 2), (1e-6, 0.007, 1e-6, float("inf"), 1e-6))
     said = solved.words(Solving(NODES, (most,), "layer4.0"))
-    assert "(512 × 2 × 2) known exactly for 3 of 5 pictures. Pixels" in said
+    assert "(512 × 2 × 2) known exactly for 3 of 5 pictures, the others not at all. Pixels" in said
+    one = solved.words(Solving(NODES, (Layer("layer4.0", (512, 2, 2), (1e-6, 0.007)),), "layer4.0"))
+    assert "known exactly for 1 of 2 pictures, the other to within 0.7 %. Pixels" in one

@@ -91,8 +91,12 @@ def known(errors: Sequence[float]) -> str:
     """How well a layer with these errors is known, as an adverb."""
     if not exact(errors):
         return f"to within {percent(statistics.median_low(errors))}"
-    right = sum(error <= AS_GOOD_AS_EXACT for error in errors)
-    return "exactly" if right == len(errors) else f"exactly for {right} of {len(errors)} pictures"
+    others = [error for error in errors if error > AS_GOOD_AS_EXACT]
+    if not others:
+        return "exactly"
+    worst = f"to within {percent(max(others))}" if max(others) < 1 else "not at all"
+    rest = "the other" if len(others) == 1 else "the others"
+    return f"exactly for {len(errors) - len(others)} of {len(errors)} pictures, {rest} {worst}"
 
 
 def solved_to(nodes: Sequence[SolvedNode]) -> str:

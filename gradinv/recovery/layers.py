@@ -192,8 +192,8 @@ class _Way:
         error = self._error(solution, equations)
         if not float(error.median()) < _USELESS:
             raise Unsolved(
-                f"{step.node} cannot be told from noise ({count:,} equations for {unknowns:,} unknowns leave an error "
-                f"of {100 * float(error.median()):.0f} %)"
+                f"{step.node} drowns in noise: {count:,} equations for {unknowns:,} unknowns leave an error of "
+                f"{100 * float(error.median()):.0f} %"
             )
         share = float((mended.mask != self._gate.mask).double().mean())
         self._take(step, mended)

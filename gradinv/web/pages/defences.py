@@ -80,10 +80,10 @@ def privacy(texts: Sequence[str]) -> str:
         return f"**Privacy guarantee:** none, since clipping leaves nothing to chance; {needed}"
     epsilon = gaussian_epsilon(2 * norm, sigma, DELTA)
     reached = f"{markup.number(epsilon, 3)}, {markup.number(DELTA)}"
-    worthless = f", and an ε above {WORTHLESS} promises next to nothing" if epsilon > WORTHLESS else ""
+    worth = f"next to none, since an ε above {WORTHLESS} promises hardly anything: " if epsilon > WORTHLESS else ""
     return (
-        f"**Privacy guarantee:** (ε, δ) = ({reached}) for the whole batch and one round, none for a single picture of "
-        f"it{worthless}; {needed}"
+        f"**Privacy guarantee:** {worth}(ε, δ) = ({reached}) for the whole batch and one round, none for a single "
+        f"picture of it; {needed}"
     )
 
 

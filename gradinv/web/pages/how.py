@@ -366,8 +366,8 @@ STEPS = (
         "The attacker does with its own pictures x̂ what the client did, and compares the two gradients layer by layer. "
         "The distance is zero at the client’s pictures. All of it can be differentiated, so its slope says how each "
         "pixel should change; Adam follows that slope, from noise, for hundreds or thousands of steps.\n\n"
-        "The straight way in this picture was laid **with the originals at hand**, to show where the distance leads. "
-        "The attack never has them, it has the slope only.\n\n"
+        "The straight way in this picture was laid **with the originals at hand**, to show where the distance leads: "
+        "far from them it may even rise. The attack never has them, it has the slope only.\n\n"
         "The presets Paper and Matching do this. The preset Demo searches less: it first solves the layers, as step 6 "
         "says, and the pixels only have to explain the lowest solved one. [Replay](replay) shows the way that an "
         "attack really takes.",

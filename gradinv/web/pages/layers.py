@@ -151,10 +151,10 @@ def _explained(counts: Sequence[Count], batch_size: int) -> str:
     ratio = count.unknowns / count.equations
     reached = f"down to **{counts[short - 1].name}**" if short else f"not even for **{first.name}**"
     return (
-        f"{words}\n\nHere there are enough {reached}. For **{count.name}** there are {count.equations:,} equations and "
-        f"{count.unknowns:,} unknowns, {ratio:.1f} times as many. Two more things are known of a layer: it is never "
-        "negative, and it leads to the layers above. They make up for a few missing equations. Where more are missing, "
-        "the attack stops."
+        f"{words}\n\nHere there are enough {reached}. The next one, **{count.name}**, has {count.equations:,} "
+        f"equations and {ratio:.1f} times as many unknowns, {count.unknowns:,}. Two more things are known of a layer: "
+        "it is never negative, and it leads to the layers above. They make up for a few missing equations. Where more "
+        "are missing, the attack stops."
     )
 
 

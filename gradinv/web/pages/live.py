@@ -163,9 +163,9 @@ def _received(
         read = [network.class_name(label) for label in preview.restored]
         told = preview.method, preview.confidence
         st.markdown("**The labels, read from the last layer**")
-        st.markdown(
-            markup.restored(read, *told) if true is None else markup.labels(true, read, *told), unsafe_allow_html=True
-        )
+        predicted = isinstance(batch, Batch) and any(member.predicted for member in batch.members)
+        table = markup.restored(read, *told) if true is None else markup.labels(true, read, *told, predicted=predicted)
+        st.markdown(table, unsafe_allow_html=True)
         if true is not None and len(set(true)) < len(true) and method == "column-minimum":
             st.warning(
                 "Some pictures share a class. Column-minimum restores distinct labels, so at least one will be wrong; "

@@ -86,6 +86,10 @@ def _question(game: Game, rebuilt: Tensor, classes: Sequence[str]) -> None:
         markup.progress(game.at / len(game.places), f"Picture {game.at + 1} of {len(game.places)}", f"{said} so far"),
         unsafe_allow_html=True,
     )
+    if game.answers:
+        before, answer, won = classes[game.places[game.at - 1]], game.answers[-1], game.points[-1]
+        told = f"{answer}, {markup.count(won, 'point')}" if won else f"it was {before}, not {answer}"
+        st.markdown(f"The last one: :material/{'check' if won else 'close'}: {markup.plain(told)}.")
     picture, asked = st.columns([2, 3], gap="large", vertical_alignment="center")
     blur = "from the gradient" if game.level == len(BLURS) - 1 else "from the gradient, and blurred for this game"
     with picture, st.container(key="guess-picture"):

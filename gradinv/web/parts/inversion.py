@@ -14,7 +14,7 @@ from torch import Tensor
 from gradinv import figures, metrics, pace
 from gradinv.attack.inversion import Snapshots, invert
 from gradinv.attack.memory import check_memory
-from gradinv.attack.state import RunState
+from gradinv.attack.state import RunState, meeting_steps
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse_all
@@ -125,7 +125,8 @@ class Solving:
 
     `layers` are the solved ones and `nodes` all that can be, the highest first; of a network that cannot be solved
     there are none. `boundary` is what the pixels are searched below, None as long as the solving goes on; then
-    `stopped` says why it went no further. `seconds` is what it has taken.
+    `stopped` says why it went no further. `seconds` is what it has taken. `meetings` are the steps of the search after
+    which the seeds meet.
     """
 
     nodes: tuple[str, ...]
@@ -133,6 +134,7 @@ class Solving:
     boundary: str | None = None
     stopped: str = ""
     seconds: float = 0.0
+    meetings: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -317,7 +319,13 @@ class _Running:
             # Stopped half-way, nothing is known of how far it would have gone.
             boundary = None if self._handle.stop.is_set() else run.config.boundary
             spent = time.perf_counter() - self._began
-            self._solving = replace(self._solving, boundary=boundary, stopped=run.recovered.stopped, seconds=spent)
+            self._solving = replace(
+                self._solving,
+                boundary=boundary,
+                stopped=run.recovered.stopped,
+                seconds=spent,
+                meetings=tuple(sorted(meeting_steps(run.config))),
+            )
         return run
 
     def _tiles(self, node: SolvedNode) -> tuple[str, ...]:

@@ -63,6 +63,16 @@ def result(settings: Mapping[str, Any]) -> tuple[str, str]:
 
 # To the top of the page, once for each name that is put in: the browser executes what is new to it.
 TO_TOP = "<script>document.querySelector('[data-testid=stMain]').scrollTo(0, 0) // {}</script>"
+# Where what had the focus is gone: once for each `{0}`, as soon as the button of the key `{1}` is there.
+FOCUS = """<script>(() => {{
+  let tries = 0;
+  const timer = setInterval(() => {{
+    const button = document.querySelector('.st-key-{1} button');
+    if (!button && ++tries < 50) return;
+    clearInterval(timer);
+    if (document.activeElement === document.body) button?.focus({{preventScroll: true}});
+  }}, 100);
+}})() // {0}</script>"""
 
 
 TERMS = {
@@ -172,10 +182,13 @@ def _link(address: str | None, text: str) -> str:
     return f'<a href="{escape(address)}" target="_blank" rel="noopener">{escape(text)}</a>'
 
 
-def labels(true: Sequence[str], restored: Sequence[str], method: str, confidence: float) -> str:
+def labels(
+    true: Sequence[str], restored: Sequence[str], method: str, confidence: float, *, predicted: bool = False
+) -> str:
     """Each true class beside what was restored, wrong ones last: the pairing that restoration itself allows.
 
-    Below them what read the labels, and what share of certainty in [0, 1] it claims.
+    Below them what read the labels, and what share of certainty in [0, 1] it claims. predicted: whether some classes
+    are only what the network took a picture for.
     """
     left, found, body = list(restored), 0, ""
     for name in true:
@@ -192,8 +205,8 @@ def labels(true: Sequence[str], restored: Sequence[str], method: str, confidence
     verdict = f"{found} of {len(true)} labels read from the gradient alone, before any picture is rebuilt."
     verdict += f" Read by {escape(method)}, which is {100 * confidence:.0f} % sure of them."
     return (
-        '<div class="gi-scroll"><table class="gi-table"><thead><tr><th>True class</th><th>Restored</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div><p>{verdict}</p>"
+        f'<div class="gi-scroll"><table class="gi-table"><thead><tr><th>{"Label given" if predicted else "True class"}'
+        f"</th><th>Restored</th></tr></thead><tbody>{body}</tbody></table></div><p>{verdict}</p>"
     )
 
 

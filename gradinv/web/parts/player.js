@@ -234,6 +234,11 @@ export default function (component) {
     event.preventDefault();
   };
   document.addEventListener("keydown", keys);
+  // Whoever chose a run with the mouse plays it with the keys next: they are to reach the player, not the choice.
+  const released = event => {
+    if (event.detail && event.target.closest?.(".st-key-replay-run, .st-key-replay-pair")) document.activeElement?.blur();
+  };
+  document.addEventListener("click", released);
 
   switchTo();
   const asked = first ? parseInt(new URL(location.href).searchParams.get("step")) : NaN;
@@ -246,6 +251,7 @@ export default function (component) {
     gone = true;
     pause();
     document.removeEventListener("keydown", keys);
+    document.removeEventListener("click", released);
     find("panels").replaceChildren();
     addresses.forEach(address => URL.revokeObjectURL(address));
     panels.forEach(panel => panel.bitmaps.forEach(bitmap => bitmap.close()));

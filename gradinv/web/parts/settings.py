@@ -18,7 +18,8 @@ from gradinv.web.parts.markup import TERMS
 MODEL, PRESET = "resnet18-tiny", "demo"
 SIZE = 64  # px of the bundled networks' pictures; others have one size only
 SIZES = (64, 128)
-MOST_SEEDS, MOST_ITERATIONS = 1024, 1_000_000
+# Each seed takes memory of its own on a server that others use as well; the command line knows no such bound.
+MOST_SEEDS, MOST_ITERATIONS = 32, 1_000_000
 MORE_SIZES = (64, 96, 128, 160, 224)
 PRESETS = {
     "demo": "Demo: layers are solved exactly as far as the gradient determines them, then pixels are searched for. "

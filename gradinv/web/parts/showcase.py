@@ -123,12 +123,14 @@ def moving() -> bool:
     run = library()[FIRST]
     frames, steps, originals = _frames()
     true, restored = run.classes
+    side = run.recording.run["model"]["image_size"]
     names, right = markup.plain(", ".join(true)), sum(a == b for a, b in zip(true, restored, strict=True))
     pictures = zip(true, run.pictures, strict=True)
     credits = "; ".join(f"{markup.plain(name)}: {markup.credit_words(credit)}" for name, (_, credit) in pictures)
     with st.container(key="moving"):
         with st.container(key="moving-strip"):
-            st.markdown(f"![The rebuilt pictures: {names}]({frames[-1]})\n\nWhat the server rebuilds from the gradient")
+            strip = f"![The rebuilt pictures: {names}]({frames[-1]})"
+            st.markdown(f"{strip}\n\nWhat the server rebuilds from the gradient, {side} px")
             with st.container(key="moving-controls"):
                 _strip(
                     data={

@@ -59,9 +59,9 @@ def numbers(told: Sequence[tuple[str, str]]) -> None:
         st.markdown(markup.facts(told), unsafe_allow_html=True)
 
 
-def met(work: Inversion) -> str | None:
+def met(solving: Solving | None) -> str | None:
     """What to know of the curves of seeds that meet."""
-    return MEETING if work.config.seeds > 1 and work.config.meetings else None
+    return MEETING if solving is not None and solving.meetings else None
 
 
 def hide(work: Inversion) -> bool:

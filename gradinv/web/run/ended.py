@@ -65,9 +65,9 @@ def view(state: JobState) -> None:
             st.markdown(f"**{name} by step**")
             st.plotly_chart(figures.distance_curves(curves, column), key="distance", alt=alt)
         else:
-            st.markdown("**PSNR by step**", help=board.met(work))
+            st.markdown("**PSNR by step**", help=board.met(progress.solving))
             st.plotly_chart(
-                figures.psnr_curves(curves, facts.mean_baseline),
+                figures.psnr_curves(curves, facts.mean_baseline, progress.solving.meetings),
                 key="psnr",
                 alt=board.PSNR_ALT[work.config.seeds > 1],
             )

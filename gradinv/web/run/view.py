@@ -15,7 +15,7 @@ from gradinv.web.parts.inversion import Inversion, Progress, Shared, Solving
 from gradinv.web.parts.solved import MISFIT
 from gradinv.web.run import board, ended
 from gradinv.web.run.control import FOLLOWING, again, begin, own, presenting
-from gradinv.web.run.facts import column_of, lowest, progress_of, quality, size_of, solving_of, work_of
+from gradinv.web.run.facts import column_of, lowest, meetings_of, progress_of, quality, size_of, solving_of, work_of
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
 CHART = 225  # pixels that a live chart is high
@@ -113,6 +113,8 @@ def _head(state: JobState) -> None:
         st.html(KEYS, unsafe_allow_javascript=True)
         # The button that began the run is far down on the page before.
         st.html(markup.TO_TOP.format(state.id), unsafe_allow_javascript=True)
+        following = {"done": "new-run", "stopped": "go-on"}.get(state.status, "stop")
+        st.html(markup.FOCUS.format(f"{state.id} {state.status}", following), unsafe_allow_javascript=True)
         if presenting():
             st.html('<div class="gi-presenting"></div>')
     if presenting():
@@ -139,7 +141,7 @@ def _head(state: JobState) -> None:
                 "can watch the run, and see its pictures; only you can stop it.",
             )
             st.button("Present (P)", icon=":material/present_to_all:", key="present", on_click=_present, args=(True,))
-            st.button("New run", icon=":material/arrow_back:", on_click=_leave, args=(state,))
+            st.button("New run", icon=":material/arrow_back:", key="new-run", on_click=_leave, args=(state,))
 
 
 @st.fragment(run_every=TICK)
@@ -206,7 +208,7 @@ def _solved_so_far(work: Inversion, solving: Solving | None) -> list[str]:
     count, of = len(solving.layers), len(solving.nodes)
     over = solving.boundary is not None
     when = markup.duration(solving.seconds) if over else ""
-    return [markup.progress(1 if over else count / of, f"Layers: {count} of {of} solved", when)]
+    return [markup.progress(count / of, f"Layers: {count} of {of} solved", when)]
 
 
 def _status(state: JobState, progress: Progress | None) -> None:
@@ -254,8 +256,8 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
             st.markdown(f"**{name}**")
             _chart(progress, "live-distance", figures.live_distance(curves, steps, column), alt)
         else:
-            st.markdown("**PSNR in dB**", help=board.met(work))
-            options = figures.live_psnr(curves, steps, facts.mean_baseline)
+            st.markdown("**PSNR in dB**", help=board.met(solving_of(state)))
+            options = figures.live_psnr(curves, steps, facts.mean_baseline, meetings_of(state))
             _chart(progress, "live-psnr", options, board.PSNR_ALT[work.config.seeds > 1])
     with charts[1]:
         st.markdown("**Terms of the loss**", help=board.TERMS_OF_LOSS)

@@ -172,7 +172,7 @@ def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None, meeti
         figure.add_vline(
             x=step,
             line={"color": NEUTRAL, "dash": "dot", "width": 1.2},
-            annotation={"text": MEET, "textangle": -90, "yanchor": "bottom", "y": 0.04, "xanchor": "right"},
+            annotation={"text": MEET, "textangle": -90, "yanchor": "middle", "y": 0.45, "xanchor": "right"},
         )
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="PSNR in dB")

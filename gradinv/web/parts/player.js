@@ -236,9 +236,10 @@ export default function (component) {
   document.addEventListener("keydown", keys);
   // Whoever chose a run with the mouse plays it with the keys next: they are to reach the player, not the choice.
   const released = event => {
-    if (event.detail && event.target.closest?.(".st-key-replay-run, .st-key-replay-pair")) document.activeElement?.blur();
+    const chosen = event.detail && event.target.closest?.(".st-key-replay-run, .st-key-replay-pair");
+    if (chosen) setTimeout(() => document.activeElement?.blur());
   };
-  document.addEventListener("click", released);
+  document.addEventListener("click", released, true);
 
   switchTo();
   const asked = first ? parseInt(new URL(location.href).searchParams.get("step")) : NaN;
@@ -251,7 +252,7 @@ export default function (component) {
     gone = true;
     pause();
     document.removeEventListener("keydown", keys);
-    document.removeEventListener("click", released);
+    document.removeEventListener("click", released, true);
     find("panels").replaceChildren();
     addresses.forEach(address => URL.revokeObjectURL(address));
     panels.forEach(panel => panel.bitmaps.forEach(bitmap => bitmap.close()));

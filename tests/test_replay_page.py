@@ -373,6 +373,18 @@ def test_choice_is_kept_in_the_address(installed):
     assert shown(app) == "other" and address(app) == {"run": "other"}
 
 
+def test_a_presentation_shows_the_player_alone_until_it_is_left(installed):
+    app = open_page(run="four", beside="other")
+    next(button for button in app.button if button.label.startswith("Present")).click().run()
+    assert address(app) == {"run": "four", "beside": "other", "present": "1"} and shown(app) == "four other"
+    assert any('class="gi-presenting"' in item.proto.body for item in app.get("html"))
+    assert not app.selectbox and not app.expander and not app.get("button_group")
+    (leave,) = app.button
+    leave.click().run()
+    assert address(app) == {"run": "four", "beside": "other"} and app.selectbox
+    assert not any('class="gi-presenting"' in item.proto.body for item in app.get("html"))
+
+
 def test_page_without_runs_says_so(installed, tmp_path):
     for path in (tmp_path / "assets" / "runs").glob("*.zip"):
         path.unlink()
@@ -482,6 +494,17 @@ def test_player_obeys_the_keyboard_and_notes_the_step(player):
     player.tab.keyboard.press("Home")
     assert player.step() == "Step 0 of 4"
     assert player.requests == ["http://player.test/replay?run=four"]  # all of it without the server
+
+
+@pytest.mark.browser
+def test_keys_reach_the_player_after_a_run_was_chosen_with_the_mouse(player):
+    player.open("four", query="?step=2")
+    choice = '<div class="st-key-replay-run"><button>another</button></div>'
+    player.tab.evaluate(f"document.body.insertAdjacentHTML('beforeend', '{choice}')")
+    player.tab.get_by_role("button", name="another").click()
+    player.tab.wait_for_function("document.activeElement === document.body")
+    player.tab.keyboard.press("ArrowRight")
+    assert player.step() == "Step 3 of 4"
 
 
 @pytest.mark.browser

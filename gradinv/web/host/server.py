@@ -33,7 +33,8 @@ TIDY = 60.0  # seconds between two times that freed memory is handed back, which
 # is there, which then takes the place of this one.
 _PRESENTING = b"""<script>(() => {
   const asked = new URLSearchParams(location.search);
-  if (asked.get('present') !== '1' || !(asked.has('job') || asked.has('tour'))) return;
+  const large = asked.has('job') || asked.has('tour') || location.pathname.endsWith('/replay');
+  if (asked.get('present') !== '1' || !large) return;
   const mark = document.createElement('div');
   mark.className = 'gi-presenting';
   document.body.append(mark);

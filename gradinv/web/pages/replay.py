@@ -16,7 +16,7 @@ from PIL import Image
 from gradinv import figures, metrics
 from gradinv.images import to_grid
 from gradinv.types import GradinvError
-from gradinv.web.parts import guess, head, markup, shared, solved
+from gradinv.web.parts import guess, head, markup, presenting, shared, solved, tour
 from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.showcase import PAIRS, Bundled, library, player
 from gradinv.web.parts.solved import MISFIT
@@ -90,6 +90,14 @@ def page() -> None:
 
 def _page() -> None:
     runs = library()
+    presented = presenting.on() and not tour.on()  # a tour is presented with its words
+    with st.container(key="scripts"):
+        presenting.scripts()
+    if presented and runs:
+        _play(_asked("run") or next(iter(runs)), _asked("beside"))
+        with st.container(horizontal=True, horizontal_alignment="right"):
+            presenting.way_out()
+        return
     head.lead(
         "Recorded runs",
         "What attacks rebuilt from shared gradients, step by step. Watch them, or guess what the pictures are "
@@ -97,18 +105,25 @@ def _page() -> None:
     )
     if not runs:
         raise GradinvError("No recorded run is installed; record some with: python assets/runs/record.py.")
-    mode = shared.choose("Recorded runs", ("watch", "guess"), "watch", "mode", label_visibility="collapsed")
+    with st.container(horizontal=True, horizontal_alignment="distribute", key="replay-head"):
+        mode = shared.choose("Recorded runs", ("watch", "guess"), "watch", "mode", label_visibility="collapsed")
+        if mode == "watch" and not tour.on():
+            presenting.way_in()
     if mode == "guess":
         _guess()
         return
     run, beside = _asked("run") or next(iter(runs)), _asked("beside")
     _check_step()
-    beside = None if beside == run else beside
-    _choice(run, beside)
-    shown = [run] if beside is None else [run, beside]
+    _choice(run, None if beside == run else beside)
+    _about(_play(run, beside))
+
+
+def _play(run: str, beside: str | None) -> list[str]:
+    """The player of a run, and of another one beside it; → both names."""
+    shown = list(dict.fromkeys(filter(None, (run, beside))))
     with st.container(key="player"):
         player(data=packed(*shown), key="replay-player")
-    _about(shown)
+    return shown
 
 
 def _about(names: Sequence[str]) -> None:

@@ -230,6 +230,7 @@ export default function (component) {
     if (event.key === " " && target.tagName !== "BUTTON") play.click();
     else if (event.key === "ArrowLeft") move(-1);
     else if (event.key === "ArrowRight") move(1);
+    else if (event.key === "r") reveal.click();
     else return;
     event.preventDefault();
   };

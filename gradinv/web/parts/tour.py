@@ -13,7 +13,7 @@ from html import escape
 
 import streamlit as st
 
-from gradinv.web.parts import markup
+from gradinv.web.parts import markup, presenting
 from gradinv.web.parts.lessons import OFF
 
 PARAMETER, ON = "tour", "touring"  # in the address, and in the session
@@ -128,18 +128,17 @@ def banner(pages: Sequence[st.Page], page: st.Page) -> None:
     step, last = STEPS[number - 1], number == len(STEPS)
     if page.title == OWN.page and "job" in st.query_params:
         step = OWN
-    presenting = st.query_params.get("present") == "1"
     with st.container(horizontal=True, vertical_alignment="center", key="tour-bar"):
         st.markdown(_place(number, step.title), unsafe_allow_html=True)
         if step is not OWN:  # whose page has a button for it
             st.button(
-                "Leave the presentation" if presenting else "Present",
+                "Leave the presentation" if presenting.on() else "Present",
                 icon=":material/present_to_all:",
                 type="tertiary",
                 shortcut="P",
                 key="present",
-                on_click=_present,
-                args=(not presenting,),
+                on_click=presenting.switch,
+                args=(not presenting.on(),),
             )
         if st.button("End", icon=":material/close:", type="tertiary", key="tour-end"):
             _end(page)
@@ -153,13 +152,12 @@ def banner(pages: Sequence[st.Page], page: st.Page) -> None:
             key="tour-next",
         ):
             _go(pages, number + 1)
-    if not (presenting and step is OWN):  # a run that is presented shows nothing but its pictures
+    if not (presenting.on() and step is OWN):  # a run that is presented shows nothing but its pictures
         with st.container(key="tour-words"):
             st.markdown(f"**{step.title}.** {step.words}\n\n:material/visibility: {step.task}")
     with st.container(key="tour-scripts"):
         st.html(markup.TO_TOP.format(number), unsafe_allow_javascript=True)
-        if presenting:
-            st.html('<div class="gi-presenting"></div>')
+        presenting.mark()
 
 
 def _place(number: int, title: str) -> str:
@@ -188,13 +186,6 @@ def _page(pages: Sequence[st.Page], step: Step) -> st.Page:
 
 def _begin() -> None:
     st.session_state[ON] = True
-
-
-def _present(begin: bool) -> None:
-    if begin:
-        st.query_params["present"] = "1"
-    else:
-        st.query_params.pop("present", None)
 
 
 def _undo(address: dict[str, str]) -> None:

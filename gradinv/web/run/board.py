@@ -10,10 +10,9 @@ import streamlit as st
 
 from gradinv.cli import say
 from gradinv.jobs import JobState
-from gradinv.web.parts import markup, solved
+from gradinv.web.parts import markup, presenting, solved
 from gradinv.web.parts.inversion import Inversion, Layer, Pictures, Solving
 from gradinv.web.parts.markup import Row, Tile
-from gradinv.web.run.control import presenting
 from gradinv.web.run.facts import Facts, size_of, work_of
 
 T = TypeVar("T")
@@ -67,10 +66,10 @@ def met(solving: Solving | None) -> str | None:
 def hide(work: Inversion) -> bool:
     """The control that hides the originals or, in a presentation, reveals them; → whether they are hidden."""
     if work.originals is None:
-        if presenting():
+        if presenting.on():
             st.markdown("Rebuilt from the gradient alone: nobody here has its pictures.")
         return False
-    if presenting():
+    if presenting.on():
         revealed = st.session_state.get("revealed", False)
         st.button("Hide (R)" if revealed else "Reveal (R)", key="reveal", type="primary", on_click=_reveal)
         return not revealed

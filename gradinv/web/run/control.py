@@ -44,11 +44,6 @@ def go_to(job: str) -> None:
     st.query_params["job"] = job
 
 
-def presenting() -> bool:
-    """Whether the address asks for the presenter's view: large, without controls, originals hidden until the reveal."""
-    return st.query_params.get("present") == "1"
-
-
 def again(state: JobState) -> None:
     """The same batch, behind a defence or without one."""
     work, _ = work_of(state)

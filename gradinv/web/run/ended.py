@@ -14,12 +14,12 @@ from gradinv.jobs import JobState, manager
 from gradinv.recording.replay import Recording
 from gradinv.recording.stores import MemoryStore
 from gradinv.sources import Credit
-from gradinv.web.parts import markup, shared, solved, summary
+from gradinv.web.parts import markup, presenting, shared, solved, summary
 from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.inversion import Inversion, Layer, Progress, Solving
 from gradinv.web.parts.solved import MISFIT
 from gradinv.web.run import board
-from gradinv.web.run.control import again, begin, go_to, own, presenting, with_prior
+from gradinv.web.run.control import again, begin, go_to, own, with_prior
 from gradinv.web.run.facts import ENDINGS, Facts, column_of, lowest, progress_of, quality, size_of, work_of
 
 NAMED = 4  # pictures in a download's name
@@ -44,7 +44,7 @@ def view(state: JobState) -> None:
         return
     recorded = _recording(state.id, progress)
     _go_on(state, progress)
-    if presenting():
+    if presenting.on():
         _replay(state, board.hide(work))
         return
 
@@ -81,7 +81,7 @@ def view(state: JobState) -> None:
 
 def _go_on(state: JobState, progress: Progress) -> None:
     """Of a run that was stopped, the way on."""
-    if progress.kept is None or presenting() or not own(state):
+    if progress.kept is None or presenting.on() or not own(state):
         return
     work, _ = work_of(state)
     left = progress.steps - progress.step
@@ -214,7 +214,7 @@ def _scrub(state: JobState, hidden: bool) -> None:
         if len(recorded.steps) > 1:
             step = st.select_slider("Replay: step", recorded.steps, recorded.steps[-1], key=f"replay-{state.id}")
     layer = None
-    if not presenting():
+    if not presenting.on():
         board.ladder(work, last.solving)
         layer = _chosen_layer(state, last.solving)
     shown = last.pictures

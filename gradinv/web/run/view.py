@@ -9,54 +9,16 @@ import streamlit as st
 from gradinv import figures
 from gradinv.defenses import parse
 from gradinv.jobs import JobState, manager
-from gradinv.web.parts import head, lessons, markup, pick, settings, showcase
+from gradinv.web.parts import head, lessons, markup, pick, presenting, settings, showcase
 from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.inversion import Inversion, Progress, Shared, Solving
 from gradinv.web.parts.solved import MISFIT
 from gradinv.web.run import board, ended
-from gradinv.web.run.control import FOLLOWING, again, begin, own, presenting
+from gradinv.web.run.control import FOLLOWING, again, begin, own
 from gradinv.web.run.facts import column_of, lowest, meetings_of, progress_of, quality, size_of, solving_of, work_of
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
 CHART = 225  # pixels that a live chart is high
-
-# Keys that press what the page shows at that moment: its own, since Streamlit keeps R for itself.
-# And what copies the address, which only the browser knows as it is.
-KEYS = """<script>
-if (!window.gradinvKeys) {
-  window.gradinvKeys = true;
-  document.addEventListener('keydown', event => {
-    const leave = document.querySelector('.gi-presenting') && '.st-key-present button';
-    const what = {
-      r: '.st-key-reveal button, .st-key-hide input', p: '.st-key-present button', Escape: leave,
-    }[event.key];
-    if (!what || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest('input:not([type=checkbox]), textarea, select, [contenteditable]')) return;
-    const found = document.querySelector(what);
-    if (found) { event.preventDefault(); event.stopImmediatePropagation(); found.click(); }
-  }, true);
-  document.addEventListener('click', async event => {
-    if (!event.target.closest('.st-key-copy-link button')) return;
-    const address = location.href;
-    try {
-      await navigator.clipboard.writeText(address);
-    } catch {  // no secure connection, or not allowed in a frame
-      const field = document.createElement('textarea');
-      field.value = address;
-      document.body.append(field);
-      field.select();
-      document.execCommand('copy');
-      field.remove();
-    }
-    const told = document.createElement('div');
-    told.className = 'gi-told';
-    told.setAttribute('role', 'status');
-    told.textContent = 'The link is copied';
-    document.body.append(told);
-    setTimeout(() => told.remove(), 2500);
-  }, true);
-}
-</script>"""
 
 
 def view(job: str) -> None:
@@ -73,14 +35,6 @@ def view(job: str) -> None:
         ended.view(state)
     else:
         _live(job)
-
-
-def _present(begin: bool) -> None:
-    st.session_state.pop("revealed", None)
-    if begin:
-        st.query_params["present"] = "1"
-    else:
-        st.query_params.pop("present", None)
 
 
 def _leave(state: JobState | None) -> None:
@@ -110,15 +64,13 @@ def _head(state: JobState) -> None:
     work, facts = work_of(state)
     config = work.config
     with st.container(key="scripts"):
-        st.html(KEYS, unsafe_allow_javascript=True)
+        presenting.scripts()
         # The button that began the run is far down on the page before.
         st.html(markup.TO_TOP.format(state.id), unsafe_allow_javascript=True)
         following = {"done": "new-run", "stopped": "go-on"}.get(state.status, "stop")
         st.html(markup.FOCUS.format(f"{state.id} {state.status}", following), unsafe_allow_javascript=True)
-        if presenting():
-            st.html('<div class="gi-presenting"></div>')
-    if presenting():
-        st.button("Leave the presentation (Esc)", type="tertiary", key="present", on_click=_present, args=(False,))
+    if presenting.on():
+        presenting.way_out()
         return
     with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute", key="run-head"):
         what = markup.count(config.seeds, "seed")
@@ -140,7 +92,7 @@ def _head(state: JobState) -> None:
                 help="The page’s address is the link to this run, for as long as the server keeps it. Whoever has it "
                 "can watch the run, and see its pictures; only you can stop it.",
             )
-            st.button("Present (P)", icon=":material/present_to_all:", key="present", on_click=_present, args=(True,))
+            presenting.way_in()
             st.button("New run", icon=":material/arrow_back:", key="new-run", on_click=_leave, args=(state,))
 
 
@@ -158,7 +110,7 @@ def _tick(job: str) -> None:
     work, _ = work_of(state)
     if state.status == "queued" and isinstance(work.client, Shared):
         work.client.find()  # somebody still waits for it
-    if presenting():
+    if presenting.on():
         hidden = board.hide(work)
         _timeline(state, progress)
         board.draw(state, progress.pictures if progress is not None else None, hidden)

@@ -116,7 +116,8 @@ RUNS = (
     Run(
         "bn-exact",
         "BN statistics leaked",
-        "Gradient matching, with the exact batch-normalisation statistics of the client's batch.",
+        "Gradient matching, with the exact batch-normalisation statistics of the client's batch. Here they help no "
+        "more than chance.",
         options=(*MATCHING, "--seeds", "1", "--bn", "exact"),
     ),
     Run(

@@ -103,9 +103,9 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
         _compared(choice, texts, pool, places, shown)
     st.caption(
         f"The pictures are searched among {len(pool.candidates)}. {pool.counted} Below the guesses: how similar the "
-        "recovered features are to the picture’s own (cosine), and whether that picture is the best match. What is "
-        "painted of the features comes from a **learned prior**, a network trained on 100,000 public pictures. The "
-        "page Live does the whole attack."
+        "recovered features are to the picture’s own (cosine), not how good the guess looks, and whether that picture is "
+        "the best match. What is painted of the features comes from a **learned prior**, a network trained on 100,000 "
+        "public pictures. The page Live does the whole attack."
     )
     for one, other in showcase.defended():
         notes = " ".join(parse(text).note for text in other.defences)
@@ -154,7 +154,7 @@ def _guesses(
     """What the learned prior paints of the recovered features, in the originals' order, which is known to us only."""
     order, similarity = metrics.aligned(found.features, features)
     tiles = [
-        Tile(uris[one], f"{name}: guess of a learned prior", f"{value:.3f}", mark=first[one] == place)
+        Tile(uris[one], f"{name}: guess of a learned prior", f"features {value:.3f}", mark=first[one] == place)
         for one, value, place in zip(order, similarity, places, strict=True)
     ]
     return Row(name, tiles, "learned prior")

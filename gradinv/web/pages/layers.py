@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 import streamlit as st
@@ -13,7 +14,7 @@ import torch
 from gradinv import figures
 from gradinv.cli.say import AS_GOOD_AS_EXACT, exact, known, percent
 from gradinv.models import Model
-from gradinv.network import STEM, node_shapes, parts_of
+from gradinv.network import STEM, node_shapes, parts_of, stage_of
 from gradinv.recovery.convolution import Equations
 from gradinv.web.parts import head, lessons, markup, shared
 from gradinv.web.parts.guard import guarded
@@ -22,6 +23,7 @@ from gradinv.web.parts.markup import Row, Tile
 from gradinv.web.parts.ways import Way, way
 
 MOST = 16  # pictures in a batch
+DOWN = "layers, from the output down to the picture"  # an axis of charts
 SIDES = ("64", "96", "128")  # px
 NOISE = (OFF, "1e-7", "1e-6", "1e-5", "1e-4", "1e-3", "1e-2")
 
@@ -131,9 +133,17 @@ def against(counts: Sequence[Count]) -> go.Figure:
             marker={"size": 6},
             hovertemplate=f"%{{x}}: %{{y:,}} {name}<extra></extra>",
         )
-    figure.update_xaxes(title_text="layers, from the output down to the picture", showticklabels=False, showgrid=False)
+    figure.update_xaxes(title_text=DOWN, showgrid=False, **_stages(names))
     figure.update_yaxes(title_text="for each channel", type="log", dtick=1)
     return figure.update_layout(**lessons.LAYOUT, height=330)
+
+
+def _stages(names: Sequence[str]) -> dict[str, Any]:
+    """Of an axis of layers the marks: each stage's name where it begins."""
+    begins: dict[str, str] = {}
+    for name in names:
+        begins.setdefault(stage_of(name), name)
+    return {"tickvals": list(begins.values()), "ticktext": list(begins), "tickangle": 0}
 
 
 def _explained(counts: Sequence[Count], batch_size: int) -> str:
@@ -304,7 +314,7 @@ def errors(nodes: Sequence[str], clean: Way, noisy: Way | None, noise: str) -> g
         showarrow=False,
     )
     figure.update_xaxes(
-        title_text="layers, from the output down to the picture", showticklabels=False, showgrid=False,
+        title_text=DOWN, showgrid=False, **_stages(nodes),
         categoryorder="array", categoryarray=list(nodes), range=[-0.5, len(nodes) - 0.5],
     )  # fmt: skip
     figure.update_yaxes(title_text="relative error", type="log", range=[-7.5, 0.3], dtick=1, exponentformat="power")

@@ -104,8 +104,8 @@ def _attacker(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool, places
     st.caption(
         f"The pictures are searched among {len(pool.candidates)}. {pool.counted} Below the guesses: how similar the "
         "recovered features are to the picture’s own (cosine), not how good the guess looks, and whether that picture "
-        "is the best match. What is painted of the features comes from a **learned prior**, a network trained on 100,000 "
-        "public pictures. The page Live does the whole attack."
+        "is the best match. What is painted of the features comes from a **learned prior**, a network trained on "
+        "100,000 public pictures. The page Live does the whole attack."
     )
     for one, other in showcase.defended():
         notes = " ".join(parse(text).note for text in other.defences)

@@ -222,7 +222,7 @@ def live_psnr(
             "symbol": "none",
             "silent": True,
             "lineStyle": {"color": NEUTRAL, "type": "dotted"},
-            "label": {"formatter": MEET, "position": "insideStartTop"},
+            "label": {"formatter": MEET, "position": "insideMiddleTop"},
             "data": [{"xAxis": step} for step in meetings],
         }
     return _live(series, steps, {"type": "value", "scale": True})

@@ -401,7 +401,7 @@ class Snapshot:
     `features_residual` is what the recovered features leave unexplained, None where the attack does without them.
     `stepping` and `parallel_seeds` say how the steps were executed, "" where none was yet, and for how many seeds at a
     time. `boundary` is down to where the network was solved: a node's name, "logits" or "loss". `prior` is what a
-    learned prior painted beforehand, None in a run without one.
+    learned prior painted beforehand, None in a run without one. `meetings` are the steps after which the seeds meet.
     """
 
     step: int
@@ -419,6 +419,7 @@ class Snapshot:
     parallel_seeds: int = 1
     boundary: str = ""
     prior: Prior | None = None
+    meetings: tuple[int, ...] = ()
 
     @property
     def final(self) -> bool:

@@ -435,6 +435,8 @@ def test_seeds_that_meet_go_on_from_their_mean(model, batch, observation, optimi
     # Means are of normalised images, which the pixels in [0, 1] are up to rounding.
     torch.testing.assert_close(met[4], never[4].mean(0).expand_as(met[4]), atol=1e-5, rtol=0)
     assert torch.equal(met[8][0], met[8][1]) and not torch.equal(met[8], met[4])
+    told = change(apart, meetings=(0.5,), iterations=2)
+    assert [s.meetings for s in invert(model, observation, told, recovered=recovered)] == [(1,), (1,)]
     noisy = seeds_of(change(apart, meetings=(0.5,), meeting_scale=0.3))
     apart_by = (noisy[4][0] - noisy[4][1]).std()
     assert 0.01 < apart_by < 0.2  # 0.3 · √2 in normalised units, of pixels that end at 0 and 1

@@ -37,7 +37,7 @@ from gradinv.web.pages import replay
 from gradinv.web.parts import markup, showcase
 
 BUNDLED = sorted((ASSETS / "runs").glob("*.zip"))
-CONFIG = AttackConfig(seeds=2, iterations=4, group=0.0, registration="lazy")
+CONFIG = AttackConfig(seeds=2, iterations=4, group=0.0, registration="lazy", meetings=(0.5,))
 PICTURES = ("goldfish", "tabby", "lion")
 RECORDED: dict[str, Recording] = {}  # by name, once for all tests
 
@@ -246,6 +246,7 @@ def test_player_is_given_the_curves(installed):
     assert len(four["psnr"]) == 3 and len(other["psnr"]) == 1  # each seed where there are several, then the consensus
     assert four["psnr"][1] == [row["psnr"] for row in rows if row["seed"] == 1]
     assert four["psnr"][-1] == [row["consensus_psnr"] for row in rows if row["seed"] == 0]
+    assert four["meetings"] == [2] and other["meetings"] == []
     assert four["distance"][0] is None  # no gradient is compared before the first step
     last = [row["distance"] for row in rows if row["step"] == 4]
     assert four["distance"][-1] == pytest.approx(sum(last) / 2)

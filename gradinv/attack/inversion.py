@@ -239,6 +239,7 @@ class _Emission:
             parallel_seeds=self.parallel if done is None else done.stepper.parallel,
             boundary=run.config.boundary,
             prior=self.prior,
+            meetings=meeting_steps(run.config),
         )
 
 

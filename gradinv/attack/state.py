@@ -225,9 +225,9 @@ def stage_plan(config: AttackConfig, size: int) -> list[Stage]:
     return [Stage(first, latest(sides, first), *latest(annealed, first)) for first in sorted({*sides, *annealed})]
 
 
-def meeting_steps(config: AttackConfig) -> frozenset[int]:
-    """After how many steps the seeds meet; of one seed there is no meeting."""
-    return frozenset(round(share * config.iterations) for share in config.meetings if config.seeds > 1)
+def meeting_steps(config: AttackConfig) -> tuple[int, ...]:
+    """After how many steps the seeds meet, in order; of one seed there is no meeting."""
+    return tuple(sorted({round(share * config.iterations) for share in config.meetings if config.seeds > 1}))
 
 
 def stage_at(plan: Sequence[Stage], step: int) -> Stage:

@@ -164,6 +164,7 @@ class Recorder:
             peak_memory_mb=_peak_memory_mb(self._device),
             environment={**self.run["environment"], **_executed(snapshot)},
             **({"boundary": snapshot.boundary} if snapshot.boundary else {}),
+            meetings=list(snapshot.meetings),
         )
         # A stopped run may end with the state that was recorded last, and a resumed one begins with it.
         if snapshot.step > self._recorded:

@@ -58,6 +58,7 @@ def _facts(run: Bundled) -> tuple[dict[str, Any], list[bytes]]:
         "classes": true,
         "restored": restored,
         "steps": recording.steps,
+        "meetings": recording.run.get("meetings", []),  # earlier versions did not record them
         "psnr": [*own, [rows[step, 0]["consensus_psnr"] for step in recording.steps]],
         **_misfit(run),
         "baseline": metrics.mean(recording.run["metrics"]["baseline"]["psnr"]),

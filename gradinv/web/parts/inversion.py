@@ -324,7 +324,7 @@ class _Running:
                 boundary=boundary,
                 stopped=run.recovered.stopped,
                 seconds=spent,
-                meetings=tuple(sorted(meeting_steps(run.config))),
+                meetings=meeting_steps(run.config),
             )
         return run
 

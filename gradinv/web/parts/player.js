@@ -46,7 +46,7 @@ export default function (component) {
 
   // --- curves: lines in a unit square, stretched to the chart's box; what is at the step stands in words above it
 
-  const chart = (title, range, lines, dashed) => {
+  const chart = (title, range, lines, dashed, meetings = []) => {
     const box = make("div", "chart"), words = make("p", "words"), plot = make("div", "plot"), area = make("div", "area"), mark = make("div", "mark");
     const [low, high] = range, space = "http://www.w3.org/2000/svg", svg = document.createElementNS(space, "svg");
     svg.setAttribute("viewBox", "0 0 1 1");
@@ -64,6 +64,12 @@ export default function (component) {
     if (Number.isFinite(dashed)) draw([[0, dashed], [total, dashed]], "dashed");
     lines.forEach((points, index) => draw(points, index === lines.length - 1 ? "main" : "thin"));
     area.append(svg, mark);
+    for (const step of meetings) {
+      const line = make("div", "meeting");
+      line.style.left = `${(100 * step) / total}%`;
+      line.append(make("span", "", "the seeds meet"));
+      area.append(line);
+    }
     plot.append(area, make("span", "high", high.toPrecision(3)), make("span", "low", low.toPrecision(3)));
     box.append(words, plot);
     const seek = event => {
@@ -120,7 +126,7 @@ export default function (component) {
       return { picture, hidden, caption };
     });
     const points = values => run.steps.map((step, at) => [step, values[at]]);
-    const quality = chart("PSNR of the reconstruction", [Math.min(...levels), Math.max(...levels)], run.psnr.map(points), run.baseline);
+    const quality = chart("PSNR of the reconstruction", [Math.min(...levels), Math.max(...levels)], run.psnr.map(points), run.baseline, run.meetings);
     charts.append(quality.box);
     const distance = run.distance.some(Number.isFinite)
       ? chart(run.measured, [0, Math.max(...distances(run.measured))], [points(run.distance)])

@@ -170,6 +170,7 @@ def test_live_pictures_are_swapped_in_place_and_stop_ends_the_run(server: str, b
     page = visit.page
     page.get_by_role("button", name="Rebuild the pictures").click()
     page.wait_for_selector(RECONSTRUCTION)
+    page.wait_for_selector('[data-testid="stEChartsChart"] canvas')  # comes with the first picture, or after it
     page.evaluate(
         f"""() => {{ window.kept = document.querySelector('{RECONSTRUCTION}'); window.source = window.kept.src;
         window.chart = document.querySelector('[data-testid="stEChartsChart"] canvas') }}"""

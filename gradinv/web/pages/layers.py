@@ -204,11 +204,7 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
     numbers = f"{seen.layer.numbers:,} numbers of each picture; nine of {seen.layer.shape[0]} channels"
     rows = [
         Row("Originals", originals, "only the client has them"),
-        Row(
-            "True",
-            _tiles(seen.own, f"What {name} holds of", titles),
-            numbers,
-        ),
+        Row("True", _tiles(seen.own, f"What {name} holds of", titles), numbers),
         Row("Recovered", _tiles(seen.found, f"What was recovered of {name} for", titles), "from the gradient alone"),
     ]
     with st.container(key="layer-board"):

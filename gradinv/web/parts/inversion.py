@@ -296,7 +296,7 @@ class _Running:
         def solved(node: SolvedNode) -> None:
             nonlocal drawn
             self._order = self._order or self._paired(node)
-            # Drawing takes as long as solving does: now only what a page shows before the next, and the others later.
+            # Drawing each takes a sixth of what solving takes: now only those that a page can show, the others later.
             due = time.perf_counter() - drawn >= self._job.INTERVAL
             layer = Layer.of(node, self._tiles(node) if due else ())
             drawn = time.perf_counter() if due else drawn

@@ -64,7 +64,7 @@ def test_one_picture_is_solved_down_to_the_stem(model, capsys):
         assert cells[-1] == "%" and float(cells[-2]) < 0.01, "the true error"
     lines = said.out.splitlines()
     assert "linear" in lines[-2], "why it ends there"
-    assert "exactly down to maxpool in " in lines[-1] and " s, 16,384 numbers of each picture." in lines[-1]
+    assert "down to maxpool (exactly) in " in lines[-1] and " s, 16,384 numbers of each picture." in lines[-1]
     # The table is aligned: each row is as wide as its header, whose last column ends it.
     assert len({len(line) for line in lines if line.startswith(("node ", "layer", "maxpool"))}) == 1
 
@@ -179,7 +179,7 @@ def test_invert_says_how_deep_it_is_solved_and_keeps_the_table(capsys):
     settings = ["--seeds", "1", "--iterations", "1", "--out", "run", "--boundary", "layer4.0.conv1"]
     assert cli.main(["invert", "goldfish", *TINY, *settings]) == 0
     output = capsys.readouterr().out
-    assert "Layers solved from the gradient exactly down to layer4.0.conv1, " in output
+    assert "Layers solved from the gradient down to layer4.0.conv1 (exactly), " in output
     table = json.loads(Path("run", "run.json").read_text())["recovered"]
     assert [node["name"] for node in table["nodes"]] == ["layer4.1.conv1", "layer4.0", "layer4.0.conv1"]
     assert set(table) == {"features_residual", "scale", "nodes", "stopped", "notes", "seconds"}

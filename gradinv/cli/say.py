@@ -100,7 +100,7 @@ def known(errors: Sequence[float]) -> str:
 
 
 def solved_to(nodes: Sequence[SolvedNode]) -> str:
-    """How well and how deep the layers are solved: the lowest that is exact, and the lowest of all."""
+    """How deep the layers are solved, and how well: the lowest that is exact, and the lowest of all."""
     fine = [node for node in nodes if exact(node.error.tolist())]
     ends = dict.fromkeys((*fine[-1:], nodes[-1]))
-    return listed([f"{known(node.error.tolist())} down to {node.name}" for node in ends], "and")
+    return f"down to {listed([f'{node.name} ({known(node.error.tolist())})' for node in ends], 'and')}"

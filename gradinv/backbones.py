@@ -38,11 +38,9 @@ MOCO_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/m
 """Where the MoCo v2 backbone is published, as the README of facebookresearch/moco has it; GRADINV_MOCO_URL names a
 mirror."""
 
-
 # That README states the first 8 of the 32 digits of the file's md5, and nothing else of it is published. They tell a
 # damaged or an exchanged file, but would not stop somebody who forges one: it is read as weights only.
 _MOCO_MD5 = "a04e12f8"
-
 
 # The file's size is not published. Both encoders, the queue and the momentum of the optimiser would be 370 MB; whoever
 # sends much more sends something else.

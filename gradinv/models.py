@@ -244,11 +244,13 @@ def _read_classes(path: Path) -> tuple[ImageClass, ...]:
 
 
 def check_size(image_size: int | None) -> None:
+    """Raises GradinvError for a side in pixels at which no network is used."""
     if image_size is not None and not 8 <= image_size <= 1024:
         raise GradinvError(f"The image size must be between 8 and 1024 pixels, not {image_size}.")
 
 
 def existing(name: str) -> Path:
+    """The weights file of that path. Raises GradinvError where there is none."""
     path = Path(name).expanduser()
     if not path.is_file():
         raise GradinvError(f"There is no model or weights file {name!r}; named models are {', '.join(MODELS)}.")

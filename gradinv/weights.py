@@ -37,7 +37,10 @@ _HELD_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "sta
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name and the file's own metadata; pickled files are read as weights only."""
+    """Tensors by name and the file's own metadata; pickled files are read as weights only.
+
+    Raises GradinvError for a file that holds no weights or says of itself what cannot be.
+    """
     metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
@@ -122,6 +125,7 @@ def shapes(arch: str) -> dict[str, torch.Size]:
 
 
 def build(arch: str, classes: int) -> nn.Module:
+    """torchvision's network of that name with random weights. Raises GradinvError for another than `_ARCHITECTURES`."""
     if arch not in _ARCHITECTURES:
         raise GradinvError(f"The architecture {arch!r} is not supported; take one of {', '.join(_ARCHITECTURES)}.")
     builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(arch)
@@ -146,5 +150,6 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """The file's digest in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradinv import figures, metrics, pace
 from gradinv.attack.inversion import Snapshots, invert
 from gradinv.attack.memory import check_memory
-from gradinv.attack.state import RunState, meeting_steps
+from gradinv.attack.state import RunState
 from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.defenses import parse_all
@@ -125,8 +125,7 @@ class Solving:
 
     `layers` are the solved ones and `nodes` all that can be, the highest first; of a network that cannot be solved
     there are none. `boundary` is what the pixels are searched below, None as long as the solving goes on; then
-    `stopped` says why it went no further. `seconds` is what it has taken. `meetings` are the steps of the search after
-    which the seeds meet.
+    `stopped` says why it went no further. `seconds` is what it has taken.
     """
 
     nodes: tuple[str, ...]
@@ -134,7 +133,6 @@ class Solving:
     boundary: str | None = None
     stopped: str = ""
     seconds: float = 0.0
-    meetings: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -165,7 +163,8 @@ class Progress:
 
     `seconds` are those of the search. `curves` are the recorded rows so far, `speed` is in seconds an iteration,
     `remaining` in seconds (both None before they are worth telling), `store` the recording itself, `solving` what was
-    solved before. A run that was stopped has `kept` what it takes to go on, where that is not too much.
+    solved before, `meetings` the steps after which the seeds meet. A run that was stopped has `kept` what it takes to
+    go on, where that is not too much.
     """
 
     step: int
@@ -177,6 +176,7 @@ class Progress:
     curves: tuple[Mapping[str, Any], ...]
     store: MemoryStore
     solving: Solving
+    meetings: tuple[int, ...] = ()
     kept: Kept | None = None
 
     @property
@@ -319,13 +319,7 @@ class _Running:
             # Stopped half-way, nothing is known of how far it would have gone.
             boundary = None if self._handle.stop.is_set() else run.config.boundary
             spent = time.perf_counter() - self._began
-            self._solving = replace(
-                self._solving,
-                boundary=boundary,
-                stopped=run.recovered.stopped,
-                seconds=spent,
-                meetings=meeting_steps(run.config),
-            )
+            self._solving = replace(self._solving, boundary=boundary, stopped=run.recovered.stopped, seconds=spent)
         return run
 
     def _tiles(self, node: SolvedNode) -> tuple[str, ...]:
@@ -365,6 +359,7 @@ class _Running:
             curves=tuple(self._recorder.curves),
             store=self._store,
             solving=self._solving,
+            meetings=snapshot.meetings,
             kept=kept,
         )
         size = sum(len(self._store.read(name)) for name in self._store.names()) + self._solving.size

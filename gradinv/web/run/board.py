@@ -11,7 +11,7 @@ import streamlit as st
 from gradinv.cli import say
 from gradinv.jobs import JobState
 from gradinv.web.parts import markup, presenting, solved
-from gradinv.web.parts.inversion import Inversion, Layer, Pictures, Solving
+from gradinv.web.parts.inversion import Inversion, Layer, Pictures, Progress, Solving
 from gradinv.web.parts.markup import Row, Tile
 from gradinv.web.run.facts import Facts, size_of, work_of
 
@@ -58,9 +58,9 @@ def numbers(told: Sequence[tuple[str, str]]) -> None:
         st.markdown(markup.facts(told), unsafe_allow_html=True)
 
 
-def met(solving: Solving | None) -> str | None:
+def met(progress: Progress | None) -> str | None:
     """What to know of the curves of seeds that meet."""
-    return MEETING if solving is not None and solving.meetings else None
+    return MEETING if progress is not None and progress.meetings else None
 
 
 def hide(work: Inversion) -> bool:

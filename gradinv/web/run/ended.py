@@ -65,9 +65,9 @@ def view(state: JobState) -> None:
             st.markdown(f"**{name} by step**")
             st.plotly_chart(figures.distance_curves(curves, column), key="distance", alt=alt)
         else:
-            st.markdown("**PSNR by step**", help=board.met(progress.solving))
+            st.markdown("**PSNR by step**", help=board.met(progress))
             st.plotly_chart(
-                figures.psnr_curves(curves, facts.mean_baseline, progress.solving.meetings),
+                figures.psnr_curves(curves, facts.mean_baseline, progress.meetings),
                 key="psnr",
                 alt=board.PSNR_ALT[work.config.seeds > 1],
             )

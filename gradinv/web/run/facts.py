@@ -62,12 +62,6 @@ def solving_of(state: JobState) -> Solving | None:
     return state.update.solving if isinstance(state.update, Progress) else state.update
 
 
-def meetings_of(state: JobState) -> tuple[int, ...]:
-    """The steps after which the seeds meet, as far as that is known."""
-    solving = solving_of(state)
-    return () if solving is None else solving.meetings
-
-
 def lowest(solving: Solving | None) -> Layer | None:
     """The layer to look at, of those that are drawn: what was solved last, and what the pixels are searched below."""
     if solving is None:

@@ -15,7 +15,7 @@ from gradinv.web.parts.inversion import Inversion, Progress, Shared, Solving
 from gradinv.web.parts.solved import MISFIT
 from gradinv.web.run import board, ended
 from gradinv.web.run.control import FOLLOWING, again, begin, own
-from gradinv.web.run.facts import column_of, lowest, meetings_of, progress_of, quality, size_of, solving_of, work_of
+from gradinv.web.run.facts import column_of, lowest, progress_of, quality, size_of, solving_of, work_of
 
 TICK = 0.75  # seconds; with the worker's interval of the same length a change shows within two
 CHART = 225  # pixels that a live chart is high
@@ -197,7 +197,7 @@ def _seconds(progress: Progress | None, solving: Solving | None) -> float | None
 
 def _live_charts(state: JobState, progress: Progress | None) -> None:
     work, facts = work_of(state)
-    curves = progress.curves if progress is not None else ()
+    curves, meetings = (progress.curves, progress.meetings) if progress is not None else ((), ())
     # Another preset may have taken over, with other iterations.
     steps = progress.steps if progress is not None else work.config.iterations
     charts = st.columns(2) if size_of(work) > board.BESIDE else (st.container(), st.container())
@@ -208,8 +208,8 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
             st.markdown(f"**{name}**")
             _chart(progress, "live-distance", figures.live_distance(curves, steps, column), alt)
         else:
-            st.markdown("**PSNR in dB**", help=board.met(solving_of(state)))
-            options = figures.live_psnr(curves, steps, facts.mean_baseline, meetings_of(state))
+            st.markdown("**PSNR in dB**", help=board.met(progress))
+            options = figures.live_psnr(curves, steps, facts.mean_baseline, meetings)
             _chart(progress, "live-psnr", options, board.PSNR_ALT[work.config.seeds > 1])
     with charts[1]:
         st.markdown("**Terms of the loss**", help=board.TERMS_OF_LOSS)
@@ -217,8 +217,8 @@ def _live_charts(state: JobState, progress: Progress | None) -> None:
 
 
 def _chart(progress: Progress | None, key: str, options: dict[str, Any], alt: str) -> None:
-    """A chart, and its place as long as there is no picture: to fetch and start what draws it takes the browser half a
-    second of a core that the layers need."""
+    """A chart, and its place as long as there is no picture: what draws it is fetched and started after that, since
+    until then the layers need the processor."""
     if progress is None:
         st.html(f'<div style="height: {CHART}px"></div>')
     else:

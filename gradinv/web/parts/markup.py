@@ -63,8 +63,8 @@ def result(settings: Mapping[str, Any]) -> tuple[str, str]:
 
 # To the top of the page, once for each name that is put in: the browser executes what is new to it.
 TO_TOP = "<script>document.querySelector('[data-testid=stMain]').scrollTo(0, 0) // {}</script>"
-# Where what had the focus is gone: once for each `{0}`, as soon as the button of the key `{1}` is there. Whoever has just
-# opened the page had none.
+# Where what had the focus is gone: once for each `{0}`, as soon as the button of the key `{1}` is there. Whoever has
+# just opened the page had none.
 FOCUS = """<script>(() => {{
   if (!navigator.userActivation?.hasBeenActive) return;
   let tries = 0;

@@ -21,7 +21,6 @@ ROUNDING = 1e-6
 _SPARE, _LEAST_SPARE = 1.1, 1.02
 _TELLING = 1.5  # a channel of x tells the noise of its equations if it has so many for each unknown
 _ENTRIES = 4_000_000  # at most of the matrices of the channels that are solved at a time
-_TOLD = 1.1  # a position's input is known if so many of the shortcut's outputs are on for each channel of it
 _REFINEMENTS, _REFINED = 3, 1e-8  # of a least-squares solution at most; the share of x that the last one may change
 _ONE_BY_ONE = 8  # channels at most that are set aside one by one
 # A ridge, relative to the columns' norms: a column of which nothing is known gets a large σ and no infinity.
@@ -267,11 +266,6 @@ def _completed(a: Tensor, g: Tensor, values: Tensor, where: Tensor) -> tuple[Ten
     Each channel lacks other entries and so has a matrix of its own. Those with many equations tell the noise first; of
     the others it says how far to trust the equations, and how far that x varies around its mean.
     """
-    if (where == where[:, :1]).all():  # whole positions are known, and the others have one matrix
-        free = ~where[:, 0]
-        x, sigma = values.clone(), torch.zeros_like(values)
-        x[free], sigma[free] = _least_squares(a[:, free], g - a[:, ~free] @ values[~free])
-        return x, sigma
     norms = a.norm(dim=0).clamp(min=1e-300)
     system = _Scaled(a / norms)
     lacking = (~where).sum(0)
@@ -337,38 +331,6 @@ def _factor(gram: Tensor) -> Tensor:
         diagonal += ridge * (failed > 0)[..., None]
         factor, failed = torch.linalg.cholesky_ex(gram)
     return factor
-
-
-def known_by_shortcut(unit: Unit, output: Tensor, on: Tensor, height: int, width: int) -> Known | None:
-    """The input of a 1 × 1 convolution at the positions that its stride meets, from its output (B, O, h, w) without
-    BN's offset, where that is known (`on`, bool): W x = output, by least squares. None where it has too few channels
-    for its input's, or they are off; at single positions that is allowed."""
-    if unit.conv.kernel_size != (1, 1) or _padding(unit) != (0, 0):
-        return None
-    weight = weight_of(unit, torch.float64)[:, :, 0, 0]
-    right, told = columns(output), columns(on)
-    enough = told.sum(1) >= _TOLD * weight.shape[1]
-    if not enough.any():
-        return None
-    x, sigma = (torch.zeros(len(right), weight.shape[1], dtype=torch.float64) for _ in range(2))
-    for places in enough.nonzero()[:, 0].split(max(1, _ENTRIES // weight.numel())):
-        rows = weight * told[places, :, None]
-        left = (right[places] * told[places])[:, :, None]
-        factor, failed = torch.linalg.cholesky_ex(rows.mT @ rows)
-        enough[places[failed > 0]] = False
-        found = torch.cholesky_solve(rows.mT @ left, factor)
-        found += torch.cholesky_solve(rows.mT @ (left - rows @ found), factor)
-        noise = (left - rows @ found).square().sum(1) / (told[places].sum(1, keepdim=True) - weight.shape[1])
-        spread = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2).clamp(min=0)
-        x[places], sigma[places] = found[:, :, 0], (spread * noise).sqrt()
-    images, _, rows_out, columns_out = output.shape
-    maps = []
-    for part in (x, sigma, enough[:, None].expand_as(x)):
-        whole = torch.zeros(images, x.shape[1], height, width, dtype=part.dtype)
-        small = part.view(images, rows_out, columns_out, -1).permute(0, 3, 1, 2)
-        whole[:, :, :: unit.conv.stride[0], :: unit.conv.stride[1]] = small
-        maps.append(whole)
-    return Known(maps[0].clamp(min=0), maps[2], maps[1])
 
 
 def weight_of(unit: Unit, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gradinv.models import Model
 from gradinv.network import STEM, Block, Unit, node_shapes, parts_of
-from gradinv.recovery.convex import Layer, layers_of_input, mean_of_input, solve_convex
-from gradinv.recovery.convolution import Equations, Known, Solution, known_by_shortcut, solve_input
+from gradinv.recovery.convex import solve_convex
+from gradinv.recovery.convex_problem import Layer, layers_of_input, mean_of_input
+from gradinv.recovery.convolution import Equations, Known, Solution, affine, solve_input
 from gradinv.recovery.final_layer import COMPUTED, Fit, rounding
 from gradinv.recovery.gates import Gate, gate, mended_by_bias, mended_by_residual
 from gradinv.recovery.last_block import Pooled, Unsolved, last_gate
@@ -184,7 +185,7 @@ class _Way:
         solution, mended, added = self._linear(step, shape, known, count)
         fine = solution is not None and float(solution.error.median()) <= _FINE
         if count < _AMPLE * unknowns and not fine:
-            node = self._convex(step, shape, known, solution if added else None)
+            node = self._convex(step, shape, solution if added else None)
             if node is not None and (solution is None or node.error.median() < solution.error.median()):
                 return node
         if solution is None:
@@ -250,37 +251,32 @@ class _Way:
         many of what was known of each channel beforehand was made use of."""
         unknowns = shape[0] * shape[2] * shape[3]
         completed = None
-        if known is not None:
-            left = sum(part.count(*shape[2:]) for part in self._equations(step, beside=known))
-            if left >= (1 - known.share) * unknowns:
-                completed = (*self._exact(step, shape, known), round(known.share * unknowns))
+        if known is not None and count >= (1 - known.share) * unknowns:
+            completed = (*self._exact(step, shape, known), round(known.share * unknowns))
         if count < unknowns or (completed and float(completed[0].error.median()) <= _FINE):
             return completed or (None, self._gate, 0)
         plain = (*self._exact(step, shape), 0)
         return completed if completed and completed[0].error.median() <= plain[0].error.median() else plain
 
     def _known(self, step: _Step, shape: tuple[int, int, int, int]) -> Known | None:
-        """What a block's output says of its input: x = out − BN(conv(h)) where out > 0, with h the block's last inner
-        node, or the same of the shortcut of x. None where the output is not solved, or says too little."""
-        above = self._layers(step) if step.first else None
-        if above is None:
-            return None
-        past = above[0][-1]
-        if past.unit is not None:
-            return known_by_shortcut(past.unit, past.target, past.on, *shape[2:])
+        """What a block's output says of its input where the shortcut is the identity: x = out − BN(conv(h)) where
+        out > 0, with h the block's last inner node. None elsewhere, and where the output is not solved."""
         solved = {node.name: node for node in self._solved}
+        if not step.first or step.block.shortcut is not None or step.block.name not in solved:
+            return None
         output, inner = solved[step.block.name], solved[step.block.units[-2].name]
-        rest = output.activation - past.target
+        rest = affine(step.block.units[-1], inner.activation * inner.on)
         sizes = [part.flatten(1).square().mean(1).sqrt() for part in (output.activation, rest)]
         sigma = torch.hypot(output.error * sizes[0], inner.error * sizes[1]).view(-1, 1, 1, 1)
-        return Known(past.target.clamp(min=0), past.on, sigma.expand(shape))
+        on = output.on & (output.activation > 0)
+        return Known((output.activation - rest).clamp(min=0), on, sigma.expand(shape))
 
     def _exact(
         self, step: _Step, shape: tuple[int, int, int, int], known: Known | None = None
     ) -> tuple[Solution, Gate]:
         """By the gradient's equations, and the entries that are known beside them: the solution, and the gate above it,
         its masks mended on the way."""
-        equations, above = self._equations(step, beside=known), self._gate
+        equations, above = self._equations(step), self._gate
         # Rounding and noise leave about as much unexplained in every layer.
         expected = _LIKE_ABOVE * max(_ROUNDING, self._fit.residual, *(node.residual for node in self._solved))
         best = now = solve_input(equations, shape, known=known), above
@@ -299,9 +295,7 @@ class _Way:
                 break
         return best
 
-    def _convex(
-        self, step: _Step, shape: tuple[int, int, int, int], known: Known | None, solution: Solution | None
-    ) -> SolvedNode | None:
+    def _convex(self, step: _Step, shape: tuple[int, int, int, int], solution: Solution | None) -> SolvedNode | None:
         """By the layers' own equations as well, and the way then stands at that node; None where the block's
         activations above are not known, or this does not help. Of a `solution` the channels that it determines stay."""
         above = self._layers(step)
@@ -320,7 +314,6 @@ class _Way:
             shape,
             mean=mean,
             settled=settled,
-            places=known if step.first and step.block.shortcut is not None else None,
             noise=noise,
             # An iteration takes as long as there are images, and gains the less the more unknowns there are.
             iterations=min(max(_ITERATIONS // shape[0], 100), 400),
@@ -365,11 +358,10 @@ class _Way:
             return None
         return layers, mean, max(1e-6, *(solved[name].typical_error for name in names))
 
-    def _equations(self, step: _Step, beside: Known | None = None) -> list[Equations]:
-        """Those of the step's convolution, and of the shortcut where that has the same input and is not what tells the
-        entries known beside them."""
+    def _equations(self, step: _Step) -> list[Equations]:
+        """Those of the step's convolution, and of the shortcut where that has the same input."""
         found = [self._behind(step.unit, self._gate)]
-        if step.first and step.block.shortcut is not None and beside is None:
+        if step.first and step.block.shortcut is not None:
             found.append(self._behind(step.block.shortcut, self._outer))
         return found
 

@@ -298,7 +298,7 @@ def _real(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# What `matching` is made of was measured: docs/results.md.
+# What `matching` is made of was measured: docs/gradient-matching.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "matching": {

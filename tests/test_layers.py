@@ -422,7 +422,7 @@ def test_a_wrong_layer_is_never_called_exact(basic, monkeypatch):
         return replace(gate, mask=mask, margin=torch.full_like(gate.margin, 1e3))
 
     monkeypatch.setattr(layers, "last_gate", spoilt)
-    monkeypatch.setattr(gates, "_JOINT_FLIPS", 1)
+    monkeypatch.setattr(gates, "_FLIPS", 0)
     fit = FinalLayer(basic, observation).fit(torch.tensor(LABELS))
     nodes, stopped = solve_layers(basic, observation, fit)
     true = truth(basic, images)

@@ -118,7 +118,6 @@ def solve_input(
     shape: tuple[int, int, int, int],
     *,
     known: Known | None = None,
-    doubtful: Tensor | None = None,
     expected: float = 0.0,
 ) -> Solution:
     """Least squares for the input x of one or two convolutions: shape (B, C, H, W), the second one a shortcut's.
@@ -126,11 +125,11 @@ def solve_input(
     With entries `known` beforehand only the others are solved for, in each input channel its own; where a channel has
     more of them than equations, the likeliest values are taken, near the channel's mean.
 
-    Output channels whose equations stand out are set aside, as long as enough remain; `doubtful` (O,) ones of the first
-    equations are from the start. Where the residual stays above the `expected` one although none stands out, equations
-    hardly outnumber unknowns and a wrong one is spread over all: then the worst channel is set aside and the next one,
-    if that brings the residual down. σ is the residual per equation times √diag((AᵀA)⁻¹), enlarged to what the negative
-    values say where these are larger: a true input is never negative.
+    Output channels whose equations stand out are set aside, as long as enough remain. Where the residual stays above
+    the `expected` one although none stands out, equations hardly outnumber unknowns and a wrong one is spread over all:
+    then the worst channel is set aside and the next one, if that brings the residual down. σ is the residual per
+    equation times √diag((AᵀA)⁻¹), enlarged to what the negative values say where these are larger: a true input is
+    never negative.
     """
     images, channels, height, width = shape
     places = images * height * width
@@ -140,8 +139,6 @@ def solve_input(
         [part.matrix(height, width) for part in equations], [part.right_side() for part in equations], given
     )
     kept = [torch.ones(len(part), dtype=torch.bool) for part in system.matrices]
-    if doubtful is not None and system.equations([~doubtful, *kept[1:]]) >= _SPARE * unknowns:
-        kept[0] = ~doubtful
     found = system.solve(kept)
     for _ in range(12):
         fewer = found.without_outliers(system)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +10,10 @@ from torch.nn import functional as F
 
 from gradinv.recovery.convolution import ROUNDING, STANDS_OUT, Equations, Solution, geometry
 
-# So many of a channel's least certain mask entries are tried: as the only wrong one, as one of two, and all together.
-_SINGLE_FLIPS, _PAIRED_FLIPS, _JOINT_FLIPS = 200, 24, 1024
-# Of these together: singular values above noise, iterations of the splitting, entries that are turned round afterwards.
-_CUTS, _SPLITTINGS, _FEW_FLIPS = (1e-3, 1e-4, 1e-5), 300, 30
-_TOGETHER = 2**22  # numbers of the channels that are mended at a time
+# So many of a channel's least certain mask entries are tried: by the bias as the only wrong one and as one of two, by
+# the residual as those that were wrong together, of which at most so many times one or two are turned.
+_SINGLE_FLIPS, _PAIRED_FLIPS = 200, 24
+_TRIED, _FLIPS = 1024, 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,77 +87,25 @@ def mended_by_residual(gate: Gate, equations: Equations, x: Tensor, suspects: Te
     patches = F.unfold(x, equations.unit.conv.kernel_size, padding=padding, stride=stride)  # (B, C·m·n, places)
     patches = patches.transpose(0, 1).flatten(1)
     flips = torch.zeros_like(gate.mask)
-    channels = suspects.nonzero()[:, 0].tolist()
-    together = max(1, _TOGETHER // min(_JOINT_FLIPS, gate.margin[:, 0].numel()) ** 2)
-    for start in range(0, len(channels), together):
-        sums = []
-        for channel in channels[start : start + together]:
-            gradient = equations.gradient[channel].flatten()
-            lacking = gradient - patches @ equations.cotangent[:, channel].flatten()
-            if float(lacking.norm()) < 3 * ROUNDING * float(gradient.norm()):  # it was set aside for nothing
-                continue
-            order = gate.margin[:, channel].flatten().argsort()[:_JOINT_FLIPS]
-            on, full = (part[:, channel].flatten()[order] for part in (gate.mask, gate.full))
-            each = torch.where(on, -full, full) * equations.unit.slope[channel].to(full)
-            sums.append(_Sum.of(channel, order, each, patches[:, order] * each, lacking))
-        for one, guesses in zip(sums, _adding_up(sums), strict=True):
-            effect = patches[:, one.order] * one.each  # not kept: all of them together are large
-            found = [_polished(effect, one.lacking, guess) for guess in guesses]
-            left = [float((one.lacking - effect @ turned.to(effect)).norm()) for turned in found]
-            if min(left) < 0.7 * float(one.lacking.norm()):
-                _turn(flips, one.channel, one.order[found[left.index(min(left))]])
+    for channel in suspects.nonzero()[:, 0].tolist():
+        gradient = equations.gradient[channel].flatten()
+        lacking = gradient - patches @ equations.cotangent[:, channel].flatten()
+        if float(lacking.norm()) < 3 * ROUNDING * float(gradient.norm()):  # it was set aside for nothing
+            continue
+        order = gate.margin[:, channel].flatten().argsort()[:_TRIED]
+        on, full = (part[:, channel].flatten()[order] for part in (gate.mask, gate.full))
+        effect = patches[:, order] * torch.where(on, -full, full) * equations.unit.slope[channel].to(full)
+        turned = _adding_up(effect, lacking)
+        if float((lacking - effect @ turned.to(effect)).norm()) < 0.7 * float(lacking.norm()):
+            _turn(flips, channel, order[turned])
     return gate.flipped(flips), int(flips.sum())
 
 
-@dataclass(frozen=True, eq=False)
-class _Sum:
-    """Of a channel: which of n entries add up to what is `lacking` (E,). They are the first ones in `order` (n,), and
-    each has the effect `each` (n,) times its patch. By a singular value decomposition of these effects (E, n): the
-    singular values `size` (r,), the `rows` (r, n) and what is lacking in their terms, `goal` (r,)."""
-
-    channel: int
-    order: Tensor
-    each: Tensor
-    lacking: Tensor
-    size: Tensor
-    rows: Tensor
-    goal: Tensor
-
-    @classmethod
-    def of(cls, channel: int, order: Tensor, each: Tensor, effect: Tensor, lacking: Tensor) -> _Sum:
-        left, size, right = torch.linalg.svd(effect, full_matrices=False)
-        return cls(channel, order, each, lacking, size, right, left.T @ lacking)
-
-
-def _adding_up(sums: Sequence[_Sum]) -> Tensor:
-    """Guesses at which entries add up to what is lacking, of each sum one for each of _CUTS: (sums, cuts, n) bool.
-
-    The point of the box [0, 1]ⁿ that explains it is rounded: where columns outnumber equations, but not twice, there is
-    no other such point as a rule. It is found by Douglas and Rachford's splitting, for a few choices of which
-    combinations of the equations are above noise. The channels go through it together: one alone is too small a problem
-    to be worth the calls.
-    """
-    if not sums:
-        return torch.zeros(0, len(_CUTS), 0, dtype=torch.bool)
-    size, rows, goal = (torch.stack([getattr(one, name) for one in sums]) for name in ("size", "rows", "goal"))
-    found = []
-    for cut in _CUTS:
-        kept = size > cut * size[:, :1]
-        known = rows * kept[..., None]
-        wanted = torch.where(kept, goal / size, 0)[..., None]
-        moving = torch.zeros_like(rows[:, :1].mT)
-        for _ in range(_SPLITTINGS):
-            inside = moving.clamp(0, 1)
-            mirrored = 2 * inside - moving
-            moving = moving + mirrored + known.mT @ (wanted - known @ mirrored) - inside
-        found.append(moving[..., 0] > 0.5)
-    return torch.stack(found, 1)
-
-
-def _polished(effect: Tensor, lacking: Tensor, turned: Tensor) -> Tensor:
-    """The columns of `_adding_up`, one or two turned round at a time as long as that leaves less, the best first."""
-    turned, gram = turned.clone(), effect.T @ effect
-    for _ in range(_FEW_FLIPS):
+def _adding_up(effect: Tensor, lacking: Tensor) -> Tensor:
+    """Which columns of `effect` (E, n) add up to what is lacking (E,): → (n,) bool. One or two are turned round at a
+    time as long as that leaves less, the best first."""
+    turned, gram = torch.zeros(effect.shape[1], dtype=torch.bool), effect.T @ effect
+    for _ in range(_FLIPS):
         sign = torch.where(turned, -1.0, 1.0).to(effect)
         one = 2 * sign * (effect.T @ (lacking - effect @ turned.to(effect))) - gram.diagonal()
         two = one[:, None] + one - 2 * sign[:, None] * sign * gram

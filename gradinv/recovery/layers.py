@@ -28,7 +28,6 @@ _TOO_ROUGH = 0.1  # below a node with a larger one the masks are guesses, and no
 _AMPLE, _FINE = 1.5, 1e-3
 # A gradient of at least so many numbers, of which at least this share is 0, may be pruned.
 _COUNTED, _PRUNED = 1000, 0.02
-_DOUBTFUL = 4.0  # an entry of a mask this many σ or fewer from being the other is left out where that can be
 _CROSSTALK = 0.1  # the share of the cotangents' relative error that reaches values which should be 0
 _ROUNDING = 4e-7  # the relative error of what float32 gradients give at the best
 _STOPPED = "The way down was stopped."
@@ -279,13 +278,10 @@ class _Way:
         equations, above = self._equations(step), self._gate
         # Rounding and noise leave about as much unexplained in every layer.
         expected = _LIKE_ABOVE * max(_ROUNDING, self._fit.residual, *(node.residual for node in self._solved))
-        best = now = solve_input(equations, shape, known=known), above
-        for attempt in range(_ROUNDS):
+        best = now = solve_input(equations, shape, known=known, expected=expected), above
+        for _ in range(_ROUNDS):
             if best[0].residual <= expected and not best[0].suspects.any():
                 break
-            if attempt == 0:
-                doubtful = (above.margin < _DOUBTFUL).flatten(2).any(2).any(0)
-                now = solve_input(equations, shape, known=known, doubtful=doubtful, expected=expected), above
             solution, behind = now
             mended, turned = mended_by_residual(behind, equations[0], solution.x.clamp(min=0), solution.suspects)
             equations = [self._behind(step.unit, mended), *equations[1:]]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradinv.names import place_of, wrapper
-from gradinv.paths import write_whole
+from gradinv.paths import reason, replace_whole
 
 
 class GradinvError(ValueError):
@@ -191,9 +191,9 @@ class Observation:
     def save(self, path: str | Path) -> None:
         """Write to a file. Raises GradinvError where that is not possible."""
         try:
-            write_whole(Path(path).expanduser(), self.pack())
+            replace_whole(Path(path).expanduser(), lambda part: part.write_bytes(self.pack()))
         except OSError as error:
-            raise GradinvError(f"Cannot write the observation to {path}: {error.strerror or error}.") from error
+            raise GradinvError(f"Cannot write the observation to {path}: {reason(error)}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Observation:
@@ -201,7 +201,7 @@ class Observation:
         try:
             data = Path(path).expanduser().read_bytes()
         except OSError as error:
-            raise GradinvError(f"Cannot read an observation from {path}: {error.strerror or error}.") from error
+            raise GradinvError(f"Cannot read an observation from {path}: {reason(error)}.") from error
         return cls.unpack(data, str(path))
 
     @classmethod

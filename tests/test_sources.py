@@ -299,16 +299,18 @@ TENCH_FILE, TENCH_DATA = f"{TENCH}_jack-o'-lantern.png", encoded(Image.fromarray
 
 
 @pytest.fixture
-def samples(tmp_path, server):
+def samples(tmp_path, server, monkeypatch):
     """A set of two pictures, of which the server has one, at an address with a folder."""
-    index = tmp_path / "index.csv"
-    with index.open("w", newline="") as file:
+    monkeypatch.setenv("GRADINV_CACHE", str(tmp_path))
+    monkeypatch.setenv("GRADINV_SAMPLES_URL", f"{server.url}/set")
+    monkeypatch.setattr(sources, "ASSETS", tmp_path)
+    with (tmp_path / "imagenet-samples.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("index", "wnid", "name", "file", "bytes", "sha256"))
         writer.writerow((0, TENCH, "tench", TENCH_FILE, len(TENCH_DATA), hashlib.sha256(TENCH_DATA).hexdigest()))
         writer.writerow((1, GOLDFISH, "goldfish", "missing.JPEG", 10, "0" * 64))
     server.files[f"/set/{TENCH}_jack-o%27-lantern.png"] = TENCH_DATA
-    return SampleSet(tmp_path / "cache", f"{server.url}/set", index)
+    return SampleSet()
 
 
 def kept(samples: SampleSet) -> list[str]:
@@ -327,7 +329,7 @@ def test_sample_is_fetched_when_opened_and_only_once(samples, server):
 
 def test_sample_that_the_server_lacks(samples):
     text = sentence(samples.pictures[1].open)
-    assert "does not give out missing.JPEG" in text and "404" in text
+    assert "missing.JPEG could not be downloaded" in text and "404" in text
     assert kept(samples) == []
 
 
@@ -336,20 +338,20 @@ def test_sample_that_the_server_lacks(samples):
 )
 def test_sample_with_other_contents_is_not_kept(samples, server, contents):
     server.files = dict.fromkeys(server.files, contents)
-    assert "with other contents than expected" in sentence(samples.pictures[0].open)
+    assert "with other contents than published" in sentence(samples.pictures[0].open)
     assert kept(samples) == []
 
 
 def test_no_more_than_the_expected_size_is_written(samples, server):
     server.files = {path: bytes(30_000_000) for path in server.files}
     written = limited(lambda: sentence(samples.pictures[0].open), len(TENCH_DATA) + (1 << 16))
-    assert "with other contents than expected" in written and kept(samples) == []
+    assert "with other contents than published" in written and kept(samples) == []
 
 
 def test_connection_that_breaks_off_leaves_nothing(samples, server):
     server.files = {path: data[: len(data) // 2] for path, data in server.files.items()}
     server.claim = len(TENCH_DATA) - len(TENCH_DATA) // 2
-    assert "could not be fetched from 127.0.0.1" in sentence(samples.pictures[0].open)
+    assert "could not be downloaded from 127.0.0.1" in sentence(samples.pictures[0].open)
     assert kept(samples) == []
 
 

@@ -381,4 +381,6 @@ def _read_table(path: Path) -> tuple[dict[str, str], ...]:
         with path.open(newline="", encoding="utf-8") as file:
             return tuple(csv.DictReader(file))
     except OSError as error:
-        raise GradinvError(f"The list {path} cannot be read ({reason(error)}); reinstall it.") from error
+        raise GradinvError(
+            f"The list {path} cannot be read ({reason(error)}); reinstall or set GRADINV_ASSETS."
+        ) from error

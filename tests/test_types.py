@@ -132,8 +132,8 @@ def test_what_is_not_an_observation(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"preprocessing": {"size": math.inf, "resize": 9, "mean": [0.5] * 3, "std": [0.5] * 3}}, "infinity"),
-        ({"model_sha256": ["a"]}, "its model_sha256 is no text"),
-        ({"model_name": 7}, "its model_name is no text"),
+        ({"model_sha256": ["a"]}, "cannot be used: The observation's model_sha256 is a list; give a str"),
+        ({"model_name": 7}, "model_name is a int"),
         ({"format": "x" * 1000}, "is of format x{20}, and"),
     ],
 )

@@ -53,7 +53,7 @@ def observe(
     size = model.preprocessing.size
     if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (3, size, size):
         raise GradinvError(
-            f"A batch of one or more images of 3×{size}×{size} is expected, not {tuple(pixels.shape)}; choose a picture."
+            f"At least one image of 3×{size}×{size} is expected, not {tuple(pixels.shape)}; choose a picture."
         )
     if labels.shape != (len(pixels),) or labels.min() < 0 or labels.max() >= len(model.classes):
         raise GradinvError(f"Each image needs one label between 0 and {len(model.classes) - 1}.")

@@ -54,11 +54,6 @@ def model():
     return Model("toy", nn.Linear(2, 6), "ab" * 32, Preprocessing(SIDE, SIDE), classes, 12.5)
 
 
-@pytest.fixture
-def observation(model):
-    return Observation({}, 2, model.preprocessing, model.name, model.sha256)
-
-
 def snapshot(step: int, steps: int = 4) -> Snapshot:
     seeds = torch.stack([smooth(2, 1.0 + seed + 0.1 * step) for seed in range(2)])
     terms = {"gradient": TermValues((0.1 / 3, 2.0), (0.5, 1.0 + step)), "tv": TermValues((0.25, 0.5), (1.0, 2.0))}
@@ -80,8 +75,9 @@ def store():
 
 
 @pytest.fixture
-def start(model, observation, store):
+def start(model, store):
     """Begins a recording of two pictures, in `store` unless another one is given."""
+    observation = Observation({}, 2, model.preprocessing, model.name, model.sha256)
 
     def start(other: Store | None = None, **options: object) -> Recorder:
         usual = {"config": CONFIG, "model": model, "observation": observation, "originals": ORIGINALS, "labels": TRUE}
@@ -233,12 +229,12 @@ def test_closing_stops_the_run_and_the_stream_behind_it(start, store):
     assert opened.steps == [0, 1] and opened.images("seed1") is not None
 
 
-def test_closing_after_the_last_step_is_done(start):
+def test_closing_after_the_last_step_is_done_and_the_same_state_twice_is_recorded_once(start):
     made = start()
-    stream = made.follow(snapshot(step) for step in (0, 4))
-    next(stream), next(stream)
+    stream = made.follow(snapshot(step) for step in (0, 4, 4))
+    next(stream), next(stream), next(stream)
     stream.close()
-    assert made.run["status"] == "done"
+    assert made.run["status"] == "done" and [row["step"] for row in made.curves] == [0, 0, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -263,10 +259,6 @@ def test_what_is_raised_ends_the_run_and_keeps_it(error, status, sentence, start
     assert opened.run["status"] == made.run["status"] == status
     assert opened.run.get("error") == sentence
     assert opened.steps == [0, 2] and opened.run["metrics"] is not None
-
-
-def test_the_same_state_twice_is_recorded_once(start):
-    assert [row["step"] for row in follow(start(), (0, 2, 2)).curves] == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("lost", [1, 5, 25])

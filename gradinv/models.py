@@ -198,8 +198,8 @@ def load_model(
     `auto` takes `resnet50` where a GPU and its weights are at hand, else `resnet50-tiny`. `image_size` overrides the
     side in pixels at which the network is used, `mean` and `std` what pixels are normalised by (0 and 1: not at all).
     A weights file may state the latter in its metadata; where it does not, they are those of `like`, or ImageNet's.
-    Raises GradinvError for an unknown name, a weights file that is not
-    one or does not fit (naming the layer), a failed download, or a device that is not there.
+    Raises GradinvError for an unknown name, a weights file that is none or does not fit (naming the layer), a failed
+    download, or a device that is not there.
     """
     target = choose_device(device)
     check_size(image_size)

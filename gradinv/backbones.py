@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import safetensors
 import safetensors.torch
@@ -18,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradinv import weights
-from gradinv.downloads import cache_folder, download
+from gradinv.downloads import Progress, address, cache_folder, fetch
 from gradinv.models import (
     MODELS,
     Model,
@@ -31,7 +27,7 @@ from gradinv.models import (
     normalising,
     side_of,
 )
-from gradinv.paths import replace_whole
+from gradinv.paths import reason, replace_whole
 from gradinv.types import GradinvError
 
 MOCO_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
@@ -42,8 +38,7 @@ mirror."""
 # damaged or an exchanged file, but would not stop somebody who forges one: it is read as weights only.
 _MOCO_MD5 = "a04e12f8"
 
-# The file's size is not published. Both encoders, the queue and the momentum of the optimiser would be 370 MB; whoever
-# sends much more sends something else.
+# Both encoders, the queue and the momentum of the optimiser would be 370 MB.
 _MOCO_MOST = 1_000_000_000
 
 
@@ -66,7 +61,7 @@ def load_backbone(
     image_size: int | None = None,
     mean: Moments = None,
     std: Moments = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
 ) -> Backbone:
     """What `gradinv head` fits a final layer to: a named model, or a path to weights with or without one.
 
@@ -123,7 +118,7 @@ def save_fitted(
     try:
         replace_whole(path, partial(safetensors.torch.save_file, state, metadata=metadata))
     except (OSError, safetensors.SafetensorError) as error:
-        raise GradinvError(f"{path} cannot be written ({_reason(error)}); make room there or name another.") from error
+        raise GradinvError(f"{path} cannot be written ({reason(error)}); make room there or name another.") from error
 
 
 def check_writable(path: Path) -> None:
@@ -138,54 +133,19 @@ def check_writable(path: Path) -> None:
         temporary.touch()
         temporary.unlink()
     except OSError as error:
-        reason = f"{path.parent} is a file" if path.parent.is_file() else _reason(error)
-        raise GradinvError(f"{path} cannot be written ({reason}); name another.") from error
+        why = f"{path.parent} is a file" if path.parent.is_file() else reason(error)
+        raise GradinvError(f"{path} cannot be written ({why}); name another.") from error
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _moco_file(progress: Callable[[int, int | None], None] | None) -> Path:
+def _moco_file(progress: Progress | None) -> Path:
     """The published checkpoint in the cache, fetched if it is not there or damaged."""
-    import pooch  # slow to import, and needed for nothing else here
-    import requests
-
-    pooch.get_logger().setLevel("WARNING")  # it would print the hash that it would like to be told
-    url = os.environ.get("GRADINV_MOCO_URL") or MOCO_URL
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise GradinvError(f"The address in GRADINV_MOCO_URL must begin with https:// or http://, not be {url!r}.")
     path = cache_folder("models") / MOCO_URL.rsplit("/", 1)[-1]
-    instead = f"try again later or put the file at {path}"
-    fetch = partial(_download_moco, progress=progress)
-    try:
-        if path.is_file():
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "md5").hexdigest().startswith(_MOCO_MD5):
-                    return path
-            path.unlink()
-        # Pooch knows whole hashes only, so the downloader compares what is known of this one.
-        return Path(pooch.retrieve(url, None, path.name, path.parent, downloader=fetch))
-    except requests.HTTPError as error:
-        raise GradinvError(f"The MoCo v2 backbone could not be downloaded ({error}); {instead}.") from error
-    except requests.RequestException as error:
-        host = urlsplit(url).netloc
-        raise GradinvError(
-            f"The MoCo v2 backbone could not be downloaded from {host}: no connection; {instead}."
-        ) from error
-    except OSError as error:
-        raise GradinvError(
-            f"The MoCo v2 backbone could not be kept in {path.parent} ({_reason(error)}); make room there or set "
-            "GRADINV_CACHE."
-        ) from error
-    except ValueError as error:  # of `_download_moco`
-        raise GradinvError(f"The MoCo v2 backbone arrived with other contents than published; {instead}.") from error
-
-
-def _download_moco(url: str, output: str, _: Any, *, progress: Callable[[int, int | None], None] | None = None) -> None:
-    """Pooch's downloader, but one that raises ValueError for what is too large or not what was published."""
-    download(url, output, _MOCO_MOST, progress)
-    with open(output, "rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if not found.startswith(_MOCO_MD5):
-        raise ValueError(f"{url} has the md5 {found}")
+    return fetch(
+        address("GRADINV_MOCO_URL", MOCO_URL),
+        path,
+        ("md5", _MOCO_MD5),
+        _MOCO_MOST,
+        what="The MoCo v2 backbone",
+        instead=f"try again later or put the file at {path}",
+        progress=progress,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,33 +14,41 @@ from gradinv.models import Model
 from gradinv.types import BatchNormStatistics, GradinvError, Observation
 
 
+def _layers(network: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+@contextmanager
+def _watched(network: nn.Module, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, each forward pass tells the name and the input of each BN layer."""
+
+    def hook(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        watch(name, inputs[0])
+
+    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in _layers(network).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """While open, each forward pass fills two dicts: by BN layer its input's mean and biased variance, (C,) each."""
     means: dict[str, Tensor] = {}
     variances: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            means[name], variances[name] = _Moments.apply(inputs[0])
+    def watch(name: str, values: Tensor) -> None:
+        means[name], variances[name] = _Moments.apply(values)
 
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(watch(name))
-        for name, module in network.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-    ]
-    try:
+    with _watched(network, watch):
         yield means, variances
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def running_statistics(network: nn.Module) -> BatchNormStatistics:
     """What the weights store of the training data: the `approx` case."""
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    layers = _layers(network)
     means = {n: m.running_mean.detach() for n, m in layers.items() if m.running_mean is not None}
     variances = {n: m.running_var.detach() for n, m in layers.items() if m.running_var is not None}
     return BatchNormStatistics(means, variances)
@@ -53,7 +62,7 @@ def forward_mode(network: nn.Module, mode: str) -> Iterator[None]:
     is as it was before.
     """
     before = [(module, module.training) for module in network.modules()]
-    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)] if mode == "train" else []
+    layers = list(_layers(network).values()) if mode == "train" else []
     tracked = [(layer, layer.track_running_stats) for layer in layers]
     network.eval()
     try:
@@ -71,21 +80,12 @@ def samples_per_layer(model: Model, batch_size: int) -> dict[str, int]:
     """By BN layer how many values a channel's statistics are of, n = K·H·W, from a dry pass of one black image."""
     size, samples = model.preprocessing.size, dict[str, int]()
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            samples[name] = batch_size * inputs[0].shape[2] * inputs[0].shape[3]
-
-        return hook
+    def watch(name: str, values: Tensor) -> None:
+        samples[name] = batch_size * values.shape[2] * values.shape[3]
 
     network = model.network
-    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers]
-    try:
-        with torch.no_grad(), forward_mode(network, "eval"):
-            network(torch.zeros(1, 3, size, size, device=model.device, dtype=next(network.parameters()).dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), forward_mode(network, "eval"), _watched(network, watch):
+        network(torch.zeros(1, 3, size, size, device=model.device, dtype=next(network.parameters()).dtype))
     return samples
 
 
@@ -111,10 +111,9 @@ def inferred_statistics(model: Model, observation: Observation) -> BatchNormStat
             "The client did not share its running statistics after the step, so bn=inferred is not possible; take its "
             "gradient in train mode, or take approx or none."
         )
-    samples = samples_per_layer(model, observation.batch_size)
     stored = running_statistics(model.network)
     means, variances = {}, {}
-    for name, count in samples.items():
+    for name, count in samples_per_layer(model, observation.batch_size).items():
         momentum = model.network.get_submodule(name).momentum
         if not isinstance(momentum, float) or momentum <= 0:  # None: torch averages over all steps so far
             raise GradinvError(

@@ -74,26 +74,15 @@ def breaching_attack(
     breaching = require_breaching()
     device = model.device
     preprocessing = model.preprocessing
-    metadata = SimpleNamespace(
-        shape=(3, preprocessing.size, preprocessing.size),
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        modality="vision",
-    )
+    shape = (3, preprocessing.size, preprocessing.size)
     payload = {
         "parameters": [parameter.detach() for parameter in model.network.parameters()],
         "buffers": list(model.network.buffers()),
-        "metadata": metadata,
+        "metadata": SimpleNamespace(shape=shape, mean=preprocessing.mean, std=preprocessing.std, modality="vision"),
     }
-    shared = {
-        "gradients": [observation.gradients[item].to(device) for item, _ in model.network.named_parameters()],
-        "buffers": None,
-        "metadata": {
-            "num_data_points": observation.batch_size,
-            "labels": labels.to(device),
-            "local_hyperparams": None,
-        },
-    }
+    batch = {"num_data_points": observation.batch_size, "labels": labels.to(device), "local_hyperparams": None}
+    gradients = [observation.gradients[item].to(device) for item, _ in model.network.named_parameters()]
+    shared = {"gradients": gradients, "buffers": None, "metadata": batch}
     # A report every `callback` iterations would wait for the device.
     changes = [f"optim.max_iterations={iterations}", f"optim.callback={iterations + 1}", "restarts.num_trials=1"]
     with _quiet(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

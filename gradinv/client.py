@@ -53,8 +53,7 @@ def observe(
     size = model.preprocessing.size
     if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1:] != (3, size, size):
         raise GradinvError(
-            f"A batch of at least one image of 3×{size}×{size} is expected, not {tuple(pixels.shape)}; "
-            "choose a picture."
+            f"At least one image of 3×{size}×{size} is expected, not {tuple(pixels.shape)}; choose a picture."
         )
     if labels.shape != (len(pixels),) or labels.min() < 0 or labels.max() >= len(model.classes):
         raise GradinvError(f"Each image needs one label between 0 and {len(model.classes) - 1}.")
@@ -68,19 +67,14 @@ def observe(
     with _whole_products(), batch_statistics(network) as (means, variances):
         loss = F.cross_entropy(network(normalised), labels.to(model.device), label_smoothing=label_smoothing)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
-    bn = None
-    if share_bn:
-        bn = BatchNormStatistics(
-            {name: value.detach() for name, value in means.items()},
-            {name: value.detach() for name, value in variances.items()},
-        )
+    mean, var = ({name: value.detach() for name, value in part.items()} for part in (means, variances))
     return Observation(
         gradients=dict(zip(parameters, gradients, strict=True)),
         batch_size=len(pixels),
         preprocessing=model.preprocessing,
         model_name=model.name,
         model_sha256=model.sha256,
-        bn=bn,
+        bn=BatchNormStatistics(mean, var) if share_bn else None,
         mode=mode,
         label_smoothing=label_smoothing,
         running=running_statistics(network) if mode == "train" else None,

@@ -205,10 +205,11 @@ class AttackConfig(Execution, Attack):
                 raise GradinvError(f"{name} takes finite numbers of at least 0, not {values!r}.")
         if not all(_real(share) and 0 < share < 1 for share in self.meetings):
             raise GradinvError(f"meetings are shares of the run between 0 and 1, not {self.meetings!r}.")
-        if self.pooling and self.tv_schedule and len(self.pooling) != len(self.tv_schedule):
+        counts = len(self.pooling), len(self.tv_schedule)
+        if all(counts) and counts[0] != counts[1]:
             raise GradinvError(
-                f"pooling has {len(self.pooling)} annealing stages and tv_schedule {len(self.tv_schedule)}; give as "
-                "many, or leave one empty."
+                f"pooling has {counts[0]} annealing stages and tv_schedule {counts[1]}; give as many, or leave one "
+                "empty."
             )
 
     @classmethod
@@ -298,62 +299,63 @@ def _real(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# What `matching` is made of was measured: docs/gradient-matching.md.
+# What both presets of ours have; what they are made of was measured: docs/results.md and
+# docs/gradient-matching.md.
+_OURS: dict[str, Any] = {
+    "seeds": 2,
+    "match": "cosine",
+    "layers": "layer3",
+    "bn_form": "relative",
+    "bn_weight": 0.02,
+    "l2": 0.0,
+    "group": 0.0,
+    "registration": "lazy",
+    "labels": "auto",
+    "noise": 0.0,
+    "projection": True,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "matching": {
-        "seeds": 2,
+    "matching": _OURS
+    | {
         "iterations": 250,
-        "match": "cosine",
         "gradient": 1.0,
-        "layers": "layer3",
         "boundary": "logits",
         "features": 0.5,
-        "bn_form": "relative",
-        "bn_weight": 0.02,
         "tv": 0.2,
         "tv_form": "luma-chroma",
         "tv_chroma": 2.0,
-        "l2": 0.0,
-        "group": 0.0,
-        "registration": "lazy",
-        "labels": "auto",
         "optimiser_step": "sign",
         "learning_rate": 0.2,
-        "noise": 0.0,
-        "projection": True,
         "start_scale": 0.1,
         "stages": (0.25, 0.3, 0.45),
     },
-    "demo": {
-        "seeds": 2,
+    "demo": _OURS
+    | {
         "iterations": 300,
-        "match": "cosine",
         "gradient": 0.0,
-        "layers": "layer3",
         "boundary": "auto",
         "activations": 1.0,
         "bn": "none",
-        "bn_form": "relative",
-        "bn_weight": 0.02,
         "tv": 0.6,
         "tv_form": "smooth",
         "tv_chroma": 1.0,
         "tv_schedule": (1.0, 1.0, 0.5, 0.33, 0.17, 0.5, 0.33, 0.17),
-        "l2": 0.0,
-        "group": 0.0,
-        "registration": "lazy",
-        "labels": "auto",
         "optimiser": "l-bfgs",
         "pooling": (0.3, 1.0, 3.0, 10.0, 0.0, 3.0, 10.0, 0.0),
         "meetings": (0.625,),
-        "noise": 0.0,
-        "projection": True,
         "start_scale": 0.45,
     },
 }
 # What `demo` becomes where the search starts from a picture that was painted near its boundary, by the stage of what it
 # was painted from: the higher that lies, the less it says of the pixels, and the more the search is drawn to it.
+_FROM_HIGH: dict[str, Any] = {
+    "iterations": 50,
+    "pooling": (0.0,),
+    "tv_schedule": (0.1,),
+    "meetings": (),
+    "start_scale": 0.1,
+}
 FROM_PAINTING: dict[str, dict[str, Any]] = {
     "layer1": {
         "iterations": 150,
@@ -363,22 +365,8 @@ FROM_PAINTING: dict[str, dict[str, Any]] = {
         "meetings": (),
         "start_scale": 0.03,
     },
-    "layer3": {
-        "iterations": 50,
-        "prior": 100.0,
-        "pooling": (0.0,),
-        "tv_schedule": (0.1,),
-        "meetings": (),
-        "start_scale": 0.1,
-    },
-    "layer2": {
-        "iterations": 50,
-        "prior": 10.0,
-        "pooling": (0.0,),
-        "tv_schedule": (0.1,),
-        "meetings": (),
-        "start_scale": 0.1,
-    },
+    "layer2": {**_FROM_HIGH, "prior": 10.0},
+    "layer3": {**_FROM_HIGH, "prior": 100.0},
 }
 # And where it was painted from a stage above: much is still to be found, so the annealing stays.
 FROM_ABOVE: dict[str, Any] = {"start_scale": 0.3}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gradinv.types import Gradients, GradinvError, Observation
+from gradinv.types import GradinvError, Observation
 
 DESCRIPTION: dict[str, str] = {
     "none": "the gradient as it is",
@@ -35,10 +35,10 @@ class Defence:
 
     text: str
     note: str
-    _apply: Callable[[Observation], Observation] = field(repr=False, compare=False)
+    apply: Callable[[Observation], Observation] = field(repr=False, compare=False)
 
     def __call__(self, observation: Observation) -> Observation:
-        return self._apply(observation)
+        return self.apply(observation)
 
 
 # --- what is done to the gradient
@@ -50,9 +50,9 @@ def clip(observation: Observation, norm: float) -> Observation:
     Raises GradinvError where `norm` is not positive.
     """
     _check_positive("The norm to clip to", norm)
-    total = _norm(observation.gradients)
+    total = math.sqrt(sum(float(value.double().square().sum()) for value in observation.gradients.values()))
     scale = min(1.0, norm / total) if total > 0 else 1.0
-    return _mapped(observation, lambda value: value * scale)
+    return _changed(observation, lambda _, value: value * scale)
 
 
 def add_noise(observation: Observation, std: float, seed: int = 0) -> Observation:
@@ -61,19 +61,11 @@ def add_noise(observation: Observation, std: float, seed: int = 0) -> Observatio
     On its own it promises nothing, since nothing bounds how much one batch changes the gradient: clip before. Raises
     GradinvError where `std` is negative or not finite.
     """
-    if not 0 <= std < math.inf:
-        raise GradinvError(f"The noise's standard deviation must be a finite number of at least 0, not {std!r}.")
-    generator = torch.Generator().manual_seed(seed)
-    noise: dict[str, Tensor] = {}
-    for name in sorted(observation.gradients):  # a file gives the gradients back in another order
-        noise[name] = torch.randn(observation.gradients[name].shape, generator=generator)
-    return replace(
-        observation,
-        gradients={
-            name: value + std * noise[name].to(value.device, value.dtype)
-            for name, value in observation.gradients.items()
-        },
-    )
+    _check_std(std)
+    generator, given = torch.Generator().manual_seed(seed), observation.gradients
+    # By name, since a file gives the gradients back in another order.
+    noise = {name: torch.randn(given[name].shape, generator=generator) for name in sorted(given)}
+    return _changed(observation, lambda name, value: value + std * noise[name].to(value))
 
 
 def gaussian_mechanism(
@@ -95,8 +87,7 @@ def prune(observation: Observation, share: float) -> Observation:
 
     Exactly ⌊share · n⌋ numbers, ties in the parameters' order. Raises GradinvError where the share is not in [0, 1).
     """
-    if not 0 <= share < 1:
-        raise GradinvError(f"The share that is pruned must be at least 0 and less than 1, not {share!r}.")
+    _check_share(share)
     names = sorted(observation.gradients)
     values = torch.cat([observation.gradients[name].reshape(-1) for name in names])
     # As decimals: 0.7 · 10 is 6.999… in binary.
@@ -110,10 +101,7 @@ def prune(observation: Observation, share: float) -> Observation:
         kept[ties[: count - int((~kept).sum())]] = False
     sizes = [observation.gradients[name].numel() for name in names]
     masks = dict(zip(names, kept.split(sizes), strict=True))
-    return replace(
-        observation,
-        gradients={name: value * masks[name].view(value.shape) for name, value in observation.gradients.items()},
-    )
+    return _changed(observation, lambda name, value: value * masks[name].view(value.shape))
 
 
 def quantise(observation: Observation, bits: int) -> Observation:
@@ -122,10 +110,9 @@ def quantise(observation: Observation, bits: int) -> Observation:
     Deterministic. Zero lies between two of them. With 1 bit the two values are the sign times the mean magnitude, the
     nearest in the least squares (zeros stay). Raises GradinvError where `bits` is not a whole number from 1 to 8.
     """
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
-        raise GradinvError(f"Gradients are quantised to a whole number of 1 to 8 bits, not {bits!r}.")
+    _check_bits(bits)
 
-    def quantised(value: Tensor) -> Tensor:
+    def quantised(_: str, value: Tensor) -> Tensor:
         if bits == 1:
             return value.sign() * value.abs().mean()
         largest, steps = value.abs().max(), 2**bits - 1
@@ -134,7 +121,7 @@ def quantise(observation: Observation, bits: int) -> Observation:
         level = ((value / largest + 1) / 2 * steps).round()
         return (level / steps * 2 - 1) * largest
 
-    return _mapped(observation, quantised)
+    return _changed(observation, quantised)
 
 
 # --- the analytic Gaussian mechanism
@@ -149,10 +136,7 @@ def gaussian_sigma(sensitivity: float, epsilon: float, delta: float) -> float:
     _check_positive("The sensitivity", sensitivity)
     _check_positive("Epsilon", epsilon)
     _check_delta(delta)
-    low, high = 1e-6, 1.0
-    while _loss(high, epsilon) > delta:
-        low, high = high, 2 * high
-    return sensitivity * _falling(lambda scale: _loss(scale, epsilon) > delta, low, high)
+    return sensitivity * _least(lambda scale: _loss(scale, epsilon) > delta, 1e-6)
 
 
 def gaussian_epsilon(sensitivity: float, sigma: float, delta: float) -> float:
@@ -164,12 +148,7 @@ def gaussian_epsilon(sensitivity: float, sigma: float, delta: float) -> float:
     _check_positive("The standard deviation", sigma)
     _check_delta(delta)
     scale = sigma / sensitivity
-    if _loss(scale, 0.0) <= delta:
-        return 0.0
-    low, high = 0.0, 1.0
-    while _loss(scale, high) > delta:
-        low, high = high, 2 * high
-    return _falling(lambda epsilon: _loss(scale, epsilon) > delta, low, high)
+    return _least(lambda epsilon: _loss(scale, epsilon) > delta, 0.0) if _loss(scale, 0.0) > delta else 0.0
 
 
 def _loss(scale: float, epsilon: float) -> float:
@@ -183,8 +162,11 @@ def _log_cdf(x: float) -> float:
     return float(torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)))
 
 
-def _falling(too_small: Callable[[float], bool], low: float, high: float) -> float:
-    """The least x of [low, high] that is not too small, from above, to the last digits."""
+def _least(too_small: Callable[[float], bool], low: float) -> float:
+    """The least number above `low` that is not too small, from above, to the last digits."""
+    high = 1.0
+    while too_small(high):
+        low, high = high, 2 * high
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if too_small(middle) else (low, middle)
@@ -199,18 +181,43 @@ def parse(text: str, seed: int = 0) -> Defence:
 
     `seed` is where noise comes from. Raises GradinvError for an unknown name or numbers that do not fit.
     """
-    name, _, numbers = text.strip().partition(":")
-    forms = {form.partition(":")[0]: form for form in DESCRIPTION}
-    if name not in forms:
+    text = text.strip()
+    name, _, numbers = text.partition(":")
+    form = next((form for form in DESCRIPTION if form.partition(":")[0] == name), None)
+    if form is None:
         raise GradinvError(f"There is no defence {name!r}; take one of {', '.join(DESCRIPTION)}.")
-    given = numbers.split(",") if numbers else []
-    if len(given) != len([letter for letter in forms[name].partition(":")[2].split(",") if letter]):
-        raise GradinvError(f"The defence {text!r} cannot be read; write {forms[name]}.")
+    unreadable = GradinvError(f"The defence {text!r} cannot be read; write {form}.")
     try:
-        values = [int(number) if name == "quantise" else float(number) for number in given]
+        values = [int(number) if name == "quantise" else float(number) for number in numbers.split(",") if numbers]
     except ValueError as error:
-        raise GradinvError(f"The defence {text!r} cannot be read; write {forms[name]}.") from error
-    return _DEFENCES[name](text.strip(), values, seed)
+        raise unreadable from error
+    match name, values:
+        case "none", []:
+            return Defence(text, "The gradient is shared as it is.", lambda o: o)
+        case "clip", [norm]:
+            _check_positive("The norm to clip to", norm)
+            return Defence(text, f"The gradient is clipped to a norm of {norm:g}.", lambda o: clip(o, norm))
+        case "noise", [std]:
+            _check_std(std)
+            note = f"Gaussian noise of standard deviation {std:g} is added to every number."
+            return Defence(text, note, lambda o: add_noise(o, std, seed))
+        case "dp", [norm, epsilon, delta]:
+            _check_positive("The norm to clip to", norm)
+            std = gaussian_sigma(2 * norm, epsilon, delta)
+            note = (
+                f"The gradient is clipped to a norm of {norm:g} and Gaussian noise of standard deviation {std:.4g} is "
+                f"added to every number: {_guarantee(epsilon, delta)}"
+            )
+            return Defence(text, note, lambda o: gaussian_mechanism(o, norm, epsilon, delta, seed))
+        case "prune", [share]:
+            _check_share(share)
+            note = f"The smallest {100 * share:g} % of the gradient's numbers are set to 0."
+            return Defence(text, note, lambda o: prune(o, share))
+        case "quantise", [int(bits)]:
+            _check_bits(bits)
+            note = f"Every tensor of the gradient is rounded to {bits} bit{'s' if bits > 1 else ''} a number."
+            return Defence(text, note, lambda o: quantise(o, bits))
+    raise unreadable
 
 
 def parse_all(texts: Sequence[str], seed: int = 0) -> list[Defence]:
@@ -229,61 +236,6 @@ def parse_all(texts: Sequence[str], seed: int = 0) -> list[Defence]:
     return defences
 
 
-def _none(text: str, _: Sequence[float], __: int) -> Defence:
-    return Defence(text, "The gradient is shared as it is.", lambda observation: observation)
-
-
-def _clip(text: str, values: Sequence[float], _: int) -> Defence:
-    (norm,) = values
-    _check_positive("The norm to clip to", norm)
-    return Defence(text, f"The gradient is clipped to a norm of {norm:g}.", lambda o: clip(o, norm))
-
-
-def _noise(text: str, values: Sequence[float], seed: int) -> Defence:
-    (std,) = values
-    if not 0 <= std < math.inf:
-        raise GradinvError(f"The noise's standard deviation must be a finite number of at least 0, not {std!r}.")
-    note = f"Gaussian noise of standard deviation {std:g} is added to every number."
-    return Defence(text, note, lambda o: add_noise(o, std, seed))
-
-
-def _private(text: str, values: Sequence[float], seed: int) -> Defence:
-    norm, epsilon, delta = values
-    _check_positive("The norm to clip to", norm)
-    sigma = gaussian_sigma(2 * norm, epsilon, delta)
-    note = (
-        f"The gradient is clipped to a norm of {norm:g} and Gaussian noise of standard deviation {sigma:.4g} is added "
-        f"to every number: {_guarantee(epsilon, delta)}"
-    )
-    return Defence(text, note, lambda o: gaussian_mechanism(o, norm, epsilon, delta, seed))
-
-
-def _prune(text: str, values: Sequence[float], _: int) -> Defence:
-    (share,) = values
-    if not 0 <= share < 1:
-        raise GradinvError(f"The share that is pruned must be at least 0 and less than 1, not {share!r}.")
-    note = f"The smallest {100 * share:g} % of the gradient's numbers are set to 0."
-    return Defence(text, note, lambda o: prune(o, share))
-
-
-def _quantise(text: str, values: Sequence[float], _: int) -> Defence:
-    bits = int(values[0])
-    if not 1 <= bits <= 8:
-        raise GradinvError(f"Gradients are quantised to a whole number of 1 to 8 bits, not {bits!r}.")
-    note = f"Every tensor of the gradient is rounded to {bits} bit{'s' if bits > 1 else ''} a number."
-    return Defence(text, note, lambda o: quantise(o, bits))
-
-
-_DEFENCES: dict[str, Callable[[str, Sequence[float], int], Defence]] = {
-    "none": _none,
-    "clip": _clip,
-    "noise": _noise,
-    "dp": _private,
-    "prune": _prune,
-    "quantise": _quantise,
-}
-
-
 def _guarantee(epsilon: float, delta: float) -> str:
     return (
         f"({epsilon:.4g}, {delta:g})-differential privacy of the client's whole batch for one round; for a single "
@@ -291,12 +243,8 @@ def _guarantee(epsilon: float, delta: float) -> str:
     )
 
 
-def _norm(gradients: Gradients) -> float:
-    return math.sqrt(sum(float(value.double().square().sum()) for value in gradients.values()))
-
-
-def _mapped(observation: Observation, change: Callable[[Tensor], Tensor]) -> Observation:
-    return replace(observation, gradients={name: change(value) for name, value in observation.gradients.items()})
+def _changed(observation: Observation, change: Callable[[str, Tensor], Tensor]) -> Observation:
+    return replace(observation, gradients={name: change(name, value) for name, value in observation.gradients.items()})
 
 
 def _check_positive(what: str, value: float) -> None:
@@ -307,3 +255,18 @@ def _check_positive(what: str, value: float) -> None:
 def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise GradinvError(f"Delta must be greater than 0 and less than 1, not {delta!r}.")
+
+
+def _check_std(std: float) -> None:
+    if not 0 <= std < math.inf:
+        raise GradinvError(f"The noise's standard deviation must be a finite number of at least 0, not {std!r}.")
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share < 1:
+        raise GradinvError(f"The share that is pruned must be at least 0 and less than 1, not {share!r}.")
+
+
+def _check_bits(bits: int) -> None:
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise GradinvError(f"Gradients are quantised to a whole number of 1 to 8 bits, not {bits!r}.")

@@ -10,12 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import safetensors
@@ -27,10 +26,11 @@ from torch.nn import functional as F
 from gradinv.downloads import cache_folder
 from gradinv.images import SUFFIXES, to_pixels
 from gradinv.models import Model
+from gradinv.paths import reason, replace_whole
 from gradinv.recovery.examination import examine
 from gradinv.recovery.final_layer import Fit, recover_features
 from gradinv.recovery.labels import RestoredLabels, restore_labels
-from gradinv.sources import from_path
+from gradinv.sources import from_path, unlisted
 from gradinv.types import GradinvError, Observation
 
 LIKE_ITSELF = 0.9
@@ -92,29 +92,24 @@ class Gallery:
         files = _files(folder)
         if not files:
             raise GradinvError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}); name a folder that does.")
-        index = _Index(_index_path(model, folder, cache))
-        features, done = index.read(files, model.final_layer.in_features)
-        report = progress or (lambda done, total: None)
+        index = _Index(_index_path(model, folder, cache), files, model.final_layer.in_features)
         try:
-            broken = _complete(model, folder, files, features, done, index, batch_size, report)
+            broken = _complete(index, model, folder, batch_size, progress or (lambda done, total: None))
         except KeyboardInterrupt as stopped:
-            kept = f"{int(done.sum()):,} of {len(files):,} pictures are in the index; call again to go on from there."
-            raise KeyboardInterrupt(f"Interrupted. {kept if index.writable else index.notes[-1]}") from stopped
-        rows = done.nonzero().flatten().tolist()
+            done = f"{int(index.done.sum()):,} of {len(files):,} pictures are in the index"
+            kept = f"{done}; call again to go on from there." if index.writable else index.notes[-1]
+            raise KeyboardInterrupt(f"Interrupted. {kept}") from stopped
+        rows = index.done.nonzero().flatten().tolist()
         if not rows:
             raise GradinvError(f"No file in {folder} can be read as a picture; the first: {broken[0]}")
-        notes = list(index.notes)
+        notes = index.notes
         if broken:
             one = len(broken) == 1
             left = "1 picture was" if one else f"{len(broken):,} pictures were"
             why = f"it cannot be read; {broken[0]}" if one else f"they cannot be read; the first: {broken[0]}"
             notes.append(f"{left} left out of {len(files):,} because {why}")
-        return cls(
-            folder,
-            tuple(folder / files[row].name for row in rows),
-            features if len(rows) == len(files) else features[done],
-            tuple(notes),
-        )
+        features = index.features if len(rows) == len(files) else index.features[rows]
+        return cls(folder, tuple(folder / files[row].name for row in rows), features, tuple(notes))
 
     def index(self, path: str | Path) -> int:
         """The place of a picture, by its path or by its path within the folder. Raises GradinvError where it lacks."""
@@ -232,28 +227,23 @@ def _files(folder: Path) -> list[_File]:
         raise GradinvError(f"There is no folder {folder}; name one that holds pictures.")
     files: list[_File] = []
     seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        current = waiting.pop()
-        try:
-            status = current.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue  # a link that leads back
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    try:
+        for current, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+            status = os.stat(current)
+            known = (status.st_dev, status.st_ino) in seen  # a link that leads back
             seen.add((status.st_dev, status.st_ino))
-            with os.scandir(current) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        waiting.append(current / entry.name)
-                    elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                        name = (current / entry.name).relative_to(folder).as_posix()
-                        status = entry.stat()
-                        files.append(_File(name, status.st_size, status.st_mtime_ns))
-        except OSError as error:
-            raise GradinvError(
-                f"The folder {current} cannot be listed ({error.strerror}); check its permissions."
-            ) from error
+            folders[:] = [] if known else [name for name in folders if not name.startswith(".")]
+            for name in () if known else names:
+                path = Path(current, name)
+                if name.lower().endswith(SUFFIXES) and not name.startswith(".") and path.is_file():
+                    status = path.stat()
+                    files.append(_File(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+    except OSError as error:
+        raise unlisted(error.filename, error) from error
     return sorted(files, key=lambda file: file.name)
 
 
@@ -280,18 +270,9 @@ def _decoded(paths: Sequence[Path], model: Model, batch_size: int) -> Generator[
         pool.shutdown(cancel_futures=True)
 
 
-def _complete(
-    model: Model,
-    folder: Path,
-    files: Sequence[_File],
-    features: Tensor,
-    done: Tensor,
-    index: _Index,
-    batch_size: int,
-    progress: Progress,
-) -> list[str]:
-    """Fill in the `features` (N, D) that are not `done` (N,), and keep them: → why each of the others cannot be had."""
-    missing = (~done).nonzero().flatten().tolist()
+def _complete(index: _Index, model: Model, folder: Path, batch_size: int, progress: Progress) -> list[str]:
+    """Look at the pictures that are not done yet, and keep their features: → why each of the others cannot be had."""
+    files, missing = index.files, (~index.done).nonzero().flatten().tolist()
     broken: list[str] = []
     tried = kept = 0
     progress(len(files) - len(missing), len(files))
@@ -299,19 +280,19 @@ def _complete(
         with contextlib.closing(_decoded([folder / files[row].name for row in missing], model, batch_size)) as batches:
             for batch in batches:
                 rows = missing[tried : tried + len(batch)]
-                good = [row for row, item in zip(rows, batch, strict=True) if isinstance(item, Tensor)]
+                good = {row: item for row, item in zip(rows, batch, strict=True) if isinstance(item, Tensor)}
                 if good:
-                    features[good] = pooled(model, torch.stack([item for item in batch if isinstance(item, Tensor)]))
-                    done[good] = True
+                    index.features[list(good)] = pooled(model, torch.stack(list(good.values())))
+                    index.done[list(good)] = True
                 broken += [str(item) for item in batch if isinstance(item, GradinvError)]
                 tried += len(batch)
                 progress(len(files) - len(missing) + tried, len(files))
                 if tried - kept >= KEPT_EVERY:
-                    index.write(files, features, done)
+                    index.write()
                     kept = tried
     finally:
-        if tried - len(broken) > 0 and tried > kept:
-            index.write(files, features, done)
+        if tried > max(kept, len(broken)):
+            index.write()
     return broken
 
 
@@ -325,80 +306,64 @@ def _index_path(model: Model, folder: Path, cache: str | Path | None) -> Path:
     return parent / f"{digest[:32]}.safetensors"
 
 
-@dataclass(eq=False)
 class _Index:
-    """The file that keeps a gallery's features, each under its picture's name, size and time of change.
+    """The features (N, D) of a folder's files, which of them are `done` (N,), and the file that keeps these.
 
-    They are kept as float16 after division by the largest number of their picture, whose float32 is kept beside them:
-    half the size, whatever the network's features are scaled to.
+    There each picture's have its name, size and time of change beside them, and are float16 after division by the
+    largest of them, which is kept as float32: half the size, whatever the network's features are scaled to.
     """
 
-    path: Path
-    notes: list[str] = field(default_factory=list)
-    writable: bool = True
-
-    def read(self, files: Sequence[_File], width: int) -> tuple[Tensor, Tensor]:
-        """Features (N, D) of the files, and which of them were kept: (N,) bool. A damaged index is as good as none."""
-        features, done = torch.zeros(len(files), width), torch.zeros(len(files), dtype=torch.bool)
+    def __init__(self, path: Path, files: Sequence[_File], width: int) -> None:
+        """Read what was kept; a damaged file is as good as none."""
+        self.path, self.files = path, files
+        self.notes: list[str] = []
+        self.writable = True
+        self.features = torch.zeros(len(files), width)
+        self.done = torch.zeros(len(files), dtype=torch.bool)
         try:
-            # Where the file is not there, nothing was kept yet; what else may be wrong with it is worth a note.
-            if self.path.is_file():
-                self._fill(files, features, done)
+            if path.is_file():
+                self._read()
         except (OSError, safetensors.SafetensorError, KeyError, ValueError, RuntimeError):
-            done.zero_()
-            self.notes.append(f"The index of the pictures, {self.path}, was damaged and is made anew.")
-        return features, done
+            self.done.zero_()
+            self.notes.append(f"The index of the pictures, {path}, was damaged and is made anew.")
 
-    def _fill(self, files: Sequence[_File], features: Tensor, done: Tensor) -> None:
+    def _read(self) -> None:
         kept = safetensors.torch.load_file(self.path)
         numbers, scales, stamps = kept["features"], kept["scales"], kept["stamps"]
         names = [os.fsdecode(name) for name in kept["names"].numpy().tobytes().split(b"\0")]
-        shapes = ((len(names), features.shape[1]), (len(names),), (len(names), 2))
+        shapes = ((len(names), self.features.shape[1]), (len(names),), (len(names), 2))
         if (numbers.shape, scales.shape, stamps.shape) != shapes:
             raise ValueError("the parts do not belong together")
         known = {_File(name, *stamp): row for row, (name, stamp) in enumerate(zip(names, stamps.tolist(), strict=True))}
-        found = [(place, known[file]) for place, file in enumerate(files) if file in known]
+        found = [(place, known[file]) for place, file in enumerate(self.files) if file in known]
         for first in range(0, len(found), _BLOCK):
             places, rows = (list(part) for part in zip(*found[first : first + _BLOCK], strict=True))
-            features[places] = numbers[rows].float() * scales[rows, None]
-            if not torch.isfinite(features[places]).all():
+            self.features[places] = numbers[rows].float() * scales[rows, None]
+            if not torch.isfinite(self.features[places]).all():
                 raise ValueError("features are not finite")
-            done[places] = True
+            self.done[places] = True
 
-    def write(self, files: Sequence[_File], features: Tensor, done: Tensor) -> None:
+    def write(self) -> None:
         """Replace the file as a whole. Where that fails there is one note, and no second attempt."""
         if not self.writable:
             return
-        rows = done.nonzero().flatten()
-        scales = features[rows].abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
-        numbers = [
-            (features[some] / of[:, None]).half()
-            for some, of in zip(rows.split(_BLOCK), scales.split(_BLOCK), strict=True)
-        ]
-        chosen = [files[row] for row in rows.tolist()]
+        rows = self.done.nonzero().flatten()
+        scales = self.features[rows].abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+        blocks = zip(rows.split(_BLOCK), scales.split(_BLOCK), strict=True)
+        chosen = [self.files[row] for row in rows.tolist()]
+        names = b"\0".join(os.fsencode(file.name) for file in chosen)
         tensors = {
-            "features": torch.cat(numbers),
+            "features": torch.cat([(self.features[some] / of[:, None]).half() for some, of in blocks]),
             "scales": scales,
             "stamps": torch.tensor([(file.size, file.time) for file in chosen], dtype=torch.int64),
-            "names": torch.frombuffer(
-                bytearray(b"\0".join(os.fsencode(file.name) for file in chosen)), dtype=torch.uint8
-            ),
+            "names": torch.frombuffer(bytearray(names), dtype=torch.uint8),
         }
-        temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(suffix=".part", prefix=".", dir=self.path.parent)
-            os.close(handle)
-            temporary = Path(name)
-            safetensors.torch.save_file(tensors, temporary)
-            temporary.replace(self.path)
+            replace_whole(self.path, partial(safetensors.torch.save_file, tensors))
         except (OSError, safetensors.SafetensorError) as error:
             self.writable = False
-            reason = getattr(error, "strerror", None) or str(error)
             self.notes.append(
-                f"The index of the pictures cannot be kept in {self.path.parent} ({reason}), so the next call makes "
-                "it anew; make room there or set GRADINV_CACHE."
+                f"The index of the pictures cannot be kept in {self.path.parent} ({reason(error)}), so the next call "
+                "makes it anew; make room there or set GRADINV_CACHE."
             )
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ updates; a watcher that comes late, or twice, sees the same.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import os
@@ -60,10 +61,9 @@ class Limits:
         for item in fields(cls):
             name = f"GRADINV_MAX_{item.name.upper()}"
             if text := variables.get(name):
-                try:
+                value = math.nan
+                with contextlib.suppress(ValueError):
                     value = float(text)
-                except ValueError:
-                    value = math.nan
                 if not 0 < value < math.inf:
                     raise GradinvError(f"{name} must be a positive number such as {item.default:g}, not {text!r}.")
                 given[item.name] = math.ceil(value) if isinstance(item.default, int) else value
@@ -71,11 +71,10 @@ class Limits:
 
 
 class Handle(Protocol):
-    """What a job's work sees of the manager."""
+    """What a job's work sees of the manager: `stop` is set when it is to end; whatever it has published stays."""
 
     @property
-    def stop(self) -> threading.Event:
-        """Set when the job is to end; whatever it has published stays."""
+    def stop(self) -> threading.Event: ...
 
     def publish(self, update: Any, size: int, remaining: float | None = None) -> None:
         """Replace what watchers see. `size`: bytes held by this job as a whole; `remaining`: seconds until it ends, as
@@ -83,11 +82,10 @@ class Handle(Protocol):
 
 
 class Work(Protocol):
-    """What a job does."""
+    """What a job does. `cost` is batch size × pixels of an image × iterations × seeds."""
 
     @property
-    def cost(self) -> int:
-        """Batch size × pixels of an image × iterations × seeds."""
+    def cost(self) -> int: ...
 
     def check(self) -> None:
         """Raises GradinvError where the work cannot be accepted."""
@@ -226,8 +224,8 @@ class JobManager:
         running, now = self._running, self._clock()
         if place == 0 or running is None or running.ends is None:
             return None
-        pace = (running.ends - running.begun) / max(1, running.work.cost)
-        return max(0.0, running.ends - now) + pace * sum(job.work.cost for job in list(self._queue)[: place - 1])
+        each = (running.ends - running.begun) / max(1, running.work.cost)
+        return max(0.0, running.ends - now) + each * sum(job.work.cost for job in list(self._queue)[: place - 1])
 
     def _revive(self) -> None:
         """Start the worker where there is none (any more); the job that it was lost with has failed."""
@@ -276,14 +274,15 @@ class JobManager:
         """Where somebody waits, jobs that nobody watches any more make room; what they have published is kept."""
         with self._changed:
             now = self._clock()
-            if any(job.leased_until >= now for job in self._queue):
-                reason = "This run ended because its page had been closed while others waited."
-                for job in [job for job in self._queue if job.leased_until < now]:
-                    self._leave_queue(job, reason)
-                running = self._running
-                if running is not None and running.leased_until < now and not running.stop.is_set():
-                    running.reason = reason
-                    running.stop.set()
+            if all(job.leased_until < now for job in self._queue):
+                return
+            reason = "This run ended because its page had been closed while others waited."
+            for job in [job for job in self._queue if job.leased_until < now]:
+                self._leave_queue(job, reason)
+            running = self._running
+            if running is not None and running.leased_until < now and not running.stop.is_set():
+                running.reason = reason
+                running.stop.set()
 
     def _leave_queue(self, job: _Job, reason: str | None) -> None:
         self._queue.remove(job)
@@ -312,8 +311,9 @@ def sentence(error: BaseException, what: str = "The run") -> str:
     if isinstance(error, GradinvError):
         return str(error)
     log.error("%s failed", what, exc_info=error)
-    unexpected = f"{what} failed unexpectedly ({type(error).__name__}); the server's log says more."
-    return memory_exhausted(error) or unexpected
+    return (
+        memory_exhausted(error) or f"{what} failed unexpectedly ({type(error).__name__}); the server's log says more."
+    )
 
 
 _manager: JobManager | None = None

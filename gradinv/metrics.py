@@ -35,9 +35,8 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 
     The error is averaged within an image only. It is infinite where an image equals its original.
     """
-    _same_shape(images, originals)
-    error = (images.detach().cpu().double() - originals.detach().cpu().double()).square().mean(dim=(1, 2, 3))
-    return -10 * error.log10()
+    a, b = _together(images, originals)
+    return -10 * (a - b).square().mean(dim=(1, 2, 3)).log10()
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
@@ -46,14 +45,11 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     scikit-image's, with a uniform 7 × 7 window and a data range of 1, averaged over the three channels.
     Raises GradinvError for images smaller than the window.
     """
-    _same_shape(images, originals)
+    pairs = zip(*(x.numpy() for x in _together(images, originals)), strict=True)
     if min(images.shape[-2:]) < SSIM_WINDOW:
         raise GradinvError(f"SSIM needs images of at least {SSIM_WINDOW} × {SSIM_WINDOW} pixels.")
-    pairs = zip(images.detach().cpu().double().numpy(), originals.detach().cpu().double().numpy(), strict=True)
-    return torch.tensor(
-        [structural_similarity(a, b, win_size=SSIM_WINDOW, data_range=1, channel_axis=0) for a, b in pairs],
-        dtype=torch.float64,
-    )
+    values = [structural_similarity(a, b, win_size=SSIM_WINDOW, data_range=1, channel_axis=0) for a, b in pairs]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def fft2d(images: Tensor, originals: Tensor) -> Tensor:
@@ -64,16 +60,8 @@ def fft2d(images: Tensor, originals: Tensor) -> Tensor:
     It is 0 for images that are circular shifts of each other, at most the root mean square error of the pixels in each
     channel, and does not depend on the size: the same picture tiled has the same distance.
     """
-    _same_shape(images, originals)
-    a, b = (torch.fft.rfft2(x.detach().cpu().double(), norm="ortho").abs() for x in (images, originals))
-    # Half of the frequencies say all of a real image: those between the first column and the middle one count twice.
-    width = images.shape[-1]
-    counts = torch.full((a.shape[-1],), 2.0, dtype=torch.float64)
-    counts[0] = 1
-    if width % 2 == 0:
-        counts[-1] = 1
-    squares = ((a - b).square() * counts).sum(dim=(2, 3)) / (images.shape[-2] * width)
-    return squares.sqrt().mean(dim=1)
+    a, b = (torch.fft.fft2(x, norm="ortho").abs() for x in _together(images, originals))
+    return (a - b).square().mean(dim=(2, 3)).sqrt().mean(dim=1)
 
 
 def lpips(images: Tensor, originals: Tensor) -> Tensor:
@@ -83,7 +71,7 @@ def lpips(images: Tensor, originals: Tensor) -> Tensor:
     GradinvError where the package is not installed, AlexNet's weights (233 MB, downloaded on first use) cannot be had,
     or images are smaller than 31 px.
     """
-    _same_shape(images, originals)
+    pairs = zip(*(x.float() for x in _together(images, originals)), strict=True)
     if min(images.shape[-2:]) < LPIPS_LEAST:
         raise GradinvError(f"LPIPS needs images of at least {LPIPS_LEAST} × {LPIPS_LEAST} pixels.")
     network = _lpips_network()
@@ -91,12 +79,7 @@ def lpips(images: Tensor, originals: Tensor) -> Tensor:
         # Not itself: each time it was raised, what is kept would hold the frames of who asked, with their networks.
         raise GradinvError(str(network))
     with torch.no_grad():
-        return torch.cat(
-            [
-                network(a[None], b[None], normalize=True).flatten()
-                for a, b in zip(images.detach().cpu().float(), originals.detach().cpu().float(), strict=True)
-            ]
-        ).double()
+        return torch.cat([network(a[None], b[None], normalize=True).flatten() for a, b in pairs]).double()
 
 
 def lpips_absent(side: int) -> str:
@@ -192,28 +175,27 @@ def pair(images: Tensor, restored: Sequence[int], originals: Tensor, labels: Seq
     images that share a label, and then among those that no label has paired (wrongly restored ones). Pairing all by
     distance would permute blurred reconstructions and misreport them.
     """
-    _same_shape(images, originals)
+    images, originals = _together(images, originals)
     if not len(restored) == len(labels) == len(images):
         raise GradinvError(
             f"{len(images)} images need as many restored and true labels, not {len(restored)} and {len(labels)}."
         )
     found = torch.full((len(labels),), -1, dtype=torch.int64)
-    for label in Counter(labels):
-        _assign(
-            found,
-            [k for k, y in enumerate(labels) if y == label],
-            [k for k, y in enumerate(restored) if y == label],
-            images,
-            originals,
-        )
+
+    def assign(rows: list[int], columns: list[int]) -> None:
+        """The cheapest assignment of originals to images, as many as there are."""
+        if not rows or not columns:
+            return
+        distances = [(images[columns] - originals[row]).square().mean(dim=(1, 2, 3)) for row in rows]
+        # A diverged image is as far as can be; the solver refuses NaN.
+        cost = torch.stack(distances).nan_to_num(nan=1e9, posinf=1e9).numpy()
+        for row, column in zip(*linear_sum_assignment(cost), strict=True):
+            found[rows[row]] = columns[column]
+
+    for label in set(labels):
+        assign([k for k, y in enumerate(labels) if y == label], [k for k, y in enumerate(restored) if y == label])
     taken = set(found.tolist())
-    _assign(
-        found,
-        [k for k, index in enumerate(found.tolist()) if index < 0],
-        [k for k in range(len(restored)) if k not in taken],
-        images,
-        originals,
-    )
+    assign((found < 0).nonzero().flatten().tolist(), [k for k in range(len(restored)) if k not in taken])
     return found
 
 
@@ -226,21 +208,10 @@ def aligned(found: Tensor, true: Tensor) -> tuple[list[int], list[float]]:
     return order.tolist(), similarity[range(len(order)), order.tolist()].tolist()
 
 
-def _assign(found: Tensor, rows: list[int], columns: list[int], images: Tensor, originals: Tensor) -> None:
-    """Write into `found` the cheapest assignment of originals `rows` to images `columns`, as many as there are."""
-    if not rows or not columns:
-        return
-    distances = torch.stack(
-        [(images[columns] - originals[row]).double().square().mean(dim=(1, 2, 3)).cpu() for row in rows]
-    )
-    # A diverged image is as far as can be; the solver refuses NaN.
-    cost = distances.nan_to_num(nan=1e9, posinf=1e9).numpy()
-    for row, column in zip(*linear_sum_assignment(cost), strict=True):
-        found[rows[row]] = columns[column]
-
-
-def _same_shape(images: Tensor, originals: Tensor) -> None:
+def _together(images: Tensor, originals: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as float64 on the CPU. Raises GradinvError where they cannot be compared one to one."""
     if images.shape != originals.shape or images.ndim != 4 or images.shape[1] != 3:
         raise GradinvError(
             f"Images are compared one to one as (B, 3, H, W), not {tuple(images.shape)} with {tuple(originals.shape)}."
         )
+    return images.detach().cpu().double(), originals.detach().cpu().double()

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.error import URLError
 
-import safetensors
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -200,8 +198,8 @@ def load_model(
     `auto` takes `resnet50` where a GPU and its weights are at hand, else `resnet50-tiny`. `image_size` overrides the
     side in pixels at which the network is used, `mean` and `std` what pixels are normalised by (0 and 1: not at all).
     A weights file may state the latter in its metadata; where it does not, they are those of `like`, or ImageNet's.
-    Raises GradinvError for an unknown name, a weights file that is not
-    one or does not fit (naming the layer), a failed download, or a device that is not there.
+    Raises GradinvError for an unknown name, a weights file that is none or does not fit (naming the layer), a failed
+    download, or a device that is not there.
     """
     target = choose_device(device)
     check_size(image_size)
@@ -212,8 +210,9 @@ def load_model(
     info = MODELS.get(name)
     if info is None:
         model = _from_file(existing(name), image_size, like)
-    elif info.bundled:
-        model = _bundled(info, image_size)
+    elif info.sha256 is not None:
+        state = weights.bundled(info.name, info.sha256)
+        model = _named(info, state, info.sha256, image_size, tiny_classes())
     elif info.headless:
         model = _fitted(info, image_size)
     else:
@@ -276,16 +275,12 @@ def normalising(model: Model, mean: Moments, std: Moments) -> Model:
     return replace(model, preprocessing=other)
 
 
-def _bundled(info: ModelInfo, image_size: int | None) -> Model:
-    path = ASSETS / "models" / f"{info.name}.safetensors"
-    if not path.is_file():
-        raise GradinvError(f"The bundled weights {path} are missing; reinstall or set GRADINV_ASSETS to their folder.")
-    sha256 = weights.sha256_of(path)
-    if sha256 != info.sha256:
-        raise GradinvError(f"The bundled weights {path} are damaged (wrong sha256); restore that file.")
+def _named(
+    info: ModelInfo, state: Mapping[str, Tensor], sha256: str, image_size: int | None, classes: tuple[ImageClass, ...]
+) -> Model:
     network = weights.build(info.arch, info.classes)
-    weights.fill(network, safetensors.torch.load_file(path), path.name)
-    return Model(info.name, network, sha256, _preprocessing(image_size or info.size), tiny_classes(), info.accuracy)
+    weights.fill(network, state, info.name)
+    return Model(info.name, network, sha256, _preprocessing(image_size or info.size), classes, info.accuracy)
 
 
 def _torchvision_file(arch: str) -> Path:
@@ -305,16 +300,7 @@ def _from_torchvision(info: ModelInfo, image_size: int | None) -> Model:
             f"The weights of {info.name} could not be downloaded ({error}); put the file at {path} "
             "or take resnet50-tiny."
         ) from error
-    network = weights.build(info.arch, info.classes)
-    weights.fill(network, state, info.name)
-    return Model(
-        info.name,
-        network,
-        weights.sha256_of(path),
-        _preprocessing(image_size or info.size),
-        imagenet_classes(),
-        info.accuracy,
-    )
+    return _named(info, state, weights.sha256_of(path), image_size, imagenet_classes())
 
 
 def _fitted(info: ModelInfo, image_size: int | None) -> Model:
@@ -385,11 +371,9 @@ def side_of(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
 
 
 def _name_classes(count: int, metadata: Mapping[str, str]) -> tuple[ImageClass, ...]:
-    known = {item.wnid: item for item in (*imagenet_classes(), *tiny_classes())}
-    if "classes" in metadata:
-        wnids = json.loads(metadata["classes"])
-        if len(wnids) == count:
-            return tuple(known.get(wnid, ImageClass(wnid, wnid)) for wnid in wnids)
+    if "classes" in metadata and len(wnids := json.loads(metadata["classes"])) == count:
+        known = {item.wnid: item for item in (*imagenet_classes(), *tiny_classes())}
+        return tuple(known.get(wnid, ImageClass(wnid, wnid)) for wnid in wnids)
     for classes in (imagenet_classes(), tiny_classes()):
         if len(classes) == count:
             return classes

@@ -105,13 +105,10 @@ class Parts:
         """The names of the parameters that a node depends on, in the network's order."""
         names = list(self.stem.parameters())
         for block in self.blocks if upper != STEM else ():
-            for unit in block.units[:-1]:
+            for unit in block.all_units:
                 names += unit.parameters()
                 if unit.name == upper:
                     return tuple(names)
-            names += block.units[-1].parameters()
-            if block.shortcut is not None:
-                names += block.shortcut.parameters()
             if block.name == upper:
                 break
         return tuple(names)
@@ -133,9 +130,8 @@ def parts_of(network: nn.Module) -> Parts:
                 raise GradinvError(f"The block {name} is a {type(block).__name__}, which no ResNet of torchvision has.")
             count = 3 if isinstance(block, Bottleneck) else 2
             units = tuple(_unit(network, f"{name}.conv{i}", f"{name}.bn{i}") for i in range(1, count + 1))
-            shortcut = (
-                None if block.downsample is None else _unit(network, f"{name}.downsample.0", f"{name}.downsample.1")
-            )
+            skip = f"{name}.downsample"
+            shortcut = None if block.downsample is None else _unit(network, f"{skip}.0", f"{skip}.1")
             blocks.append(Block(name, units, shortcut))
     return Parts(stem, cast(nn.MaxPool2d, network.maxpool), tuple(blocks))
 
@@ -229,24 +225,17 @@ def soft_maximum(values: Tensor, pool: nn.MaxPool2d, sharpness: float) -> Tensor
 def node_shapes(network: nn.Module, size: int) -> dict[str, tuple[int, int, int]]:
     """The shape (C, H, W) of each node for images of `size` pixels, the lowest first."""
     found = parts_of(network)
-
-    def after(layer: nn.Module, channels: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        sides = []
-        for dimension in (0, 1):
-            kernel, stride, padding = (
-                _pair(getattr(layer, n))[dimension] for n in ("kernel_size", "stride", "padding")
-            )
-            sides.append((shape[1 + dimension] + 2 * padding - kernel) // stride + 1)
-        return channels, sides[0], sides[1]
-
-    shape = after(found.stem.conv, found.stem.conv.out_channels, (3, size, size))
-    shape = after(found.pool, shape[0], shape)
-    shapes = {STEM: shape}
+    side = _side(found.pool, _side(found.stem.conv, size))
+    shapes = {STEM: (found.stem.conv.out_channels, side, side)}
     for block in found.blocks:
         for unit, node in zip(block.units, block.nodes, strict=True):
-            shape = shapes[node] = after(unit.conv, unit.conv.out_channels, shape)
+            side = _side(unit.conv, side)
+            shapes[node] = (unit.conv.out_channels, side, side)
     return shapes
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+def _side(layer: nn.Conv2d | nn.MaxPool2d, side: int) -> int:
+    """Of the square map behind a layer."""
+    given = (layer.kernel_size, layer.stride, layer.padding)
+    kernel, stride, padding = (value[0] if isinstance(value, tuple) else cast(int, value) for value in given)
+    return (side + 2 * padding - kernel) // stride + 1

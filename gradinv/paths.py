@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,15 +22,10 @@ ASSETS: Path = _assets()
 """Models, sample pictures and class lists: the folder of GRADINV_ASSETS, else the package's, else the checkout's."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """`replace_whole` by this content."""
-    replace_whole(path, lambda part: part.write_bytes(data))
-
-
 def replace_whole(path: Path, save: Callable[[Path], object]) -> None:
     """Replace a file as a whole by what is saved under another name first: a reader sees the old or the new content.
     Raises what `save` does, and OSError, and leaves no part then."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         save(part)
         os.replace(part, path)
@@ -37,3 +33,8 @@ def replace_whole(path: Path, save: Callable[[Path], object]) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def reason(error: Exception) -> str:
+    """What the system says is wrong, without number and path."""
+    return getattr(error, "strerror", None) or str(error)

@@ -7,19 +7,17 @@ it has pictures of the same kind as the client's; wherever it is used, the user 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradinv.models import MODELS, Model
 from gradinv.network import node_shapes
-from gradinv.paths import ASSETS
 from gradinv.types import GradinvError, Recovered, SolvedNode
+from gradinv.weights import bundled
 
 # By the name of the network whose features they take. assets/SOURCES.md says where they come from.
 DECODERS = {
@@ -110,34 +108,28 @@ class _Residual(nn.Module):
         return x + cast(Tensor, self.second(inner))
 
 
-def has_decoder(model: Model) -> bool:
-    """Whether a decoder was trained for exactly these weights, used at the size that it paints."""
+def _trained_for(model: Model) -> bool:
+    """Whether these are exactly the weights of the network of that name."""
     info = MODELS.get(model.name)
-    known = info is not None and info.sha256 == model.sha256 and model.name in DECODERS
-    return known and model.preprocessing.size == SIZE
+    return info is not None and info.sha256 == model.sha256
+
+
+def _load(network: nn.Module, file: str, sha256: str, model: Model) -> None:
+    """Its trained weights, frozen, on the model's device. Raises GradinvError where the file is bad."""
+    network.load_state_dict(bundled(file, sha256))
+    network.requires_grad_(False).to(model.device)
 
 
 def load_decoder(model: Model) -> Decoder:
     """The decoder of a model, on its device, frozen. Raises GradinvError where there is none or its file is bad."""
-    if not has_decoder(model):
+    if not _trained_for(model) or model.name not in DECODERS or model.preprocessing.size != SIZE:
         raise GradinvError(
             f"There is no decoder for {model.name} at {model.preprocessing.size} px; only {' and '.join(DECODERS)} at "
             f"{SIZE} px have one, so start from noise (start=random)."
         )
-    data = _read(f"{model.name}-decoder", DECODERS[model.name])
     decoder = Decoder(model.final_layer.in_features)
-    decoder.load_state_dict({name: value.float() for name, value in safetensors.torch.load(data).items()})
-    return decoder.requires_grad_(False).to(model.device)
-
-
-def _read(name: str, sha256: str) -> bytes:
-    path = ASSETS / "models" / f"{name}.safetensors"
-    if not path.is_file():
-        raise GradinvError(f"The decoder {path} is missing; reinstall or set GRADINV_ASSETS to its folder.")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise GradinvError(f"The decoder {path} is damaged (wrong sha256); restore that file.")
-    return data
+    _load(decoder, f"{model.name}-decoder", DECODERS[model.name], model)
+    return decoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,28 +144,21 @@ class Painting:
 def painted_from(model: Model, recovered: Recovered) -> SolvedNode | None:
     """The node that a picture is painted from: the lowest that there is a painter for and that is known well enough.
     None where there is none."""
-    info = MODELS.get(model.name)
-    if info is None or info.sha256 != model.sha256:
-        return None
-    known = PAINTERS.get(model.name, {})
+    known = PAINTERS.get(model.name, {}) if _trained_for(model) else {}
     usable = [node for node in recovered.nodes if node.name in known and node.typical_error <= TRUSTED]
     return usable[-1] if usable else None
 
 
-def load_painter(model: Model, node: str) -> Painter:
-    """The painter of a node of PAINTERS, on the model's device, frozen. Raises GradinvError where its file is bad."""
-    data = _read(f"{model.name}-painter-{node}", PAINTERS[model.name][node])
-    channels, side, _ = node_shapes(model.network, SIZE)[node]
-    painter = Painter(channels, SIZE // side)
-    painter.load_state_dict({name: value.float() for name, value in safetensors.torch.load(data).items()})
-    return painter.requires_grad_(False).to(model.device)
-
-
 @torch.no_grad()
 def paint(model: Model, node: str, activations: Tensor) -> Tensor:
-    """What the painter of a node makes of its activations (B, C, H, W): pixels (B, 3, S, S) in [0, 1]."""
+    """What the painter of a node makes of its activations (B, C, H, W): pixels (B, 3, S, S) in [0, 1].
+
+    Raises GradinvError where the painter's file is bad.
+    """
     given = activations.to(model.device, torch.float32).nan_to_num(0.0, 0.0, 0.0)
-    painter = load_painter(model, node)
+    channels, side, _ = node_shapes(model.network, SIZE)[node]
+    painter = Painter(channels, SIZE // side)
+    _load(painter, f"{model.name}-painter-{node}", PAINTERS[model.name][node], model)
     painted = [painter(part.contiguous(memory_format=torch.channels_last)) for part in given.split(8)]
     size = model.preprocessing.size
     # Where the picture's side is no multiple of the node's stride, what is painted reaches beyond it.

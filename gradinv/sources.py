@@ -12,21 +12,22 @@ import os
 import random
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import Protocol
+from urllib.parse import quote
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from gradinv.downloads import cache_folder, download
+from gradinv.downloads import address, cache_folder, fetch
 from gradinv.images import MAX_BYTES, SUFFIXES, decode, to_pixels
 from gradinv.models import ImageClass, Model, imagenet_classes
-from gradinv.paths import ASSETS
+from gradinv.paths import ASSETS, reason
 from gradinv.types import GradinvError, Preprocessing
 
 SAMPLES_URL = "https://raw.githubusercontent.com/EliSchwartz/imagenet-sample-images/master/"
@@ -80,12 +81,15 @@ def gallery(model: Model | None = None) -> list[Picture]:
     Where a model lacks ImageNet's own class of a picture but has the nearest one that samples.csv names, that is it.
     """
     pictures = []
-    for row in _sample_rows():
+    for row in _read_table(SAMPLES / "samples.csv"):
         wnids = [row["imagenet_wnid"], row["tiny_wnid"]]
-        if model is not None:
-            wnids = [wnid for wnid in wnids if model.class_index(wnid) is not None]
-        if wnids:
-            pictures.append(_sample(row, wnids[0]))
+        known = [wnid for wnid in wnids if model is None or model.class_index(wnid) is not None]
+        if known:
+            licence = row["licence"]
+            changes = "cropped to a square and scaled to 288 × 288 pixels"
+            credit = Credit(row["author"], licence, licence_link(licence), row["source"], changes)
+            path = SAMPLES / row["file"]
+            pictures.append(_of_file(path, path.stem, known[0], path.stem.replace("-", " "), credit))
     return sorted(pictures, key=lambda picture: picture.title)
 
 
@@ -94,7 +98,7 @@ def find(pictures: Sequence[Picture], stem: str) -> Picture:
     by_key = {picture.key: picture for picture in pictures}
     if stem in by_key:
         return by_key[stem]
-    if any(Path(row["file"]).stem == stem for row in _sample_rows()):
+    if any(Path(row["file"]).stem == stem for row in _read_table(SAMPLES / "samples.csv")):
         raise GradinvError(f"The model does not know the class of the gallery's {stem}; take {_choice(by_key)}.")
     raise GradinvError(f"The gallery has no picture {stem!r}; take {_choice(by_key, stem)}.")
 
@@ -102,23 +106,6 @@ def find(pictures: Sequence[Picture], stem: str) -> Picture:
 def _choice(keys: Collection[str], like: str = "") -> str:
     near = difflib.get_close_matches(like, keys, n=3)
     return " or ".join(near) if near else "one of " + ", ".join(keys) if keys else "another model"
-
-
-@cache
-def _sample_rows() -> tuple[dict[str, str], ...]:
-    return _read_table(SAMPLES / "samples.csv")
-
-
-def _sample(row: dict[str, str], wnid: str) -> Picture:
-    path = SAMPLES / row["file"]
-    credit = Credit(
-        row["author"],
-        row["licence"],
-        licence_link(row["licence"]),
-        row["source"],
-        changes="cropped to a square and scaled to 288 × 288 pixels",
-    )
-    return Picture(path.stem, wnid, class_name(wnid), path.stem.replace("-", " "), credit, partial(_load_file, path))
 
 
 def licence_link(licence: str) -> str | None:
@@ -144,7 +131,7 @@ def from_path(path: str | Path, wnid: str | None = None) -> Picture:
     if wnid is None:
         names = (path.name.split("_")[0], path.parent.name, path.parent.parent.name)
         wnid = next((name for name in names if _WNID.fullmatch(name)), None)
-    return Picture(str(path), wnid, class_name(wnid), path.stem, None, partial(_load_file, path))
+    return _of_file(path, str(path), wnid, path.stem)
 
 
 def from_upload(data: bytes, name: str, wnid: str | None = None) -> Picture:
@@ -157,11 +144,11 @@ def from_upload(data: bytes, name: str, wnid: str | None = None) -> Picture:
     if (least := min(image.size)) > _KEPT_SIDE:
         width, height = (round(side * _KEPT_SIDE / least) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return Picture(name, wnid, class_name(wnid), Path(name).stem, None, partial(_kept, image, tuple(notes)))
+    return Picture(name, wnid, class_name(wnid), Path(name).stem, None, lambda: (image, notes))
 
 
-def _kept(image: Image.Image, notes: tuple[str, ...]) -> tuple[Image.Image, list[str]]:
-    return image, list(notes)
+def _of_file(path: Path, key: str, wnid: str | None, title: str, credit: Credit | None = None) -> Picture:
+    return Picture(key, wnid, class_name(wnid), title, credit, partial(_load_file, path))
 
 
 def _load_file(path: Path) -> tuple[Image.Image, list[str]]:
@@ -169,7 +156,7 @@ def _load_file(path: Path) -> tuple[Image.Image, list[str]]:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)  # one more than `decode` accepts
     except OSError as error:
-        raise GradinvError(f"{path} cannot be read ({error.strerror}); check that it is there.") from error
+        raise GradinvError(f"{path} cannot be read ({reason(error)}); check that it is there.") from error
     return decode(data, path.name)
 
 
@@ -199,28 +186,23 @@ class ImageFolder:
     @cached_property
     def classes(self) -> tuple[ImageClass, ...]:
         """The classes that have a folder, by name; a WordNet id that ImageNet's 1000 classes lack stands for itself."""
-        wnids = [entry.name for entry in _scan(self.root) if _WNID.fullmatch(entry.name) and entry.is_dir()]
+        wnids = [entry.name for entry in _listed(self.root) if _WNID.fullmatch(entry.name) and entry.is_dir()]
         return tuple(sorted((ImageClass(wnid, class_name(wnid)) for wnid in wnids), key=lambda c: (c.name, c.wnid)))
 
     def search(self, text: str) -> list[ImageClass]:
         """The classes whose name, everyday name or WordNet id contains every word of the text; all for an empty one."""
-        return [item for item in self.classes if _matches(text, item.name, everyday(item.wnid), item.wnid)]
+        return [item for item in self.classes if _matches(text, item.wnid, item.name)]
 
     def pictures(self, wnid: str) -> list[Picture]:
         """The pictures of one class, by file name. Raises GradinvError for a class without a folder."""
         if not any(item.wnid == wnid for item in self.classes):
             raise GradinvError(f"{self.root} has no folder for the class {wnid}; take one that it has.")
         folder = self.root / wnid
-        entries = _scan(folder)
+        entries = _listed(folder)
         if not any(_is_picture(entry) for entry in entries) and any(entry.name == "images" for entry in entries):
-            entries = _scan(folder / "images")
+            entries = _listed(folder / "images")
         paths = sorted(Path(entry.path) for entry in entries if _is_picture(entry))
-        return [
-            Picture(
-                str(path.relative_to(self.root)), wnid, class_name(wnid), path.stem, None, partial(_load_file, path)
-            )
-            for path in paths
-        ]
+        return [_of_file(path, str(path.relative_to(self.root)), wnid, path.stem) for path in paths]
 
     def draw(self, count: int, seed: int, wnids: Collection[str] | None = None) -> tuple[list[Picture], str | None]:
         """As the function `draw`, from the given classes (those of a model) or all; lists only the folders it draws."""
@@ -233,14 +215,17 @@ class ImageFolder:
         return _draw(allowed, self.pictures, count, seed, f"The class folders of {self.root} hold no {_KINDS}")
 
 
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise GradinvError(
-            f"The folder {folder} cannot be listed ({error.strerror}); check its permissions."
-        ) from error
+        raise unlisted(folder, error) from error
+
+
+def unlisted(folder: object, error: OSError) -> GradinvError:
+    """What is said of a folder that cannot be looked into."""
+    return GradinvError(f"The folder {folder} cannot be listed ({reason(error)}); check its permissions.")
 
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
@@ -254,30 +239,20 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
 class SampleSet:
     """The public set of 1,000 ImageNet pictures, one a class, each fetched when it is first opened.
 
-    A fetched picture is kept in the folder `cache`, by default `imagenet-samples` under GRADINV_CACHE or else under
-    this platform's cache folder. It is kept only with the size and the sha256 that the index states, never in part.
+    A fetched picture is kept in the folder `imagenet-samples` under GRADINV_CACHE or else under this platform's cache
+    folder: only as the index in the assets states it, never in part. Raises GradinvError where GRADINV_SAMPLES_URL is
+    no address of the web.
     """
 
-    def __init__(
-        self, cache: str | Path | None = None, base_url: str | None = None, index: str | Path | None = None
-    ) -> None:
-        """`index` is a CSV with the columns wnid, file, bytes and sha256; by default the one in the assets.
-
-        Raises GradinvError where the address, of `base_url` or GRADINV_SAMPLES_URL, is not one of the web.
-        """
-        self.cache = Path(cache).expanduser() if cache else cache_folder("imagenet-samples")
-        self.base_url = (base_url or os.environ.get("GRADINV_SAMPLES_URL") or SAMPLES_URL).rstrip("/") + "/"
-        if urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise GradinvError(
-                f"The sample set's address must begin with https:// or http://, not be {self.base_url!r}."
-            )
-        self._index = Path(index or ASSETS / "imagenet-samples.csv")
+    def __init__(self) -> None:
+        self.cache = cache_folder("imagenet-samples")
+        self.base_url = address("GRADINV_SAMPLES_URL", SAMPLES_URL).rstrip("/") + "/"
         self._fetching = threading.Lock()
 
     @cached_property
     def pictures(self) -> tuple[Picture, ...]:
         """All of them, in ImageNet's order of classes. Nothing is fetched before one is opened."""
-        return tuple(self._picture(row) for row in _read_table(self._index))
+        return tuple(self._picture(row) for row in _read_table(ASSETS / "imagenet-samples.csv"))
 
     def _picture(self, row: dict[str, str]) -> Picture:
         credit = Credit("unknown", "not stated; shown for study only", source=self.base_url + quote(row["file"]))
@@ -285,40 +260,12 @@ class SampleSet:
         return Picture(row["file"], row["wnid"], name, name, credit, partial(self._load, row))
 
     def _load(self, row: dict[str, str]) -> tuple[Image.Image, list[str]]:
-        return _load_file(self.fetch(row["file"], size=int(row["bytes"]), sha256=row["sha256"]))
-
-    def fetch(self, file: str, *, size: int, sha256: str) -> Path:
-        """The path of a file of the set in the cache, fetched if it is not there or damaged.
-
-        Raises GradinvError where the network, the server, the file's contents or the cache folder are at fault.
-        """
-        import pooch  # slow to import, and needed by nobody who stays offline
-        import requests
-
-        # What it has to say otherwise would go between the lines of a progress bar.
-        pooch.get_logger().setLevel("WARNING")
-        host, instead = urlsplit(self.base_url).netloc, "try again later or take pictures of the gallery"
-        url = self.base_url + quote(file)
-        fetch = partial(_download, size=size)
-        try:
-            with self._fetching:
-                return Path(pooch.retrieve(url, f"sha256:{sha256}", file, self.cache, downloader=fetch))
-        except requests.HTTPError as error:
-            raise GradinvError(f"{host} does not give out {file} ({error}); {instead}.") from error
-        except requests.RequestException as error:
-            raise GradinvError(f"{file} could not be fetched from {host}: no connection; {instead}.") from error
-        except OSError as error:
-            raise GradinvError(
-                f"{file} could not be kept in {self.cache} ({error.strerror}); make room there or set GRADINV_CACHE."
-            ) from error
-        except ValueError as error:  # pooch's for a wrong sha256, and `_download`'s for a wrong size
-            raise GradinvError(f"{file} arrived from {host} with other contents than expected; {instead}.") from error
-
-
-def _download(url: str, output: str, _: Any, *, size: int) -> None:
-    """Pooch's downloader, but one that takes the size that is expected and no other."""
-    if (received := download(url, output, size)) != size:
-        raise ValueError(f"{url} has only {received} bytes")
+        name, url = row["file"], self.base_url + quote(row["file"])
+        instead = "try again later or take pictures of the gallery"
+        with self._fetching:
+            digest = ("sha256", row["sha256"])
+            path = fetch(url, self.cache / name, digest, int(row["bytes"]), what=name, instead=instead)
+        return _load_file(path)
 
 
 # --- over all sources
@@ -346,11 +293,7 @@ def search(pictures: Iterable[Picture], text: str) -> list[Picture]:
 
     A word may be a plural.
     """
-    return [
-        picture
-        for picture in pictures
-        if _matches(text, picture.name, picture.title, everyday(picture.wnid or ""), picture.wnid or "")
-    ]
+    return [picture for picture in pictures if _matches(text, picture.wnid or "", picture.name, picture.title)]
 
 
 def draw(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], str | None]:
@@ -370,13 +313,9 @@ def class_name(wnid: str | None) -> str:
     return _names().get(wnid, wnid) if wnid else ""
 
 
-def everyday(wnid: str) -> str:
-    """What people call ImageNet's class of a WordNet id in everyday speech, in one or more words; often nothing."""
-    return _everyday().get(wnid, "")
-
-
 @cache
 def _everyday() -> dict[str, str]:
+    """By WordNet id what people call that class of ImageNet's in everyday speech, in one or more words."""
     classes = imagenet_classes()
     words: dict[str, list[str]] = {}
     # By word the first and last of the classes that it names.
@@ -393,12 +332,9 @@ def _names() -> dict[str, str]:
     return {item.wnid: item.name for item in imagenet_classes()}
 
 
-_Class = TypeVar("_Class")
-
-
 def _draw(
-    classes: Sequence[_Class],
-    pictures: Callable[[_Class], Sequence[Picture]],
+    classes: Sequence[str],
+    pictures: Callable[[str], Sequence[Picture]],
     count: int,
     seed: int,
     none: str = "There are no pictures",
@@ -408,45 +344,43 @@ def _draw(
     if count < 1:
         raise GradinvError(f"At least one picture has to be drawn, not {count}.")
     generator = random.Random(seed)
-    left = {item: None for item in generator.sample(classes, len(classes))}
-    shuffled: dict[_Class, list[Picture]] = {}
+    due = deque(generator.sample(classes, len(classes)))
+    shuffled: dict[str, list[Picture]] = {}
     chosen: list[Picture] = []
-    different = 0
-    while left and len(chosen) < count:
-        for item in list(left):
-            if item not in shuffled:
-                of_class = pictures(item)
-                shuffled[item] = generator.sample(of_class, len(of_class))
-                different += bool(of_class)
-            if not shuffled[item]:
-                del left[item]
-                continue
+    while due and len(chosen) < count:
+        item = due.popleft()
+        if item not in shuffled:
+            of_class = pictures(item)
+            shuffled[item] = generator.sample(of_class, len(of_class))
+        if shuffled[item]:
             chosen.append(shuffled[item].pop())
-            if len(chosen) == count:
-                break
+            due.append(item)
     if not chosen:
         raise GradinvError(f"{none} to draw from; name another source.")
     if len(chosen) < count:
         raise GradinvError(f"There are only {len(chosen)} pictures to draw {count} from; draw fewer.")
-    if different < count:
-        classes_text = f"{different} class{'es' if different > 1 else ''}"
-        return chosen, f"Only {classes_text} could be drawn from for {count} pictures, so classes repeat."
-    return chosen, None
+    different = len({picture.wnid or picture.key for picture in chosen})
+    if different == count:
+        return chosen, None
+    drawn = f"{different} class{'es' if different > 1 else ''} could be drawn from for {count} pictures"
+    return chosen, f"Only {drawn}, so classes repeat."
 
 
-def _matches(text: str, *fields: str) -> bool:
+def _matches(text: str, wnid: str, *names: str) -> bool:
+    fields = [field.casefold() for field in (wnid, _everyday().get(wnid, ""), *names)]
     for word in text.casefold().split():
         forms = {word, word.removesuffix("s")} if len(word) > 3 else {word}
-        if not any(form in field.casefold() for form in forms for field in fields):
+        if not any(form in field for form in forms for field in fields):
             return False
     return True
 
 
+@cache
 def _read_table(path: Path) -> tuple[dict[str, str], ...]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return tuple(csv.DictReader(file))
     except OSError as error:
         raise GradinvError(
-            f"The list {path} cannot be read ({error.strerror}); reinstall or set GRADINV_ASSETS."
+            f"The list {path} cannot be read ({reason(error)}); reinstall or set GRADINV_ASSETS."
         ) from error

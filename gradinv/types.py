@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gradinv.names import place_of, wrapper
-from gradinv.paths import write_whole
+from gradinv.paths import reason, replace_whole
 
 
 class GradinvError(ValueError):
@@ -139,9 +139,10 @@ class Observation:
         Raises GradinvError for what is none of these, and for a batch size that is no whole number of at least 1.
         """
         object.__setattr__(self, "batch_size", _whole(self.batch_size))
-        for field, kind in (("model_name", str), ("model_sha256", str), ("preprocessing", Preprocessing)):
-            if not isinstance(value := getattr(self, field), kind):
-                raise GradinvError(f"The observation's {field} is a {type(value).__name__}; give the model's own.")
+        for field, kind in _KINDS.items():
+            value = getattr(self, field)
+            if not isinstance(value, kind) and not (value is None and kind is BatchNormStatistics):
+                raise GradinvError(f"The observation's {field} is a {type(value).__name__}; give a {kind.__name__}.")
         given = self.gradients
         if isinstance(given, list | tuple):
             given = {place_of(index, len(given)): value for index, value in enumerate(given)}
@@ -157,10 +158,6 @@ class Observation:
         object.__setattr__(self, "gradients", {name.removeprefix(prefix): v for name, v in gradients.items()})
         for field in ("bn", "running"):
             if (statistics := getattr(self, field)) is not None:
-                if not isinstance(statistics, BatchNormStatistics):
-                    raise GradinvError(
-                        f"The observation's {field} is a {type(statistics).__name__}; give BatchNormStatistics."
-                    )
                 object.__setattr__(self, field, statistics.without(prefix))
 
     def negated(self) -> Observation:
@@ -191,9 +188,9 @@ class Observation:
     def save(self, path: str | Path) -> None:
         """Write to a file. Raises GradinvError where that is not possible."""
         try:
-            write_whole(Path(path).expanduser(), self.pack())
+            replace_whole(Path(path).expanduser(), lambda part: part.write_bytes(self.pack()))
         except OSError as error:
-            raise GradinvError(f"Cannot write the observation to {path}: {error.strerror or error}.") from error
+            raise GradinvError(f"Cannot write the observation to {path}: {reason(error)}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Observation:
@@ -201,7 +198,7 @@ class Observation:
         try:
             data = Path(path).expanduser().read_bytes()
         except OSError as error:
-            raise GradinvError(f"Cannot read an observation from {path}: {error.strerror or error}.") from error
+            raise GradinvError(f"Cannot read an observation from {path}: {reason(error)}.") from error
         return cls.unpack(data, str(path))
 
     @classmethod
@@ -213,9 +210,8 @@ class Observation:
             size = int.from_bytes(data[:8], "little")
             metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
         except Exception as error:  # the reader raises half a dozen types for what is damaged
-            raise GradinvError(
-                f"Cannot read an observation from {path}: it is no complete safetensors file."
-            ) from error
+            why = "it is no complete safetensors file"
+            raise GradinvError(f"Cannot read an observation from {path}: {why}.") from error
         try:
             facts = json.loads(metadata["observation"])
             if facts["format"] != 1:
@@ -224,35 +220,15 @@ class Observation:
                     "use the version of gradinv that wrote it."
                 )
             shape = facts["preprocessing"]
-            preprocessing = Preprocessing(
-                int(shape["size"]), int(shape["resize"]), tuple(shape["mean"]), tuple(shape["std"])
-            )
-            kinds = ("gradient", "bn.mean", "bn.var", "running.mean", "running.var")
-            parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+            preprocessing = Preprocessing(int(shape["size"]), int(shape["resize"]), shape["mean"], shape["std"])
+            parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _PARTS}
             for key, value in tensors.items():
                 kind, name = key.split("/", 1)
                 if not _NAME.fullmatch(name):
                     raise ValueError("a tensor is not named as a module's parameters are")
                 parts[kind][name] = value
-            for told in ("model_name", "model_sha256"):
-                if not isinstance(facts[told], str):
-                    raise TypeError(f"its {told} is no text")
-
-            def statistics(kind: str) -> BatchNormStatistics | None:
-                mean, var = parts[f"{kind}.mean"], parts[f"{kind}.var"]
-                return BatchNormStatistics(mean, var) if mean or var else None
-
-            fields: dict[str, Any] = dict(
-                gradients=parts["gradient"],
-                batch_size=facts["batch_size"],
-                preprocessing=preprocessing,
-                model_name=facts["model_name"],
-                model_sha256=facts["model_sha256"],
-                bn=statistics("bn"),
-                mode=facts["mode"],
-                running=statistics("running"),
-                label_smoothing=facts.get("label_smoothing", 0.0),
-            )
+            gradients, bn_mean, bn_var, running_mean, running_var = parts.values()
+            told = {name: facts[name] for name in ("batch_size", "model_name", "model_sha256", "mode")}
         except GradinvError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -260,9 +236,26 @@ class Observation:
                 f"{path} is a safetensors file, but not an observation as Observation.save writes it ({error!s:.80})."
             ) from error
         try:
-            return cls(**fields)
+            return cls(
+                gradients=gradients,
+                preprocessing=preprocessing,
+                bn=BatchNormStatistics(bn_mean, bn_var) if bn_mean or bn_var else None,
+                running=BatchNormStatistics(running_mean, running_var) if running_mean or running_var else None,
+                label_smoothing=facts.get("label_smoothing", 0.0),
+                **told,
+            )
         except GradinvError as error:
             raise GradinvError(f"The observation {path} cannot be used: {error}") from error
+
+
+_KINDS = {
+    "model_name": str,
+    "model_sha256": str,
+    "preprocessing": Preprocessing,
+    "bn": BatchNormStatistics,
+    "running": BatchNormStatistics,
+}
+_PARTS = ("gradient", "bn.mean", "bn.var", "running.mean", "running.var")
 
 
 def _triple(name: str, value: Any) -> tuple[float, float, float]:
@@ -298,9 +291,7 @@ def _tensor(what: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise GradinvError(f"The {what} is {value!r:.40}; a tensor is expected.")
     if value.is_meta:
-        raise GradinvError(
-            f"The {what} is on the meta device, where it has no numbers; give the one that was computed."
-        )
+        raise GradinvError(f"The {what} is on the meta device, without numbers; give the one that was computed.")
     if value.layout != torch.strided:
         value = value.to_dense()
     return value.clone() if value.is_inference() else value.detach()

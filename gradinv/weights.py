@@ -17,6 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from gradinv.names import prefixes
+from gradinv.paths import ASSETS
 from gradinv.types import GradinvError, Preprocessing
 
 # What a weights file may hold: the networks of torchvision with BN and a final linear layer called fc.
@@ -147,6 +148,16 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     if unknown := sorted(set(given) - set(expected)):
         raise GradinvError(f"{source} does not fit: it has a layer {unknown[0]} that the network lacks.")
     network.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
+
+
+def bundled(name: str, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file of the assets. Raises GradinvError where it is missing or another one."""
+    path = ASSETS / "models" / f"{name}.safetensors"
+    if not path.is_file():
+        raise GradinvError(f"The bundled weights {path} are missing; reinstall or set GRADINV_ASSETS to their folder.")
+    if sha256_of(path) != sha256:
+        raise GradinvError(f"The bundled weights {path} are damaged (wrong sha256); restore that file.")
+    return safetensors.torch.load_file(path)
 
 
 def sha256_of(path: Path) -> str:

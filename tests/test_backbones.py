@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import torchvision
 
-from gradinv import backbones, models
+from gradinv import backbones
 from gradinv.backbones import load_backbone, save_fitted
 from gradinv.models import MODELS, ModelInfo, load_model
 from gradinv.types import GradinvError
@@ -122,32 +122,10 @@ class TestMoco:
             load_model("resnet50-moco", device="cpu")
         assert server.asked == []
 
-    def test_a_damaged_file_in_the_cache_is_fetched_again(self, server, tmp_path):
-        path = tmp_path / "cache" / "models" / "moco_v2_800ep_pretrain.pth.tar"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(server.files[self.PATH][:1000])
-        load_backbone("resnet50-moco", device="cpu")
-        assert path.read_bytes() == server.files[self.PATH] and len(server.asked) == 1
-
-    @pytest.mark.parametrize(
-        ("what", "sentence"),
-        [
-            ("tampered with", r"other contents than published; .* put the file at .*tar"),
-            ("more than a checkpoint can be", "other contents than published"),
-            ("missing", r"could not be downloaded \(404.*try again later or put the file at"),
-            ("broken off", r"could not be downloaded from 127\.0\.0\.1:\d+: no connection"),
-        ],
-    )
-    def test_what_does_not_come_as_it_was_published_is_not_kept(self, server, tmp_path, monkeypatch, what, sentence):
-        body = server.files.pop(self.PATH)
-        if what == "tampered with":
-            server.files[self.PATH] = body + b"tampered"
-        elif what == "more than a checkpoint can be":
-            server.files[self.PATH] = body
-            monkeypatch.setattr(backbones, "_MOCO_MOST", len(body) - 1)
-        elif what == "broken off":
-            server.files[self.PATH], server.claim = body[:-1000], 1000
-        with pytest.raises(GradinvError, match=sentence):
+    def test_what_does_not_come_as_it_was_published_is_not_kept(self, server, tmp_path):
+        """As any published file: what may go wrong with one is tested with the sample set's."""
+        server.files[self.PATH] += b"tampered"
+        with pytest.raises(GradinvError, match=r"other contents than published; .* put the file at .*tar"):
             load_backbone("resnet50-moco", device="cpu")
         assert self.kept(tmp_path) == []
 
@@ -156,33 +134,9 @@ class TestMoco:
         with pytest.raises(GradinvError, match="must begin with https://"):
             load_backbone("resnet50-moco", device="cpu")
 
-    def test_a_cache_that_cannot_be_written(self, server, tmp_path):
-        (tmp_path / "cache").touch()
-        with pytest.raises(GradinvError, match=r"could not be kept in .*make room there or set GRADINV_CACHE"):
-            load_backbone("resnet50-moco", device="cpu")
-
     def test_a_file_of_another_layout_is_refused(self, server, monkeypatch, resnet18):
         packed = io.BytesIO()
         torch.save({"state_dict": resnet18}, packed)
         self.serve(server, packed.getvalue(), monkeypatch)
         with pytest.raises(GradinvError, match=r"is not a checkpoint of MoCo \(it has no layers encoder_q"):
             load_backbone("resnet50-moco", device="cpu")
-
-    def test_what_is_more_than_weights_is_not_executed(self, server, monkeypatch, tmp_path):
-        class Bomb:
-            def __reduce__(self):
-                return (open, (str(tmp_path / "executed"), "w"))
-
-        packed = io.BytesIO()
-        torch.save({"state_dict": {"module.encoder_q.conv1.weight": Bomb()}}, packed)
-        self.serve(server, packed.getvalue(), monkeypatch)
-        with pytest.raises(GradinvError, match="cannot be read as weights"):
-            load_backbone("resnet50-moco", device="cpu")
-        assert not (tmp_path / "executed").exists()
-
-    def test_a_damaged_fitted_network_is_refused(self, server):
-        path = models.fitted_file("resnet50-moco")
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"damaged")
-        with pytest.raises(GradinvError, match="cannot be read as weights"):
-            load_model("resnet50-moco", device="cpu")

@@ -153,7 +153,7 @@ def test_a_signal_keeps_the_run():
     opened = Recording.open("cut")
     done = opened.run["iterations"]["done"]
     assert opened.run["status"] == "stopped" and opened.run["metrics"] is not None
-    assert len(opened.steps) >= 3 and len(list(opened.snapshots())) == len(opened.steps)
+    assert len(opened.steps) >= 3
     assert f"after {done} of 100000" in (said := one_sentence(complaint)) and "gradinv invert --resume cut" in said
     assert "PSNR constant" in output
 

@@ -33,6 +33,11 @@ def ramp(width: int = 12, height: int = 10) -> Image.Image:
     return Image.fromarray(values)
 
 
+def animated(format: str) -> bytes:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
+    return encoded(frames[0], format, save_all=True, append_images=frames[1:])
+
+
 def refused(data: bytes, name: str) -> str:
     """The sentence with which a file is refused: one, which names the file and does not quote a Python error."""
     with pytest.raises(GradinvError) as caught:
@@ -81,8 +86,9 @@ def test_truncated_file_is_refused(format: str) -> None:
         (encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"), "32 bits a pixel"),
         (encoded(Image.new("RGB", (1, 21))), "too thin"),
         (encoded(Image.new("RGB", (2100, 100))), "too thin"),
+        *((animated(format), "is an animation; choose a still picture") for format in ("GIF", "PNG", "WEBP")),
     ],
-    ids=["text", "empty", "PPM", "32 bits", "narrow", "flat"],
+    ids=["text", "empty", "PPM", "32 bits", "narrow", "flat", "GIF", "APNG", "WEBP"],
 )
 def test_what_is_no_picture_for_a_network_is_refused(data: bytes, said: str) -> None:
     assert said in refused(data, "file.png")
@@ -118,21 +124,8 @@ def test_file_of_too_many_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert "is larger than" in refused(data, "ramp.png")
 
 
-@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
-def test_animation_is_refused(format: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
-    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
-    assert "is an animation; choose a still picture" in refused(data, f"dance.{format.lower()}")
-
-
 def test_picture_at_the_limit_of_thinness_is_accepted() -> None:
     assert images.decode(encoded(Image.new("RGB", (20, 1)), "PNG"), "strip.png")[0].size == (20, 1)
-
-
-def test_cmyk_is_converted_with_a_note() -> None:
-    image, notes = images.decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), "print.tif")
-    assert image.getpixel((3, 3)) == (255, 0, 0)
-    assert notes == ["print.tif has CMYK colours, which were converted to RGB without their colour profile."]
 
 
 def test_cmyk_jpeg_is_converted_with_a_note() -> None:
@@ -142,57 +135,58 @@ def test_cmyk_jpeg_is_converted_with_a_note() -> None:
     assert len(notes) == 1 and "CMYK" in notes[0]
 
 
-@pytest.mark.parametrize(("format", "order"), [("PNG", "=u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
-def test_16_bit_grey_of_either_byte_order_is_scaled_not_cut(format: str, order: str) -> None:
-    # 0, a quarter, a half and all of the range; what is cut at 255 would be white from the second on.
-    values = np.array([[0, 16384, 32768, 65535]], dtype=order)
-    image, notes = images.decode(encoded(Image.fromarray(values), format), "scan.png")
-    assert [image.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 64, 128, 255)]
-    assert notes == ["scan.png has 16 bits a channel and was reduced to 8."]
+def grey16(format: str, order: str) -> bytes:
+    """0, a quarter, a half and all of the range; what is cut at 255 would be white from the second on."""
+    return encoded(Image.fromarray(np.array([[0, 16384, 32768, 65535]], dtype=order)), format)
 
 
-def test_16_bit_colour_is_noted() -> None:
-    rows = b"\x00" + struct.pack(">6H", 65535, 0, 32768, 0, 65535, 16384)
-    image, notes = images.decode(png(2, 1, depth=16, colour=2, rows=rows), "deep.png")
-    assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 0, 128), (0, 255, 64)]
-    assert len(notes) == 1 and "16 bits" in notes[0]
+def row(mode: str, *pixels: Any) -> Image.Image:
+    picture = Image.new(mode, (len(pixels), 1))
+    picture.putdata(pixels)
+    return picture
 
 
-def test_several_pages_are_noted() -> None:
-    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    image, notes = images.decode(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]), "fax.tif")
-    assert image.getpixel((0, 0)) == (255, 0, 0) and notes == [
-        "fax.tif has several pages, of which the first was taken."
-    ]
+def palette(**options: Any) -> bytes:
+    picture = row("P", 0, 1)
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    return encoded(picture, "PNG", **options)
 
 
-def test_alpha_is_filled_with_white() -> None:
-    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    image, notes = images.decode(encoded(picture, "PNG"), "logo.png")
-    assert [image.getpixel((x, 0)) for x in range(2)] == [(0, 0, 0), (255, 255, 255)]
-    assert notes == ["logo.png is transparent in places; they were filled with white."]
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+DEEP = "file has 16 bits a channel and was reduced to 8."
+FILLED = "file is transparent in places; they were filled with white."
+PAGES = encoded(row("RGB", RED), "TIFF", save_all=True, append_images=[row("RGB", BLUE)])
+COLOUR16 = b"\x00" + struct.pack(">6H", 65535, 0, 32768, 0, 65535, 16384)
+GREYS = [(v, v, v) for v in (0, 64, 128, 255)]
 
 
-def test_opaque_alpha_is_not_noted() -> None:
-    image, notes = images.decode(encoded(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), "PNG"), "opaque.png")
-    assert image.getpixel((0, 0)) == (9, 8, 7) and notes == []
-
-
-def test_palette_with_and_without_transparency() -> None:
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([255, 0, 0, 0, 0, 255])
-    palette.putpixel((1, 0), 1)
-    image, notes = images.decode(encoded(palette, "PNG"), "flag.png")
-    assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 0, 0), (0, 0, 255)] and notes == []
-    image, notes = images.decode(encoded(palette, "PNG", transparency=1), "flag.png")
-    assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 0, 0), (255, 255, 255)] and len(notes) == 1
-
-
-@pytest.mark.parametrize(("mode", "value", "grey"), [("L", 77, 77), ("1", 1, 255), ("LA", (77, 255), 77)])
-def test_greyscale_becomes_rgb(mode: str, value: Any, grey: int) -> None:
-    image, notes = images.decode(encoded(Image.new(mode, (4, 4), value), "PNG"), "grey.png")
-    assert image.getpixel((2, 2)) == (grey, grey, grey) and notes == []
+@pytest.mark.parametrize(
+    ("data", "pixels", "notes"),
+    [
+        (
+            encoded(row("CMYK", (0, 255, 255, 0)), "TIFF"),
+            [RED],
+            ["file has CMYK colours, which were converted to RGB without their colour profile."],
+        ),
+        (grey16("PNG", "=u2"), GREYS, [DEEP]),
+        (grey16("TIFF", "<u2"), GREYS, [DEEP]),
+        (grey16("TIFF", ">u2"), GREYS, [DEEP]),
+        (png(2, 1, depth=16, colour=2, rows=COLOUR16), [(255, 0, 128), (0, 255, 64)], [DEEP]),
+        (PAGES, [RED], ["file has several pages, of which the first was taken."]),
+        (encoded(row("RGBA", (0, 0, 0, 255), (0, 0, 0, 0))), [(0, 0, 0), WHITE], [FILLED]),
+        (encoded(row("RGBA", (9, 8, 7, 255))), [(9, 8, 7)], []),
+        (palette(), [RED, BLUE], []),
+        (palette(transparency=1), [RED, WHITE], [FILLED]),
+        (encoded(row("L", 77)), [(77, 77, 77)], []),
+        (encoded(row("1", 1)), [WHITE], []),
+        (encoded(row("LA", (77, 255))), [(77, 77, 77)], []),
+    ],
+)
+def test_every_kind_of_pixel_becomes_rgb_with_a_note_of_what_is_lost(
+    data: bytes, pixels: list[tuple[int, ...]], notes: list[str]
+) -> None:
+    image, found = images.decode(data, "file")
+    assert [image.getpixel((x, 0)) for x in range(image.width)] == pixels and found == notes
 
 
 def test_exif_rotation_is_applied_and_metadata_dropped() -> None:

@@ -14,9 +14,9 @@ from conftest import ROOT
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(f"gradinv.{name}" if name not in ("gradinv", "app") else name for name in names.split())
     for names in (
-        "gradinv names paths downloads",
+        "gradinv names paths",
         "types",
-        "config images weights",
+        "config downloads images weights",
         "models",
         "network backbones",
         "batchnorm prior",

@@ -6,6 +6,7 @@ import dataclasses
 import queue
 import threading
 from dataclasses import dataclass, field
+from functools import cache
 
 import pytest
 import torch
@@ -72,15 +73,9 @@ def begun(manager: JobManager, work: Scripted) -> str:
     return job
 
 
-def look(manager: JobManager, job: str) -> JobState:
-    state = manager.state(job)
-    assert state is not None
-    return state
-
-
 def ended(manager: JobManager, job: str) -> JobState:
     assert manager.wait(job, lambda state: state.finished, PATIENCE)
-    return look(manager, job)
+    return manager.state(job)
 
 
 def still_works(manager: JobManager, user: str | None = None) -> bool:
@@ -90,11 +85,11 @@ def still_works(manager: JobManager, user: str | None = None) -> bool:
 def test_jobs_run_one_at_a_time_in_order_and_know_their_place(manager):
     works = [Scripted() for _ in range(3)]
     jobs = [begun(manager, works[0]), manager.submit(works[1]), manager.submit(works[2])]
-    places = [(state.status, state.place) for job in jobs if (state := manager.state(job))]
-    assert places == [("running", 0), ("queued", 1), ("queued", 2)]
+    states = [manager.state(job) for job in jobs]
+    assert [(state.status, state.place) for state in states] == [("running", 0), ("queued", 1), ("queued", 2)]
     works[0].then(None)
     assert manager.wait(jobs[1], lambda state: state.status == "running", PATIENCE)
-    last = look(manager, jobs[2])
+    last = manager.state(jobs[2])
     assert (last.status, last.place) == ("queued", 1)
     works[1].then(None)
     works[2].then(None)
@@ -121,14 +116,14 @@ def test_a_running_job_is_stopped_and_keeps_what_it_published(manager):
     state = ended(manager, job)
     assert (state.status, state.update, state.reason) == ("stopped", "picture", None)
     manager.cancel(job)
-    assert look(manager, job) == state, "what has ended is not stopped once more"
+    assert manager.state(job) == state, "what has ended is not stopped once more"
 
 
 def test_a_queued_job_is_cancelled_at_once_and_never_runs(manager):
     running, waiting = Scripted(), Scripted()
     first, second = begun(manager, running), manager.submit(waiting)
     manager.cancel(second)
-    state = look(manager, second)
+    state = manager.state(second)
     assert (state.status, state.place) == ("stopped", 0)
     waiting.then("ran")
     running.then(None)
@@ -152,7 +147,7 @@ def test_a_queued_job_is_cancelled_at_once_and_never_runs(manager):
 )
 def test_a_failed_job_says_why_in_one_sentence_and_the_worker_lives_on(manager, error, expected):
     state = ended(manager, manager.submit(Scripted().then("picture", error)))
-    assert state.status == "failed" and state.update == "picture" and state.reason is not None
+    assert state.status == "failed" and state.update == "picture"
     assert state.reason.startswith(expected) and state.reason.count(".") == 1 and "\n" not in state.reason
     assert "secret" not in state.reason
     assert still_works(manager)
@@ -175,9 +170,8 @@ def test_a_running_job_whose_page_is_closed_makes_room_when_another_waits(manage
     abandoned = begun(manager, Scripted().then("picture", "stop"))
     clock.now += 61
     assert still_works(manager)
-    state = look(manager, abandoned)
-    assert (state.status, state.update) == ("stopped", "picture")
-    assert state.reason is not None and "closed while others waited" in state.reason
+    state = manager.state(abandoned)
+    assert (state.status, state.update) == ("stopped", "picture") and "closed while others waited" in state.reason
 
 
 def test_a_lapsed_lease_alone_stops_nothing_and_the_tab_that_comes_back_finds_its_result(manager, clock):
@@ -192,7 +186,7 @@ def test_a_watched_job_is_not_dropped(manager, clock):
     first = begun(manager, running := Scripted())
     for _ in range(5):
         clock.now += 50
-        look(manager, first)
+        manager.state(first)
     manager.submit(Scripted().then(None))
     running.then(None)
     assert ended(manager, first).status == "done"
@@ -201,9 +195,9 @@ def test_a_watched_job_is_not_dropped(manager, clock):
 def test_an_abandoned_place_in_the_queue_goes_to_those_who_still_wait(manager, clock):
     first, left = begun(manager, running := Scripted()), manager.submit(Scripted())
     clock.now += 61
-    look(manager, first)
+    manager.state(first)
     stays = manager.submit(Scripted().then(None))
-    assert look(manager, stays).place == 1 and look(manager, left).status == "stopped"
+    assert manager.state(stays).place == 1 and manager.state(left).status == "stopped"
     running.then(None)
     ended(manager, stays)
 
@@ -214,18 +208,20 @@ def run_to_the_end(manager: JobManager, size: int) -> str:
     return job
 
 
+def kept(manager: JobManager, *jobs: str) -> list[bool]:
+    return [manager.state(job) is not None for job in jobs]
+
+
 def test_only_so_many_finished_jobs_are_kept(manager):
-    kept = [run_to_the_end(manager, 1) for _ in range(4)]
-    assert [manager.state(job) is not None for job in kept] == [False, False, True, True]
+    jobs = [run_to_the_end(manager, 1) for _ in range(4)]
+    assert kept(manager, *jobs) == [False, False, True, True]
 
 
 def test_only_so_many_bytes_are_kept_but_always_the_newest(manager):
     small, large = run_to_the_end(manager, 60), run_to_the_end(manager, 70)
-    assert manager.state(small) is None
-    assert manager.state(large) is not None
+    assert kept(manager, small, large) == [False, True]
     huge = run_to_the_end(manager, 1000)
-    assert manager.state(large) is None
-    assert manager.state(huge) is not None
+    assert kept(manager, large, huge) == [False, True]
 
 
 def test_jobs_that_nobody_watches_are_forgotten_first(manager, clock):
@@ -233,13 +229,13 @@ def test_jobs_that_nobody_watches_are_forgotten_first(manager, clock):
     clock.now += 61
     manager.state(watched)
     newest = run_to_the_end(manager, 1)
-    assert [manager.state(job) is not None for job in (watched, left, newest)] == [True, False, True]
+    assert kept(manager, watched, left, newest) == [True, False, True]
 
 
 def test_closing_ends_everything_and_a_later_job_still_runs(manager):
     jobs = begun(manager, Scripted().then("stop")), manager.submit(Scripted())
     manager.close(PATIENCE)
-    assert [look(manager, job).status for job in jobs] == ["stopped", "stopped"]
+    assert [manager.state(job).status for job in jobs] == ["stopped", "stopped"]
     assert still_works(manager)
 
 
@@ -260,7 +256,7 @@ def test_those_who_wait_are_told_how_long_by_the_pace_of_what_runs(manager, cloc
     second, third = manager.submit(waiting), manager.submit(Scripted())
 
     def waits() -> list[float | None]:
-        return [state.wait for job in (first, second, third) if (state := manager.state(job))]
+        return [manager.state(job).wait for job in (first, second, third)]
 
     assert waits() == [None, None, None]
     clock.now += 40
@@ -278,10 +274,9 @@ def test_those_who_wait_are_told_how_long_by_the_pace_of_what_runs(manager, cloc
 
 def test_a_finished_job_is_kept_only_so_long_after_the_last_look(manager, clock):
     job = run_to_the_end(manager, 1)
-    clock.now += manager.limits.retained_seconds
-    assert manager.state(job) is not None
-    clock.now += manager.limits.lease + manager.limits.retained_seconds + 1
-    assert manager.state(job) is None
+    for pause, expected in ((3600, True), (60 + 3600 + 1, False)):
+        clock.now += pause
+        assert kept(manager, job) == [expected]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -292,14 +287,13 @@ def test_a_lost_worker_is_replaced_and_its_job_has_failed(manager, monkeypatch):
     first = begun(manager, lost := Scripted())
     second = manager.submit(Scripted().then(None))
     worker = manager._worker
-    assert worker is not None
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "sentence", die)
         lost.then(ValueError())
         worker.join(PATIENCE)
     assert not worker.is_alive()
     assert ended(manager, second).status == "done"
-    state = look(manager, first)
+    state = manager.state(first)
     assert (state.status, state.reason) == ("failed", "The server lost this run; start it again.")
 
 
@@ -333,6 +327,7 @@ def inversion(iterations: int = 3) -> Inversion:
     return Inversion(small, Originals(pixels, (3, 7)), config)
 
 
+@cache
 def small() -> Model:
     return load_model("resnet18-tiny", device="cpu", image_size=32)
 
@@ -385,14 +380,14 @@ def test_an_inversion_publishes_pictures_from_the_start_to_the_end_and_records_t
     assert recording.run["metrics"]["consensus"]["psnr"] == pytest.approx(pictures.psnr)
 
 
-def test_a_stopped_inversion_ends_early_with_its_last_pictures_recorded():
-    listener = Listener(enough=1)
+def test_a_stopped_inversion_ends_early_with_its_last_pictures_recorded(monkeypatch):
+    monkeypatch.setattr(Inversion, "KEPT", 1000)  # bytes, so that nothing is kept to go on with
+    listener = Listener(enough=2)
     assert inversion(iterations=1000)(listener) == "stopped"
     last = listener.updates[-1]
-    assert last.step < 1000
+    assert last.step < 1000 and last.kept is None
     recording = Recording.open(last.store)
-    assert recording.run["status"] == "stopped"
-    assert recording.steps[-1] == last.step
+    assert recording.run["status"] == "stopped" and recording.steps[-1] == last.step
     assert recording.images("consensus") is not None
 
 
@@ -417,7 +412,6 @@ def test_the_layers_are_published_one_by_one_before_the_pictures_and_recorded(li
 def test_what_a_layer_holds_is_shown_of_each_picture_in_the_originals_order(listener):
     # The labels are restored in their own order; the pictures are given in the other one.
     own, other = inversion().originals, Listener()
-    assert own is not None
     dataclasses.replace(inversion(), client=Originals(own.pixels.flip(0), own.labels[::-1]))(other)
     tiles, turned = (
         {layer.name: layer.tiles for layer in heard.updates[-1].solving.layers}["layer4.0"]
@@ -444,19 +438,11 @@ def test_a_stopped_run_goes_on_to_where_it_would_have_come_without_the_stop(monk
     assert Recording.open(last.store).run["status"] == "stopped"
 
 
-def test_what_would_take_too_much_memory_is_not_kept(monkeypatch):
-    monkeypatch.setattr(Inversion, "KEPT", 1000)
-    listener = Listener(enough=2)
-    assert inversion(iterations=1000)(listener) == "stopped"
-    assert listener.updates[-1].kept is None
-
-
 def test_a_client_with_a_defence_shares_what_it_leaves_and_the_recording_says_so():
     own = inversion().originals
-    assert own is not None
     config = AttackConfig.preset("matching", seeds=1, iterations=1)
     work = Inversion(small, dataclasses.replace(own, defences=("prune:0.9",)), config)
-    plain, pruned = (one.originals.observed(small(), config) for one in (inversion(), work) if one.originals)
+    plain, pruned = (originals.observed(small(), config) for originals in (own, work.originals))
     expected = prune(plain, 0.9)
     assert all(torch.equal(value, expected.gradients[name]) for name, value in pruned.gradients.items())
     assert not all(torch.equal(value, plain.gradients[name]) for name, value in pruned.gradients.items())
@@ -467,7 +453,6 @@ def test_a_client_with_a_defence_shares_what_it_leaves_and_the_recording_says_so
 
 def test_a_gradient_that_was_taken_already_serves_unless_more_than_it_leaks():
     work, model = inversion(), small()
-    assert work.originals is not None
     taken = work.originals.observed(model, work.config)
     client = dataclasses.replace(work.originals, known=lambda: taken)
     assert client.observed(model, work.config) is taken
@@ -507,7 +492,6 @@ def test_cost_and_check_of_an_inversion():
     work = inversion()
     assert work.cost == 2 * 32 * 32 * 3 * 2
     work.check()
-    assert work.originals is not None
     with pytest.raises(GradinvError, match="Choose at least one picture"):
         Inversion(work.load, Originals(work.originals.pixels[:0], ()), work.config).check()
     with pytest.raises(GradinvError, match="needs a class"):
@@ -516,7 +500,6 @@ def test_cost_and_check_of_an_inversion():
 
 def test_a_shared_gradient_is_inverted_to_the_same_pictures_without_anything_to_compare_them_with(listener):
     own = inversion()
-    assert own.originals is not None
     observation = own.originals.observed(small(), own.config)
     given = Inversion(own.load, Shared(2, 32, lambda: observation), own.config)
     given.check()

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import torchvision
 
-from gradinv import models
+from gradinv import prior, weights
 from gradinv.backbones import load_backbone
 from gradinv.images import to_pixels
 from gradinv.models import (
@@ -164,14 +164,23 @@ def test_unknown_names_and_devices_are_refused():
         load_model("resnet18-tiny", device="cpu", image_size=4)
 
 
-def test_damaged_bundled_weights_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("resnet18-tiny", lambda _: load_model("resnet18-tiny", device="cpu")),
+        ("resnet18-tiny-decoder", prior.load_decoder),
+        ("resnet18-tiny-painter-layer1.1", lambda model: prior.paint(model, "layer1.1", torch.zeros(1, 64, 16, 16))),
+    ],
+)
+def test_missing_and_damaged_bundled_weights_are_refused(tmp_path, monkeypatch, file, load):
+    model = load_model("resnet18-tiny", device="cpu")
     (tmp_path / "models").mkdir()
-    monkeypatch.setattr(models, "ASSETS", tmp_path)
-    with pytest.raises(GradinvError, match="are missing"):
-        load_model("resnet18-tiny", device="cpu")
-    (tmp_path / "models" / "resnet18-tiny.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(weights, "ASSETS", tmp_path)
+    with pytest.raises(GradinvError, match=f"{file}.safetensors are missing; reinstall"):
+        load(model)
+    (tmp_path / "models" / f"{file}.safetensors").write_bytes(b"damaged")
     with pytest.raises(GradinvError, match="wrong sha256"):
-        load_model("resnet18-tiny", device="cpu")
+        load(model)
 
 
 class TestDownload:

@@ -14,7 +14,6 @@ from gradinv.attack.boundary import settled
 from gradinv.attack.inversion import invert
 from gradinv.client import observe
 from gradinv.config import APART, FROM_ABOVE, FROM_PAINTING, PRESETS, AttackConfig
-from gradinv.images import to_pixels
 from gradinv.metrics import constant_colour, psnr, ssim
 from gradinv.models import Model, load_model
 from gradinv.network import Segment, node_shapes, parts_of
@@ -23,22 +22,27 @@ from gradinv.recording.replay import Recording
 from gradinv.recording.stores import DirectoryStore
 from gradinv.recovery.final_layer import recover_features
 from gradinv.recovery.labels import restore_labels
-from gradinv.sources import find, gallery
+from gradinv.sources import find, gallery, pixels_of
 from gradinv.types import GradinvError, Preprocessing, Recovered, SolvedNode
 
 NAMES = ("goldfish", "tabby", "lion", "coffee")
 
 
+def batch(model: Model, count: int = 4) -> tuple[Tensor, list[int]]:
+    """Bundled pictures, pixels (B, 3, S, S) in [0, 1], and their labels."""
+    pictures = [find(gallery(model), picture) for picture in NAMES[:count]]
+    return pixels_of(pictures, model.preprocessing), [model.class_index(picture.wnid) for picture in pictures]
+
+
 @pytest.mark.parametrize("name", prior.DECODERS)
 def test_the_preview_of_recovered_features_beats_a_constant_colour(name: str) -> None:
     model = load_model(name, device="cpu")
-    pictures = [find(gallery(model), picture) for picture in NAMES]
-    originals = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures])
-    observation = observe(model, originals, torch.tensor([model.class_index(picture.wnid) for picture in pictures]))
+    originals, labels = batch(model)
+    observation = observe(model, originals, torch.tensor(labels))
     restored = restore_labels(model, observation).labels
     found = prior.preview(model, recover_features(model, observation, restored).features)
     assert found.shape == originals.shape and found.min() >= 0 and found.max() <= 1
-    order = [restored.tolist().index(model.class_index(picture.wnid)) for picture in pictures]
+    order = [restored.tolist().index(label) for label in labels]
     assert psnr(found[order], originals).mean() > psnr(constant_colour(originals), originals).mean()
     assert ssim(found[order], originals).mean() > ssim(found[order[::-1]], originals).mean() + 0.05
 
@@ -60,8 +64,7 @@ def as_if_solved(name: str, activation: Tensor, error: float = 0.01) -> SolvedNo
 @pytest.mark.parametrize(("name", "node"), PAINTED)
 def test_a_picture_painted_from_activations_is_that_picture_and_no_other(name: str, node: str, size: int) -> None:
     model = load_model(name, device="cpu", image_size=size)
-    pictures = [find(gallery(model), picture) for picture in NAMES]
-    originals = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures])
+    originals, _ = batch(model)
     found = prior.paint(model, node, held(model, node, originals))
     assert found.shape == originals.shape and found.min() >= 0 and found.max() <= 1
     assert (psnr(found, originals) > psnr(constant_colour(originals), originals) + 3).all()
@@ -105,13 +108,11 @@ def test_the_search_from_a_painted_picture_explains_what_was_solved() -> None:
     """And says how far both agree; the control is the same batch from noise."""
     name, node = PAINTED[0]
     model = load_model(name, device="cpu")
-    pictures = [find(gallery(model), picture) for picture in NAMES[:2]]
-    originals = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures])
-    labels = torch.tensor([model.class_index(picture.wnid) for picture in pictures])
-    observation = observe(model, originals, labels)
+    originals, labels = batch(model, 2)
+    observation = observe(model, originals, torch.tensor(labels))
     solved = (as_if_solved(node, held(model, node, originals)),)
     features = torch.rand(2, model.final_layer.in_features)
-    recovered = Recovered(labels, "given", 1.0, features=features, residual=0.0, nodes=solved)
+    recovered = Recovered(torch.tensor(labels), "given", 1.0, features=features, residual=0.0, nodes=solved)
     config = AttackConfig.preset("demo", name, seeds=1, iterations=20)
     learned = invert(model, observation, dataclasses.replace(config, start="decoder"), recovered=recovered)
     first, *_, last = learned
@@ -149,27 +150,14 @@ def test_settings_follow_where_the_picture_is_painted_from_and_what_was_chosen_s
 def test_a_run_keeps_what_was_painted_in_the_originals_order(tmp_path: Path) -> None:
     name, node = PAINTED[0]
     model = load_model(name, device="cpu")
-    pictures = [find(gallery(model), picture) for picture in NAMES[:2]]
-    originals = torch.stack([to_pixels(picture.open(), model.preprocessing) for picture in pictures])
-    labels = [model.class_index(picture.wnid) for picture in pictures]
+    originals, labels = batch(model, 2)
     observation = observe(model, originals, torch.tensor(labels))
     turned = originals.flip(0)  # restored in another order
-    recovered = Recovered(
-        torch.tensor(labels[::-1]),
-        *("given", 1.0),
-        features=torch.rand(2, model.final_layer.in_features),
-        residual=0.0,
-        nodes=(as_if_solved(node, held(model, node, turned)),),
-    )
+    nodes, features = (as_if_solved(node, held(model, node, turned)),), torch.rand(2, model.final_layer.in_features)
+    recovered = Recovered(torch.tensor(labels[::-1]), "given", 1.0, features=features, residual=0.0, nodes=nodes)
     config = AttackConfig.preset("demo", name, seeds=1, iterations=2, start="decoder")
-    recorder = Recorder(
-        DirectoryStore(tmp_path),
-        config=config,
-        model=model,
-        observation=observation,
-        originals=originals,
-        labels=labels,
-    )
+    known = {"originals": originals, "labels": labels}
+    recorder = Recorder(DirectoryStore(tmp_path), config=config, model=model, observation=observation, **known)
     *_, last = recorder.follow(invert(model, observation, config, recovered=recovered))
     recording = Recording.open(tmp_path)
     kept, found = recording.images("prior"), recording.run["prior"]
@@ -188,24 +176,10 @@ def test_no_preset_has_a_learned_prior() -> None:
             assert (config.start, config.prior) == ("random", 0.0)
 
 
-def test_a_model_without_a_decoder(small_model: Model) -> None:
+def test_other_networks_weights_and_sizes_have_no_decoder(small_model: Model) -> None:
     with pytest.raises(GradinvError, match=r"There is no decoder for small at 8 px; only resnet50-tiny and resnet18"):
         prior.preview(small_model, torch.zeros(1, 16))
-
-
-def test_another_size_or_other_weights_have_none() -> None:
     model = load_model("resnet18-tiny", device="cpu")
-    assert prior.has_decoder(model)
-    assert not prior.has_decoder(dataclasses.replace(model, preprocessing=Preprocessing(32, 32)))
-    assert not prior.has_decoder(dataclasses.replace(model, sha256="0" * 64))
-
-
-def test_a_missing_and_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model("resnet18-tiny", device="cpu")
-    monkeypatch.setattr(prior, "ASSETS", tmp_path)
-    with pytest.raises(GradinvError, match="is missing; reinstall"):
-        prior.load_decoder(model)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "resnet18-tiny-decoder.safetensors").write_bytes(b"torn")
-    with pytest.raises(GradinvError, match="is damaged"):
-        prior.load_decoder(model)
+    for other in ({"preprocessing": Preprocessing(32, 32)}, {"sha256": "0" * 64}):
+        with pytest.raises(GradinvError, match="There is no decoder for resnet18-tiny"):
+            prior.load_decoder(dataclasses.replace(model, **other))

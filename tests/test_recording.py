@@ -54,11 +54,6 @@ def model():
     return Model("toy", nn.Linear(2, 6), "ab" * 32, Preprocessing(SIDE, SIDE), classes, 12.5)
 
 
-@pytest.fixture
-def observation(model):
-    return Observation({}, 2, model.preprocessing, model.name, model.sha256)
-
-
 def snapshot(step: int, steps: int = 4) -> Snapshot:
     seeds = torch.stack([smooth(2, 1.0 + seed + 0.1 * step) for seed in range(2)])
     terms = {"gradient": TermValues((0.1 / 3, 2.0), (0.5, 1.0 + step)), "tv": TermValues((0.25, 0.5), (1.0, 2.0))}
@@ -80,8 +75,9 @@ def store():
 
 
 @pytest.fixture
-def start(model, observation, store):
+def start(model, store):
     """Begins a recording of two pictures, in `store` unless another one is given."""
+    observation = Observation({}, 2, model.preprocessing, model.name, model.sha256)
 
     def start(other: Store | None = None, **options: object) -> Recorder:
         usual = {"config": CONFIG, "model": model, "observation": observation, "originals": ORIGINALS, "labels": TRUE}
@@ -94,6 +90,10 @@ def start(model, observation, store):
 def whole(start):
     """A recording of three steps to the end."""
     return follow(start())
+
+
+def replayed(recording: Recording) -> list[Snapshot]:
+    return [recording.snapshot(step) for step in recording.steps]
 
 
 def follow(made: Recorder, steps: tuple[int, ...] = (0, 2, 4)) -> Recorder:
@@ -172,9 +172,9 @@ def test_curves_csv_has_a_row_a_record_and_seed(whole, store):
 
 
 def test_replay_is_the_live_stream(whole, store):
-    replayed = list(Recording.open(store).snapshots())
-    assert [one.step for one in replayed] == [0, 2, 4]
-    for one in replayed:
+    shown = replayed(Recording.open(store))
+    assert [one.step for one in shown] == [0, 2, 4]
+    for one in shown:
         live = snapshot(one.step)
         # Numbers come back exactly, pixels as closely as the lossy frames allow.
         for name in ("steps", "terms", "distance", "seconds", "labels"):
@@ -182,7 +182,7 @@ def test_replay_is_the_live_stream(whole, store):
         assert one.seeds.shape == live.seeds.shape and one.consensus.shape == live.consensus.shape
         assert (one.seeds - live.seeds).abs().mean() < 0.02
         assert (one.consensus - live.consensus).abs().mean() < 0.02
-    assert replayed[-1].final and not replayed[0].final
+    assert shown[-1].final and not shown[0].final
 
 
 def test_final_images_are_lossless_and_follow_the_originals(whole, store):
@@ -200,14 +200,14 @@ def test_without_originals(start, store):
     opened = Recording.open(store)
     assert opened.originals() is None and opened.order() == [0, 1]
     assert (opened.images("consensus") - snapshot(4).consensus).abs().max() < 0.01
-    assert len(list(opened.snapshots())) == 2
+    assert len(replayed(opened)) == 2
 
 
 @pytest.mark.parametrize("steps", [(0, 2), ()])
 def test_a_stream_that_ends_early_is_stopped(start, steps, store):
     made = follow(start(), steps)
     opened = Recording.open(store)
-    assert made.run["status"] == "stopped" and [one.step for one in opened.snapshots()] == list(steps)
+    assert made.run["status"] == "stopped" and [one.step for one in replayed(opened)] == list(steps)
     assert (made.run["metrics"] is not None) == (opened.images("consensus") is not None) == bool(steps)
 
 
@@ -229,12 +229,12 @@ def test_closing_stops_the_run_and_the_stream_behind_it(start, store):
     assert opened.steps == [0, 1] and opened.images("seed1") is not None
 
 
-def test_closing_after_the_last_step_is_done(start):
+def test_closing_after_the_last_step_is_done_and_the_same_state_twice_is_recorded_once(start):
     made = start()
-    stream = made.follow(snapshot(step) for step in (0, 4))
-    next(stream), next(stream)
+    stream = made.follow(snapshot(step) for step in (0, 4, 4))
+    next(stream), next(stream), next(stream)
     stream.close()
-    assert made.run["status"] == "done"
+    assert made.run["status"] == "done" and [row["step"] for row in made.curves] == [0, 0, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,6 @@ def test_what_is_raised_ends_the_run_and_keeps_it(error, status, sentence, start
     assert opened.run["status"] == made.run["status"] == status
     assert opened.run.get("error") == sentence
     assert opened.steps == [0, 2] and opened.run["metrics"] is not None
-
-
-def test_the_same_state_twice_is_recorded_once(start):
-    assert [row["step"] for row in follow(start(), (0, 2, 2)).curves] == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("lost", [1, 5, 25])
@@ -296,7 +292,7 @@ def test_readable_after_any_write_was_the_last(start):
     assert begun == len(ORIGINALS)
     for files in states[begun:]:
         opened = Recording.open(MemoryStore(files))
-        counts.append(len(list(opened.snapshots())))
+        counts.append(len(replayed(opened)))
         assert opened.run["status"] in ("running", "done")
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 3
 
@@ -381,7 +377,7 @@ def test_a_damaged_table_or_frame(whole, store):
     for damaged, sentence in ((b"RIFF", r"000002\.webp .* is damaged"), (encoded(ORIGINAL, "WEBP"), "does not fit")):
         store.write("frames/000002.webp", damaged)
         with pytest.raises(GradinvError, match=sentence):
-            list(Recording.open(store).snapshots())
+            replayed(Recording.open(store))
     store.write("frames/000002.webp", frame)
     store.write("curves.csv", b"step,seed\n0,x\n")
     with pytest.raises(GradinvError, match="is damaged"):
@@ -455,10 +451,10 @@ def test_a_real_run_live_and_replayed(start, small_model, small_batch, store):
     observation = observe(small_model, pixels, labels)
     made = start(config=config, model=small_model, observation=observation, originals=pixels, labels=labels.tolist())
     live = list(made.follow(invert(small_model, observation, config, every=2)))
-    replayed = list(Recording.open(store).snapshots())
-    assert [one.step for one in replayed] == [one.step for one in live] == [0, 2, 4, 6]
-    assert replayed[0].terms == live[0].terms == {} and replayed[0].distance == live[0].distance == ()
-    for one, other in zip(replayed, live, strict=True):
+    shown = replayed(Recording.open(store))
+    assert [one.step for one in shown] == [one.step for one in live] == [0, 2, 4, 6]
+    assert shown[0].terms == live[0].terms == {} and shown[0].distance == live[0].distance == ()
+    for one, other in zip(shown, live, strict=True):
         assert one.terms == other.terms and one.distance == other.distance and one.labels == other.labels
     assert set(live[-1].terms) >= {"gradient", "tv", "bn"}
     # The images that are kept are those that were measured, to half a grey level.

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing, TermValues
+from gradinv.types import BatchNormStatistics, GradinvError, Observation, Preprocessing
 
 PREPROCESSING = Preprocessing(size=8, resize=9, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.1))
 FACTS = {
@@ -90,17 +90,10 @@ def test_observation_holds_neither_images_nor_labels() -> None:
     assert names == known | {"label_smoothing"}
 
 
-def test_a_view_is_saved_as_it_reads(tmp_path: Path) -> None:
-    transposed = torch.arange(6.0).view(2, 3).t()
-    saved = dataclasses.replace(observation(), gradients={"fc.weight": transposed})
-    saved.save(tmp_path / "gradient.safetensors")
-    assert torch.equal(Observation.load(tmp_path / "gradient.safetensors").gradients["fc.weight"], transposed)
-
-
-def test_gradients_that_share_their_memory_are_saved_as_they_read(tmp_path: Path) -> None:
+def test_views_and_gradients_that_share_their_memory_are_saved_as_they_read(tmp_path: Path) -> None:
     """As distributed training keeps them: one buffer, of which each gradient is a part."""
     buffer = torch.arange(10.0)
-    parts = {"fc.weight": buffer[:6].view(2, 3), "fc.bias": buffer[6:]}
+    parts = {"fc.weight": buffer[:6].view(2, 3).t(), "fc.bias": buffer[6:]}
     dataclasses.replace(observation(), gradients=parts).save(tmp_path / "gradient.safetensors")
     loaded = Observation.load(tmp_path / "gradient.safetensors").gradients
     assert all(torch.equal(loaded[name], value) for name, value in parts.items())
@@ -113,27 +106,27 @@ def test_gradients_that_are_not_there_are_refused() -> None:
 
 
 def test_what_is_not_an_observation(tmp_path: Path) -> None:
-    for name, content in {"text": b"no tensors here", "empty": b""}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(GradinvError, match="Cannot read an observation"):
-            Observation.load(tmp_path / name)
-    with pytest.raises(GradinvError, match="Cannot read an observation"):
-        Observation.load(tmp_path / "missing")
-    other = tmp_path / "other.safetensors"
-    safetensors.torch.save_file({"weight": torch.zeros(2)}, other)
-    with pytest.raises(GradinvError, match="not an observation"):
-        Observation.load(other)
-    safetensors.torch.save_file({"weight": torch.zeros(2)}, other, metadata={"observation": "{}"})
-    with pytest.raises(GradinvError, match="not an observation"):
-        Observation.load(other)
+    def said(path: Path) -> str:
+        with pytest.raises(GradinvError) as raised:
+            Observation.load(path)
+        return str(raised.value)
+
+    path = tmp_path / "observation"
+    assert "Cannot read an observation" in said(path)
+    for content in (b"no tensors here", b""):
+        path.write_bytes(content)
+        assert "Cannot read an observation" in said(path)
+    for metadata in (None, {"observation": "{}"}):
+        safetensors.torch.save_file({"weight": torch.zeros(2)}, path, metadata=metadata)
+        assert "not an observation" in said(path)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"preprocessing": {"size": math.inf, "resize": 9, "mean": [0.5] * 3, "std": [0.5] * 3}}, "infinity"),
-        ({"model_sha256": ["a"]}, "its model_sha256 is no text"),
-        ({"model_name": 7}, "its model_name is no text"),
+        ({"model_sha256": ["a"]}, "cannot be used: The observation's model_sha256 is a list; give a str"),
+        ({"model_name": 7}, "model_name is a int"),
         ({"format": "x" * 1000}, "is of format x{20}, and"),
     ],
 )
@@ -157,16 +150,6 @@ def test_observation_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(GradinvError, match="Cannot write the observation"):
         observation().save(tmp_path / "file" / "gradient.safetensors")
-
-
-def test_everything_is_frozen() -> None:
-    for thing, name in (
-        (PREPROCESSING, "size"),
-        (observation(), "batch_size"),
-        (TermValues((1.0,), (1.0,)), "raw"),
-    ):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(thing, name, None)
 
 
 def test_errors_are_value_errors() -> None:

@@ -13,5 +13,5 @@ curves grow line by line and a torn last line is ignored. Layout of format 1:
     observation.safetensors, state.safetensors
                         while a run that can be resumed is not done: what it inverts, and where it last stood
 
-A live run and its replay are the same thing to everything that draws: an iterator of snapshots.
+A live run and its replay are the same thing to everything that draws: snapshots.
 """

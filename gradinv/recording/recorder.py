@@ -64,7 +64,13 @@ class Recorder:
         resumed: Resumption | None = None,
         recovered: Recovered | None = None,
     ) -> None:
-        _check_truth(originals, labels, observation)
+        if (originals is None) != (labels is None):
+            raise GradinvError("Originals and their true labels are recorded together; give both or neither.")
+        if originals is not None and labels is not None and not len(originals) == len(labels) == observation.batch_size:
+            raise GradinvError(
+                f"The observation is of {observation.batch_size} images, but {len(originals)} originals with "
+                f"{len(labels)} labels are given."
+            )
         self._store = store
         self._config = config
         self._device = model.device
@@ -115,14 +121,13 @@ class Recorder:
                 self._store.remove(name)
         self.curves = [row for row in resumed.curves if row["step"] in resumed.steps]
         # As in a run that was never interrupted, whose table has the terms' columns from their first values on.
-        names = [name for row in self.curves[-1:] for name in row if name not in _FIXED_COLUMNS]
-        self._columns = [*_FIXED_COLUMNS, *names] if any(row["step"] > 0 for row in self.curves) else [*_FIXED_COLUMNS]
-        head = ",".join(self._columns) + "\n"
-        self._store.write("curves.csv", (head + self._lines(self.curves)).encode())
+        begun = any(row["step"] > 0 for row in self.curves)
+        self._columns = list(self.curves[-1] if begun else _FIXED_COLUMNS)
+        self._write_table()
         self._update(
             labels=resumed.run["labels"],
             # Solved once more, it took another time.
-            **{name: resumed.run[name] for name in ("recovered",) if name in resumed.run},
+            **({"recovered": resumed.run["recovered"]} if "recovered" in resumed.run else {}),
             iterations={"done": done, "total": self._config.iterations},
             seconds=resumed.state.seconds,
         )
@@ -149,6 +154,7 @@ class Recorder:
                 close()
 
     def _record(self, snapshot: Snapshot) -> None:
+        executed = {name: getattr(snapshot, name) for name in _EXECUTED} if snapshot.stepping else {}
         # run.json first: a frame cannot be read without the number of labels.
         self._update(
             labels={
@@ -162,7 +168,7 @@ class Recorder:
             seconds_per_iteration=snapshot.seconds / snapshot.step if snapshot.step else None,
             recording_seconds=self._spent,
             peak_memory_mb=_peak_memory_mb(self._device),
-            environment={**self.run["environment"], **_executed(snapshot)},
+            environment={**self.run["environment"], **executed},
             **({"boundary": snapshot.boundary} if snapshot.boundary else {}),
             meetings=list(snapshot.meetings),
         )
@@ -188,7 +194,7 @@ class Recorder:
         consensus_psnr = self._mean_psnr(snapshot.consensus, snapshot.labels)
         rows: list[dict[str, Any]] = []
         for seed, pixels in enumerate(snapshot.seeds):
-            row: dict[str, Any] = {
+            row = {
                 "step": snapshot.step,
                 "seed": seed,
                 "seconds": snapshot.seconds,
@@ -198,8 +204,7 @@ class Recorder:
                 "consensus_psnr": consensus_psnr,
             }
             for name, term in snapshot.terms.items():
-                row[f"{name}.raw"] = term.raw[seed]
-                row[f"{name}.weighted"] = term.weighted[seed]
+                row |= {f"{name}.raw": term.raw[seed], f"{name}.weighted": term.weighted[seed]}
             rows.append(row)
         return rows
 
@@ -208,23 +213,24 @@ class Recorder:
             return None
         return float(metrics.psnr(self._paired(images, restored), self._originals).mean())
 
-    def _paired(self, images: Tensor, restored: Sequence[int]) -> Tensor:
-        """In the originals' order where there are any, else as they are."""
+    def _paired(self, images: Tensor, restored: Sequence[int], by: Tensor | None = None) -> Tensor:
+        """In the originals' order where there are any, else as they are; `by` says which images tell the order."""
         if self._originals is None or self._labels is None:
             return images
-        return images[metrics.pair(images, restored, self._originals, self._labels)]
+        return images[metrics.pair(images if by is None else by, restored, self._originals, self._labels)]
 
     def _append_rows(self, rows: list[dict[str, Any]]) -> None:
-        columns = [*_FIXED_COLUMNS, *(name for row in rows[:1] for name in row if name not in _FIXED_COLUMNS)]
-        unknown = [name for name in columns if name not in self._columns]
+        unknown = [name for name in rows[0] if name not in self._columns]
         self.curves.extend(rows)
         if unknown:
             # The start may know no terms yet: then the table is written anew with its new columns.
             self._columns += unknown
-            head = ",".join(self._columns) + "\n"
-            self._store.write("curves.csv", (head + self._lines(self.curves)).encode())
+            self._write_table()
         else:
             self._store.append("curves.csv", self._lines(rows).encode())
+
+    def _write_table(self) -> None:
+        self._store.write("curves.csv", (",".join(self._columns) + "\n" + self._lines(self.curves)).encode())
 
     def _lines(self, rows: list[dict[str, Any]]) -> str:
         """Floats are written so that they read back the same; what is not known is empty."""
@@ -232,36 +238,33 @@ class Recorder:
         return "".join(",".join("" if cell is None else str(cell) for cell in line) + "\n" for line in cells)
 
     def _write_frame(self, step: int, frame: Image.Image) -> None:
-        if max(frame.size) <= WEBP_LIMIT:
-            self._store.write(f"frames/{step:06d}.webp", _encode(frame, "WEBP", quality=80))
-        else:
-            self._store.write(f"frames/{step:06d}.png", _encode(frame, "PNG"))
+        suffix = "webp" if max(frame.size) <= WEBP_LIMIT else "png"
+        self._store.write(f"frames/{step:06d}.{suffix}", _encode(frame, suffix))
 
     def _write_images(self, prefix: str, images: Tensor) -> None:
         for index, pixels in enumerate(images):
-            self._store.write(f"images/{prefix}_{index:02d}.png", _encode(to_image(pixels), "PNG"))
+            self._store.write(f"images/{prefix}_{index:02d}.png", _encode(to_image(pixels), "png"))
 
     def _finish(self, error: BaseException | None = None) -> None:
-        if error is None or isinstance(error, GeneratorExit | KeyboardInterrupt):
-            complete = self._last is not None and self._last.final
-            try:
-                self._write_results()
-                self._update(status="done" if complete else "stopped", recording_seconds=self._spent)
-                if complete and self._state is not None:
-                    for name in (STATE, OBSERVATION):
-                        self._store.remove(name)
-            except GradinvError as unwritten:
-                self._fail(unwritten)
-                raise
-        else:
+        if error is not None and not isinstance(error, GeneratorExit | KeyboardInterrupt):
             self._fail(error)
+            return
+        complete = self._last is not None and self._last.final
+        try:
+            self._write_results()
+            self._update(status="done" if complete else "stopped", recording_seconds=self._spent)
+            if complete and self._state is not None:
+                for name in (STATE, OBSERVATION):
+                    self._store.remove(name)
+        except GradinvError as unwritten:
+            self._fail(unwritten)
+            raise
 
     def _fail(self, error: BaseException) -> None:
         sentence = str(error) if isinstance(error, GradinvError) else memory_exhausted(error)
-        sentence = sentence or f"{type(error).__name__}: {error}"
         # The first failure is the one to report: on a full disk these would only fail once more.
         with contextlib.suppress(GradinvError):
-            self._update(status="failed", error=sentence)
+            self._update(status="failed", error=sentence or f"{type(error).__name__}: {error}")
         with contextlib.suppress(GradinvError):
             self._write_results()
 
@@ -288,9 +291,7 @@ class Recorder:
     def _write_prior(self, last: Snapshot, prior: Prior) -> None:
         """What the learned prior painted alone, and how far it agrees with what was found: the PSNR between both
         pictures, and what each leaves unexplained of what was solved or observed."""
-        painted = prior.pixels
-        if self._originals is not None and self._labels is not None:  # in the order of what was found
-            painted = painted[metrics.pair(last.consensus, last.labels, self._originals, self._labels)]
+        painted = self._paired(prior.pixels, last.labels, by=last.consensus)
         self._write_images("prior", painted)
         found = {name: metrics.mean(last.terms[name].raw) for name in prior.misfit if name in last.terms}
         self._update(
@@ -325,15 +326,10 @@ def thinned(snapshots: Iterator[Snapshot], gap: float) -> Iterator[Snapshot]:
         yield held
 
 
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _encode(image: Image.Image, kind: str) -> bytes:
     packed = io.BytesIO()
-    image.save(packed, kind, **options)
+    image.save(packed, kind, quality=80)
     return packed.getvalue()
-
-
-def _executed(snapshot: Snapshot) -> dict[str, Any]:
-    """How the steps so far were run, where there were any."""
-    return {name: getattr(snapshot, name) for name in _EXECUTED} if snapshot.stepping else {}
 
 
 def solved(recovered: Recovered) -> dict[str, Any]:
@@ -362,16 +358,6 @@ def solved(recovered: Recovered) -> dict[str, Any]:
         "notes": list(recovered.notes),
         "seconds": sum(node.seconds for node in recovered.nodes),
     }
-
-
-def _check_truth(originals: Tensor | None, labels: Sequence[int] | None, observation: Observation) -> None:
-    if (originals is None) != (labels is None):
-        raise GradinvError("Originals and their true labels are recorded together; give both or neither.")
-    if originals is not None and labels is not None and not len(originals) == len(labels) == observation.batch_size:
-        raise GradinvError(
-            f"The observation is of {observation.batch_size} images, but {len(originals)} originals "
-            f"with {len(labels)} labels are given."
-        )
 
 
 def _setting(

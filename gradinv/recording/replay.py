@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,9 @@ class Recording:
     @classmethod
     def open(cls, source: Store | str | Path) -> Recording:
         """A folder, its zip or any store. Raises GradinvError for what is no run, damaged, or of a newer version."""
+        if isinstance(source, str | Path):
+            source = MemoryStore.unpack(source) if Path(source).suffix == ".zip" else DirectoryStore(source)
         store = source
-        if isinstance(store, str | Path):
-            store = MemoryStore.unpack(store) if Path(store).suffix == ".zip" else DirectoryStore(store)
         if "run.json" not in store.names():
             raise GradinvError(f"{store} is not a recorded run: it holds no run.json.")
         try:
@@ -109,8 +109,7 @@ class Recording:
                     f"{store} was recorded in format {run['format']}, and this version reads format {FORMAT}; "
                     "use the version of gradinv that recorded it."
                 )
-            missing = {"status", "config", "model", "environment", "labels", "iterations", "metrics"} - set(run)
-            if missing:
+            if missing := {"status", "config", "model", "environment", "labels", "iterations", "metrics"} - set(run):
                 raise KeyError(min(missing))
             run["config"] = recorded(run["config"])
             curves = _read_curves(store.read("curves.csv")) if "curves.csv" in store.names() else []
@@ -126,42 +125,36 @@ class Recording:
             raise GradinvError(f"{self.store} holds no frame of step {step}.")
         return self.store.read(self._frames[step])
 
-    def snapshots(self) -> Iterator[Snapshot]:
-        """The run once more: terms from the curves, pixels from the (lossy) frames."""
-        for step in self.steps:
-            yield self.snapshot(step)
-
     def snapshot(self, step: int) -> Snapshot:
         """One recorded step. Raises GradinvError for one that is not in `steps` or whose frame is damaged."""
         if step not in self.steps:
             raise GradinvError(f"{self.store} holds no record of step {step}.")
-        labels = tuple(int(label) for label in self.run["labels"]["restored"] or ())
+        labels = self.run["labels"]
+        restored = tuple(int(label) for label in labels["restored"] or ())
         rows = [row for _, row in sorted(self._rows[step].items())]
         grid = self._decode(self._frames[step])
         try:
-            tiles = from_grid(grid, len(labels))
+            tiles = from_grid(grid, len(restored))
             if len(tiles) != len(rows) + 1:
                 raise ValueError("as many rows of pictures as seeds and a consensus are expected")
         except (RuntimeError, ValueError, ZeroDivisionError) as error:
             raise GradinvError(f"The frame of step {step} in {self.store} does not fit the run ({error}).") from error
-        names = [name.removesuffix(".raw") for name in rows[0] if name.endswith(".raw")]
-        present = [name for name in names if rows[0][f"{name}.raw"] is not None]
+
+        def column(name: str) -> tuple[float, ...]:
+            return tuple(row[name] for row in rows)
+
+        known = [name.removesuffix(".raw") for name in rows[0] if name.endswith(".raw") and rows[0][name] is not None]
         return Snapshot(
             step=step,
             steps=int(self.run["iterations"]["total"]),
             seeds=tiles[:-1],
             consensus=tiles[-1],
-            terms={
-                name: TermValues(
-                    tuple(row[f"{name}.raw"] for row in rows), tuple(row[f"{name}.weighted"] for row in rows)
-                )
-                for name in present
-            },
+            terms={name: TermValues(column(f"{name}.raw"), column(f"{name}.weighted")) for name in known},
             distance=tuple(row["distance"] for row in rows if row["distance"] is not None),
             seconds=rows[0]["seconds"],
-            labels=labels,
-            label_method=self.run["labels"].get("method", ""),
-            label_confidence=self.run["labels"].get("confidence"),
+            labels=restored,
+            label_method=labels.get("method", ""),
+            label_confidence=labels.get("confidence"),
         )
 
     def originals(self) -> Tensor | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from gradinv.paths import write_whole
+from gradinv.paths import reason, replace_whole
 from gradinv.types import GradinvError
 
 ZIP_LIMIT = 1_000_000_000  # bytes unpacked
@@ -48,7 +48,7 @@ class DirectoryStore:
         target = self.path / name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(target, data)
+            replace_whole(target, lambda part: part.write_bytes(data))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -65,13 +65,13 @@ class DirectoryStore:
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
-            raise GradinvError(f"{self.path / name} cannot be read: {_reason(error)}.") from error
+            raise GradinvError(f"{self.path / name} cannot be read: {reason(error).lower()}.") from error
 
     def remove(self, name: str) -> None:
         try:
             (self.path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise GradinvError(f"{self.path / name} cannot be removed: {_reason(error)}.") from error
+            raise GradinvError(f"{self.path / name} cannot be removed: {reason(error).lower()}.") from error
 
     def names(self) -> list[str]:
         files = (path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -80,7 +80,7 @@ class DirectoryStore:
     def _unwritable(self, error: OSError) -> GradinvError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return GradinvError(f"The disk of {self.path} is full; free some space or choose another folder.")
-        return GradinvError(f"Nothing can be written to {self.path} ({_reason(error)}); choose another folder.")
+        return GradinvError(f"Nothing can be written to {self.path} ({reason(error).lower()}); choose another folder.")
 
 
 class MemoryStore:
@@ -132,10 +132,6 @@ class MemoryStore:
                     raise GradinvError(f"{path} unpacks to more than {ZIP_LIMIT / 1e6:.0f} MB; unpack it yourself.")
                 return cls({item.filename: archive.read(item) for item in archive.infolist() if not item.is_dir()})
         except OSError as error:
-            raise GradinvError(f"{path} cannot be read: {_reason(error)}.") from error
+            raise GradinvError(f"{path} cannot be read: {reason(error).lower()}.") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise GradinvError(f"The recorded run {path} is not a complete zip file ({error}).") from error
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

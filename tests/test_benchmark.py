@@ -157,7 +157,7 @@ def test_the_gallery_is_made_to_suffice(small_model: Model) -> None:
 
 @pytest.fixture
 def quick(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("gradinv.models.load_model", lambda *_, **__: small_model)
+    monkeypatch.setattr("gradinv.cli.benchmark.load_model", lambda *_, **__: small_model)
     return ["benchmark", "--batch-sizes", "2,3", "--rounds", "2", "--iterations", "1"]
 
 

@@ -33,9 +33,12 @@ from conftest import ENVIRONMENT, PATIENCE, fails, one_sentence, picture
 from PIL import Image
 
 import gradinv
-from gradinv import cli, client
+from gradinv import cli
 from gradinv.attack import inversion
-from gradinv.cli.invert import signals_set
+from gradinv.cli import invert as command
+from gradinv.cli import task
+from gradinv.cli.arguments import parser
+from gradinv.cli.progress import signals_set
 from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import AttackConfig
 from gradinv.defenses import clip, quantise
@@ -164,7 +167,7 @@ def test_help_and_the_version_are_quick_because_they_leave_torch_alone():
         "try: main(sys.argv[1:])\n"
         "except SystemExit as stop: print('code', stop.code, 'torch' in sys.modules)"
     )
-    for args in (["--help"], ["replay", "--help"], ["models", "--help"], ["--version"]):
+    for args in (["--help"], ["invert", "--help"], ["models", "--help"], ["--version"]):
         done = subprocess.run(
             [sys.executable, "-c", script, *args], env=ENVIRONMENT, capture_output=True, text=True, check=True
         )
@@ -276,14 +279,14 @@ def test_mistyped_arguments_are_one_sentence(args, sentence, capsys):
 
 
 def test_what_is_not_given_is_the_presets():
-    args = cli._parser("invert").parse_args(["invert", "lion", "--no-box", "--tv-luma", "2", "--stages", ""])
+    args = parser().parse_args(["invert", "lion", "--no-box", "--tv-luma", "2", "--stages", ""])
     config = config_from("demo", "resnet18-tiny", settings_given(args))
     assert config == AttackConfig.preset("demo", "resnet18-tiny", projection=False, tv=1.2, tv_chroma=0.5, stages=())
 
 
 def test_a_configuration_file_stands_between_preset_and_flags(tmp_path):
     (tmp_path / "settings.json").write_text('{"seeds": 5, "iterations": 7}')
-    args = cli._parser("invert").parse_args(["invert", "lion", "--config", "settings.json", "--seeds", "6"])
+    args = parser().parse_args(["invert", "lion", "--config", "settings.json", "--seeds", "6"])
     config = config_from("demo", "resnet18-tiny", settings_given(args))
     assert config == AttackConfig.preset("demo", "resnet18-tiny", seeds=6, iterations=7)
 
@@ -630,7 +633,7 @@ def breaking(error: BaseException) -> Any:
     ],
 )
 def test_a_run_that_breaks_is_kept_and_shown(error, code, status, sentence, as_json, monkeypatch, capsys):
-    monkeypatch.setattr(inversion, "invert", breaking(error))
+    monkeypatch.setattr(command, "invert", breaking(error))
     assert cli.main(["invert", "lion", *QUICK, "--out", "run", *(["--json"] if as_json else [])]) == code
     captured = capsys.readouterr()
     said = captured.err.splitlines()[-1]
@@ -645,7 +648,7 @@ def test_a_run_that_breaks_is_kept_and_shown(error, code, status, sentence, as_j
 
 
 def test_debug_shows_the_traceback(monkeypatch):
-    monkeypatch.setattr(inversion, "invert", breaking(RuntimeError("no kernel")))
+    monkeypatch.setattr(command, "invert", breaking(RuntimeError("no kernel")))
     with pytest.raises(RuntimeError, match="no kernel"):
         cli.main(["invert", "lion", *QUICK, "--out", "a", "--debug"])
     monkeypatch.setenv("GRADINV_DEBUG", "1")
@@ -657,9 +660,9 @@ def test_debug_shows_the_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "code", "sentence", "module", "name"),
     [
-        (ZeroDivisionError(), 1, "Unexpected ZeroDivisionError: no reason given (", client, "observe"),
-        (KeyboardInterrupt(), 130, "Interrupted; nothing was kept.", client, "observe"),
-        (KeyboardInterrupt(), 130, "Interrupted; nothing was kept.", cli, "_parser"),  # which imports torch
+        (ZeroDivisionError(), 1, "Unexpected ZeroDivisionError: no reason given (", task, "observe"),
+        (KeyboardInterrupt(), 130, "Interrupted; nothing was kept.", task, "observe"),
+        (KeyboardInterrupt(), 130, "Interrupted; nothing was kept.", cli, "import_module"),  # torch
     ],
     ids=["error", "Ctrl-C", "Ctrl-C while importing"],
 )

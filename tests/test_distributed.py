@@ -95,7 +95,7 @@ def ranks() -> Iterator[Ranks]:
 def check_what_cannot_be_run_is_said_once(
     ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distributed, "joined", lambda: contextlib.nullcontext(ranks))
+    monkeypatch.setattr("gradinv.cli.invert.joined", lambda: contextlib.nullcontext(ranks))
     code = cli.main(["invert", "goldfish", *SMALL, "--seeds", "1", "--out", str(tmp_path / "run")])
     assert (code != 0) == (ranks.rank == 0)
     said = complaints(capsys.readouterr().err)

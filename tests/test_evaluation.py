@@ -24,7 +24,7 @@ from conftest import ENVIRONMENT, PATIENCE, fails, objective_for, one_sentence, 
 from torch.nn import functional as F
 
 import gradinv
-from gradinv import breaching, cli, models
+from gradinv import breaching, cli
 from gradinv.breaching import Reconstruction
 from gradinv.client import final_gradient, observe
 from gradinv.config import AttackConfig
@@ -640,7 +640,7 @@ def test_a_short_run_for_timing_is_executed_as_the_whole_one():
 @pytest.fixture
 def command(small_model, folder, monkeypatch):
     """Runs the command `evaluate NAME` on the small network and the folder, with two batches and steps."""
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: small_model)
+    monkeypatch.setattr("gradinv.cli.evaluate.load_model", lambda *_, **__: small_model)
 
     def command(name: str, *args: str) -> int:
         size = () if name in ("labels", "identify") else ("--batch-size", "2")
@@ -735,7 +735,7 @@ def test_failed_batches_are_listed(command, monkeypatch, capsys, error, sentence
         (("matching", "--defences", "none"), "--defences does not go with matching; it has none."),
         (("labels", "--sizes", ","), "An evaluation needs at least one row; name a size or a"),
         (("identify", "--sizes", "7"), "val has pictures of 6 classes that small knows, and a b"),
-        (("ablation", "--workers", "0"), "--workers takes a number of processes of at least 1"),
+        (("ablation", "--workers", "0"), "At least one worker has to do the work, not 0."),
         (("ablation", "--batches", "0"), "At least one batch has to be measured, not 0."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

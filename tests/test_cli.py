@@ -1,4 +1,4 @@
-"""The command line: as a process where that matters, otherwise through `main`. Runs are of a few steps at 32 px.
+"""The command line: as a process where that matters, else through `main`. Runs are of a few steps at 32 px.
 
 What a setting, a picture, a model or a defence cannot be is tested where it is refused; here, that it is one sentence.
 """
@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import os
 import random
@@ -54,35 +55,6 @@ QUICK = [*SMALL, "--preset", "matching", "--seeds", "1", "--iterations", "2"]
 GOLDFISH, TENCH = "n01443537", "n01440764"  # the bundled models know the first only
 
 
-def process(*args: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gradinv", *args],
-        env={**ENVIRONMENT, **changes},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-        timeout=PATIENCE,
-    )
-
-
-@contextlib.contextmanager
-def begun(*args: str, records: int) -> Iterator[subprocess.Popen[str]]:
-    """The command `invert` as a process, once it has recorded so many steps in ./cut."""
-    command = [sys.executable, "-m", "gradinv", "invert", *args, "--out", "cut"]
-    curves = Path("cut", "curves.csv")
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True, encoding="utf-8") as started:
-        try:
-            until = time.monotonic() + PATIENCE
-            while not (curves.is_file() and curves.read_text().count("\n") > records):
-                assert started.poll() is None and time.monotonic() < until, "the run did not begin"
-                time.sleep(0.005)
-            yield started
-        finally:
-            started.kill()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of two pictures, recorded once for all tests, and what was said of it."""
@@ -106,7 +78,7 @@ def changed_run(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     (folder / "run.json").write_text(json.dumps(run))
 
 
-# --- whole runs as a process
+# --- whole runs
 
 
 def test_invert_prints_the_table_and_keeps_the_run(whole):
@@ -145,51 +117,33 @@ def test_json_is_all_that_stands_in_the_output(tmp_path, capfd):
     assert run["labels"]["true"] == run["labels"]["restored"] and isinstance(run["labels"]["true"][0], int)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_signal_keeps_the_run():
-    """SIGTERM; Ctrl-C is sent within this process below."""
-    args = ["goldfish", "tabby", *QUICK, "--iterations", "100000", "--every", "1"]
-    with begun(*args, records=3) as started:
-        started.terminate()
-        output, complaint = started.communicate(timeout=PATIENCE)
-    assert started.returncode == 143
-    opened = Recording.open("cut")
-    done = opened.run["iterations"]["done"]
-    assert opened.run["status"] == "stopped" and opened.run["metrics"] is not None
-    assert len(opened.steps) >= 3 and len(list(opened.snapshots())) == len(opened.steps)
-    assert f"after {done} of 100000" in (said := one_sentence(complaint)) and "gradinv invert --resume cut" in said
-    assert "PSNR constant" in output
-
-
 def test_help_and_the_version_are_quick_because_they_leave_torch_alone():
+    """On a terminal without Greek letters, too."""
     script = (
         "import sys; from gradinv.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as stop: print('code', stop.code, 'torch' in sys.modules)"
     )
-    for args in (["--help"], ["invert", "--help"], ["models", "--help"], ["--version"]):
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+    said = []
+    for args in (["--help"], ["models", "--help"], ["invert", "--help"], ["--version"]):
         done = subprocess.run(
-            [sys.executable, "-c", script, *args], env=ENVIRONMENT, capture_output=True, text=True, check=True
+            [sys.executable, "-c", script, *args], env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout.endswith("code 0 False\n")
-    assert done.stdout.startswith(f"gradinv {gradinv.__version__}\n")
-
-
-def test_help_names_every_setting_also_on_a_plain_terminal():
-    done = process("invert", "--help", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "examples:" in done.stdout
+        said.append(done.stdout)
+    assert said[-1].startswith(f"gradinv {gradinv.__version__}\n") and "examples:" in said[-2]
     for item in dataclasses.fields(AttackConfig):
-        assert f"--{item.name.replace('_', '-')}" in done.stdout
+        assert f"--{item.name.replace('_', '-')}" in said[-2]
 
 
-def test_a_reader_that_goes_away():
-    with subprocess.Popen(
-        [sys.executable, "-m", "gradinv", "models"], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
-    ) as started:
-        assert started.stdout is not None and started.stderr is not None
-        started.stdout.close()
-        assert started.stderr.read() == ""
-    assert started.returncode == 1
+def test_a_reader_that_goes_away(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patched, os.fdopen(writer, "w") as output:  # which is flushed when it is closed
+        patched.setattr(sys, "stdout", output)
+        assert cli.main(["models"]) == 1
+    assert capsys.readouterr().err == ""
 
 
 # --- bad use
@@ -498,10 +452,14 @@ LONG = [
 def test_a_killed_run_is_shown_and_resumed_to_the_same_bits(tmp_path, capfd):
     """At a random moment of it: after some records, and a random time more."""
     assert cli.main(["invert", *LONG, "--out", "whole"]) == 0
-    with begun(*LONG, records=random.randrange(1, 8)) as started:
+    command = [sys.executable, "-m", "gradinv", "invert", *LONG, "--out", "cut"]
+    curves, records, until = Path("cut", "curves.csv"), random.randrange(1, 8), time.monotonic() + PATIENCE
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=-1, stderr=-1) as started:
+        while not (curves.is_file() and curves.read_text().count("\n") > records):
+            assert started.poll() is None and time.monotonic() < until, "the run did not begin"
+            time.sleep(0.005)
         time.sleep(random.random() * 0.3)
-        started.send_signal(signal.SIGKILL)
-        started.communicate(timeout=PATIENCE)
+        started.kill()
     assert started.returncode == -9
     before = Recording.open("cut")
     assert before.run["status"] == "running" and before.steps[-1] < 24
@@ -510,10 +468,10 @@ def test_a_killed_run_is_shown_and_resumed_to_the_same_bits(tmp_path, capfd):
     assert cli.main(["replay", "cut"]) == 0
     replayed = capfd.readouterr().out
     assert ": running\n" in replayed and "measured on the last recorded frame, which is lossy" in replayed
-    done = process("invert", "--resume", "cut")
-    assert done.returncode == 0 and done.stderr == ""
-    assert "of 24 iterations.\n" in done.stdout and "The run is kept in cut. " in done.stdout
-    assert "Its defence noise:1e-4: " in done.stdout, "as it was given"
+    assert cli.main(["invert", "--resume", "cut"]) == 0
+    resumed = capfd.readouterr()
+    assert resumed.err == "" and "of 24 iterations.\n" in resumed.out and "The run is kept in cut. " in resumed.out
+    assert "Its defence noise:1e-4: " in resumed.out, "as it was given"
     folders = (tmp_path / "whole", tmp_path / "cut")
     whole, cut = ({path.relative_to(f): path for path in f.rglob("*") if path.is_file()} for f in folders)
     assert set(whole) == set(cut), "neither a frame more nor one less"
@@ -524,22 +482,39 @@ def test_a_killed_run_is_shown_and_resumed_to_the_same_bits(tmp_path, capfd):
     assert fails(capfd, "invert", "--resume", "cut") == "The run in cut is done; show it with: gradinv replay cut."
 
 
+def signalled(monkeypatch: pytest.MonkeyPatch, number: int, evaluations: int, *args: str) -> int:
+    """Run `gradinv invert`, which gets a signal after so many evaluations. → its exit code"""
+    step, done = Stepper.each, itertools.count()
+
+    def each(*given: Any) -> Any:
+        if next(done) == evaluations:
+            signal.raise_signal(number)
+        return step(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "each", each)
+        return cli.main(["invert", *args])
+
+
+def test_a_signal_keeps_the_run(monkeypatch, capsys):
+    args = ["goldfish", "tabby", *QUICK, "--iterations", "100000", "--every", "1", "--out", "cut"]
+    assert signalled(monkeypatch, signal.SIGTERM, 3, *args) == 143
+    said = capsys.readouterr()
+    opened = Recording.open("cut")
+    assert opened.run["status"] == "stopped" and opened.run["metrics"] is not None
+    assert opened.steps == [0, 1, 2, 3] and len(list(opened.snapshots())) == 4
+    assert "after 3 of 100000" in (sentence := one_sentence(said.err)) and "gradinv invert --resume cut" in sentence
+    assert "PSNR constant" in said.out
+
+
 @pytest.fixture
 def stopped(monkeypatch, capsys):
     """A run of the user's own weights that was stopped by Ctrl-C before its first step."""
     network = torchvision.models.resnet18(num_classes=3)
     safetensors.torch.save_file(network.state_dict(), "mine.safetensors")
     picture(Path("a.png"))
-    step = Stepper.each
-
-    def signalled(*args: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return step(*args)
-
-    monkeypatch.setattr(Stepper, "each", signalled)
     args = ["a.png", "--class", "class 1", *QUICK, "--model", "mine.safetensors", "--features", "0", "--out", "run"]
-    assert cli.main(["invert", *args, "--boundary", "loss"]) == 130
-    monkeypatch.setattr(Stepper, "each", step)
+    assert signalled(monkeypatch, signal.SIGINT, 0, *args, "--boundary", "loss") == 130
     capsys.readouterr()
     return "run"
 

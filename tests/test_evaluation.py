@@ -10,7 +10,6 @@ import json
 import math
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, PATIENCE, fails, objective_for, one_sentence, picture
+from conftest import fails, objective_for, one_sentence, picture
 from torch.nn import functional as F
 
 import gradinv
@@ -765,19 +764,17 @@ def test_a_network_with_another_normalisation_is_measured_with_it(elsewhere, cap
 
 
 @pytest.mark.slow
-def test_several_processes_measure_the_same(elsewhere):
-    """What starts the processes is one itself, as from a shell: each of them runs its main module."""
+def test_several_processes_measure_the_same(elsewhere, capfd):
     fill(elsewhere / "tiny", ["n01443537", "n01629819", "n01641577"], side=32)
     args = ["evaluate", "matching", "--imagenet", "tiny", "--seeds", "1", "--model", "resnet18-tiny", "--image-size"]
     args += ["32", "--device", "cpu", "--iterations", "1", "--batches", "2", "--batch-size", "2"]
     assert cli.main([*args, "--workers", "1", "--out", "one"]) == 0
-    command = [sys.executable, "-m", "gradinv", *args, "--workers", "2", "--out", "two", "--json"]
-    done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE, check=True
-    )
-    assert done.stderr == "The results are kept in two.\n"
+    capfd.readouterr()
+    assert cli.main([*args, "--workers", "2", "--out", "two", "--json"]) == 0
+    said = capfd.readouterr()
+    assert said.err == "The results are kept in two.\n"
     one = json.loads(Path("one/results.json").read_text())
     two = json.loads(Path("two/results.json").read_text())
-    assert json.loads(done.stdout) == two and [row["name"] for row in one["rows"]] == ["l2", "cosine"]
+    assert json.loads(said.out) == two and [row["name"] for row in one["rows"]] == ["l2", "cosine"]
     for a, b in zip(untimed(one["rows"]), untimed(two["rows"]), strict=True):
         assert a["mean"] == pytest.approx(b["mean"], rel=1e-4) and a["n"] == b["n"] == 2

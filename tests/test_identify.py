@@ -191,9 +191,3 @@ def test_mistakes_are_one_sentence(observed, capsys):
     replace(observed, batch_size=250).save("observation.safetensors")  # of 200 classes
     assert "250" in fails(capsys, *IDENTIFY)
     assert not Path("cache").exists()  # found before any picture was looked at
-
-
-def test_observation_is_required(capsys):
-    with pytest.raises(SystemExit) as left:
-        cli.main(["identify", "--imagenet", "val"])
-    assert left.value.code == 2 and "--observation" in capsys.readouterr().err

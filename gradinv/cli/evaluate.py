@@ -22,7 +22,7 @@ from gradinv.evaluation.ledger import Ledger
 from gradinv.evaluation.plan import ABOUT_MATCHING, COLUMNS, EXPERIMENTS, Plan, Row
 from gradinv.evaluation.running import measure
 from gradinv.evaluation.table import GAINS
-from gradinv.models import Model, load_model
+from gradinv.models import load_model
 from gradinv.types import GradinvError
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     stop = threading.Event()
     with signals_set(stop) as received:
-        _measure(ledger, model, args.workers, stop)
+        _measure(ledger, args.workers, stop)
     _report(args, ledger)
     left = len(ledger.missing)
     if left and received:
@@ -103,7 +103,7 @@ def _rows(args: argparse.Namespace, config: AttackConfig, *, several: bool) -> t
     return made if args.rows is None else plan.chosen_rows(made, args.rows)
 
 
-def _measure(ledger: Ledger, model: Model, workers: int, stop: threading.Event) -> None:
+def _measure(ledger: Ledger, workers: int, stop: threading.Event) -> None:
     """Do what is missing, with how far it is and the time left on the standard error where that is a terminal."""
     total = len(ledger.plan.tasks)
     done = total - len(ledger.missing)
@@ -112,7 +112,7 @@ def _measure(ledger: Ledger, model: Model, workers: int, stop: threading.Event) 
         tqdm(desc=ledger.plan.command, total=total, initial=done, unit="part", dynamic_ncols=True, disable=None) as bar,
     ):
         try:
-            for row, batch in measure(ledger, model, workers=workers, stop=stop, report=report):
+            for row, batch in measure(ledger, workers=workers, stop=stop, report=report):
                 bar.set_postfix_str(f"{row.name}, batch {batch}", refresh=False)
                 bar.update()
         except KeyboardInterrupt:

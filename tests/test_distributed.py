@@ -97,8 +97,7 @@ def begin(count: int, function: Callable[..., int], *args: object) -> list[ForkS
 
 def as_rank(rank: int, count: int, port: int, function: Callable[..., int], args: tuple[object, ...]) -> None:
     os.environ |= {"TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     sys.exit(function(rank, *args))
 
 

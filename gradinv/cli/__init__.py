@@ -6,7 +6,6 @@ kept. Results go to the standard output, progress, notes and errors to the stand
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -27,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # What a command says is for people: aside, where the output is for a machine.
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-            code = _run(args)
+            # Only now is torch imported, in seconds in which Ctrl-C may come.
+            code: int = import_module(f"gradinv.cli.{args.command}").run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -40,9 +40,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         return complain(*diagnosis(error))
-
-
-def _run(args: argparse.Namespace) -> int:
-    """Only now is torch imported, in seconds in which Ctrl-C may come."""
-    code: int = import_module(f"gradinv.cli.{args.command}").run(args)
-    return code

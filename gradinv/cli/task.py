@@ -49,7 +49,9 @@ def begin(args: argparse.Namespace, configure: Callable[[str], AttackConfig]) ->
     if args.observation is not None:
         observation, model = _observed_alone(args)
         config = configure(model.name)
-        given = _given(args, model, observation.batch_size)
+        if args.classes:
+            count = observation.batch_size
+            given = torch.tensor(_named(args, model, count, f"an observation of {count} pictures"))
     else:
         if args.update:
             raise GradinvError("--update is said of an observation; leave it out, or name the file with --observation.")
@@ -109,16 +111,12 @@ def _observed_alone(args: argparse.Namespace) -> tuple[Observation, Model]:
     return observed(args, args.image_size)
 
 
-def _given(args: argparse.Namespace, model: Model, count: int) -> Tensor | None:
-    """The labels of an observation's images, where --class tells them."""
-    if not args.classes:
-        return None
+def _named(args: argparse.Namespace, model: Model, count: int, what: str) -> list[int]:
+    """The labels that --class tells of so many pictures: one for all, or one for each. Raises GradinvError."""
     if len(args.classes) not in (1, count):
-        raise GradinvError(
-            f"--class was given {len(args.classes)} times for an observation of {count} pictures; give it once, or "
-            "once for each."
-        )
-    return torch.tensor([_find_class(name, model) for name in args.classes]).expand(count)
+        raise GradinvError(f"--class was given {len(args.classes)} times for {what}; give it once, or once for each.")
+    named = [_find_class(name, model) for name in args.classes]
+    return named * count if len(named) == 1 else named
 
 
 def _choose_mode(args: argparse.Namespace, config: AttackConfig) -> str:
@@ -186,15 +184,11 @@ def _open_pictures(pictures: Sequence[Picture], model: Model) -> Tensor:
 def _choose_labels(args: argparse.Namespace, pictures: Sequence[Picture], pixels: Tensor, model: Model) -> list[int]:
     """Each picture's label: named by --class, known to its source, or else what the network takes it for."""
     files = [index for index, picture in enumerate(pictures) if args.images and _is_path(args.images[index])]
-    if args.classes and len(args.classes) not in (1, len(files)):
-        raise GradinvError(
-            f"--class was given {len(args.classes)} times for {len(files)} picture files; "
-            "give it once, or once for each."
-        )
     if args.classes and not files:
         raise GradinvError("--class is for picture files; the classes of the other pictures are known.")
-    named = [_find_class(name, model) for name in args.classes]
-    chosen = dict(zip(files, named * len(files) if len(named) == 1 else named, strict=False))
+    chosen = {}
+    if args.classes:
+        chosen = dict(zip(files, _named(args, model, len(files), f"{len(files)} picture files"), strict=True))
     labels = []
     for index, picture in enumerate(pictures):
         label = chosen.get(index)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -79,7 +78,7 @@ class Camera:
         return page
 
     def take(self, page: Page, name: str, width: int, scheme: str) -> None:
-        """Write what is in sight, and what one has to scroll for up to `most`."""
+        """Write what is in sight, and what one has to scroll for up to `most`; say the picture's name."""
         page.mouse.move(0, 0)
         page.wait_for_timeout(1500)
         whole = page.evaluate(f"() => document.querySelector('{MAIN}').scrollHeight")
@@ -87,33 +86,20 @@ class Camera:
         page.set_viewport_size({"width": width, "height": max(least, min(whole, self.most))})
         page.wait_for_timeout(1000)
         with Image.open(io.BytesIO(page.screenshot())) as image:
-            path = self.folder / f"{name}-{width}-{scheme}.webp"
-            image.convert("RGB").save(path, quality=QUALITY, method=6)
+            name = f"{name}-{width}-{scheme}"
+            image.convert("RGB").save(self.folder / f"{name}.webp", quality=QUALITY, method=6)
+            print(name, flush=True)
 
 
-def still(camera: Camera, address: str, names: set[str]) -> Iterator[str]:
-    """Photograph the pages where nothing goes on; → their names, as they are done."""
-    for name, (width, scheme) in product(STILL, LOOKS):
-        if name in names:
-            page = camera.open(f"{address}/{STILL[name]}", width, scheme)
-            camera.take(page, name, width, scheme)
-            page.close()
-            yield f"{name}-{width}-{scheme}"
-
-
-def live(camera: Camera, address: str, settings: str, names: set[str]) -> Iterator[str]:
-    """Photograph the choice, the run when it is almost through, and its end; → their names, as they are done."""
-    for width, scheme in LOOKS:
-        page = camera.open(f"{address}/?{settings}", width, scheme)
+def live(camera: Camera, address: str, names: set[str]) -> None:
+    """Photograph the choice, the run when it is almost through, and its end."""
+    for width, scheme in LOOKS if "live-start" in names else ():
+        page = camera.open(address, width, scheme)
         page.get_by_text(REBUILT).wait_for()
-        if "live-start" in names:
-            camera.take(page, "live-start", width, scheme)
-            yield f"live-start-{width}-{scheme}"
+        camera.take(page, "live-start", width, scheme)
         page.close()
-    if names.isdisjoint(LIVE[1:]):
-        return
-    for width, scheme in LOOKS:  # a run for each: photographs of one would take longer than it
-        page = camera.open(f"{address}/?{settings}", width, scheme)
+    for width, scheme in () if names.isdisjoint(LIVE[1:]) else LOOKS:  # a run for each, which is over soon
+        page = camera.open(address, width, scheme)
         page.get_by_text(REBUILT).wait_for()
         page.get_by_role("button", name="Rebuild the pictures").click()
         for name in LIVE[1:]:
@@ -124,7 +110,6 @@ def live(camera: Camera, address: str, settings: str, names: set[str]) -> Iterat
                 settled(page)
             if name in names:
                 camera.take(page, name, width, scheme)
-                yield f"{name}-{width}-{scheme}"
         page.close()
 
 
@@ -148,11 +133,11 @@ def main() -> None:
     with served() as server, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=asked.chromium, args=["--no-sandbox"])
         camera = Camera(browser, asked.out, asked.most)
-        for name in still(camera, server.address, names):
-            print(name, flush=True)
-        if not names.isdisjoint(LIVE):
-            for name in live(camera, server.address, settings, names):
-                print(name, flush=True)
+        for name, (width, scheme) in product((name for name in STILL if name in names), LOOKS):
+            page = camera.open(f"{server.address}/{STILL[name]}", width, scheme)
+            camera.take(page, name, width, scheme)
+            page.close()
+        live(camera, f"{server.address}/?{settings}", names)
         browser.close()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from gradinv.types import GradinvError
+from gradinv.errors import GradinvError
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:

@@ -23,12 +23,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from gradinv.errors import GradinvError as GradinvError
 from gradinv.names import place_of, wrapper
 from gradinv.paths import reason, replace_whole
-
-
-class GradinvError(ValueError):
-    """Something the user can mend. Its text is one sentence that says what is wrong and what to do."""
 
 
 def memory_exhausted(error: BaseException) -> str | None:

@@ -157,11 +157,13 @@ def test_the_gallery_is_made_to_suffice(small_model: Model) -> None:
 
 @pytest.fixture
 def quick(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("gradinv.models.load_model", lambda *_, **__: small_model)
+    monkeypatch.setattr("gradinv.cli.benchmark.load_model", lambda *_, **__: small_model)
     return ["benchmark", "--batch-sizes", "2,3", "--rounds", "2", "--iterations", "1"]
 
 
-def test_the_command_prints_a_table_and_keeps_the_results(quick: list[str], tmp_path: Path, capsys: Any) -> None:
+def test_the_command_prints_a_table_or_one_object_and_keeps_the_results(
+    quick: list[str], tmp_path: Path, capsys: Any
+) -> None:
     (tmp_path / "settings.json").write_text('{"layers": "all"}')
     out = tmp_path / "speed"
     given = ["--stepping", "eager,traced", "--config", str(tmp_path / "settings.json"), "--out", str(out)]
@@ -171,9 +173,6 @@ def test_the_command_prints_a_table_and_keeps_the_results(quick: list[str], tmp_
     kept = json.loads((out / "benchmark.json").read_text())
     assert kept["config"]["layers"] == "all" and kept["rounds"] == 2
     assert {"cpu", "threads", "torch", "device"} <= set(kept["machine"])
-
-
-def test_json_is_one_object(quick: list[str], capsys: Any) -> None:
     assert cli.main([*quick, "--preset", "paper", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["config"]["match"] == "l2" and captured.err == ""

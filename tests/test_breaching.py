@@ -63,15 +63,22 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "breaching", package)
 
 
-def test_where_the_package_is_missing_one_sentence_says_how(
-    small_model: Model, small_batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def attack(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> Any:
+    """Runs one of the attacks on what the client of three pictures shares."""
+    observation = observe(small_model, *small_batch)
+
+    def attack(name: str, iterations: int, **options: Any) -> breaching.Reconstruction:
+        return breaching.breaching_attack(name, small_model, observation, small_batch[1], iterations, **options)
+
+    return attack
+
+
+def test_where_the_package_is_missing_one_sentence_says_how(attack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "breaching", None)
-    pixels, labels = small_batch
-    with pytest.raises(
-        GradinvError, match=r"^The comparison needs the package breaching \(.*\); install it with: pip i"
-    ):
-        breaching.breaching_attack("invertinggradients", small_model, observe(small_model, pixels, labels), labels, 1)
+    sentence = r"^The comparison needs the package breaching \(.*\); install it with: pip i"
+    with pytest.raises(GradinvError, match=sentence):
+        attack("invertinggradients", 1)
 
 
 @pytest.mark.usefixtures("fake")
@@ -103,28 +110,23 @@ def test_the_peer_is_given_what_ours_has_and_no_more(
 
 
 @pytest.mark.usefixtures("fake")
-def test_it_stops_within_one_iteration(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> None:
-    pixels, labels = small_batch
-    observation = observe(small_model, pixels, labels)
+def test_it_stops_within_one_iteration(attack: Any) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(breaching.Stopped):
-        breaching.breaching_attack("invertinggradients", small_model, observation, labels, 10**9, stop=stop)
+        attack("invertinggradients", 10**9, stop=stop)
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_single_iteration_has_no_time_of_its_own(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> None:
-    pixels, labels = small_batch
-    result = breaching.breaching_attack(
-        "invertinggradients", small_model, observe(small_model, pixels, labels), labels, 1
-    )
+def test_a_single_iteration_has_no_time_of_its_own(attack: Any) -> None:
+    result = attack("invertinggradients", 1)
     assert result.seconds_per_iteration is None and result.seconds > 0
 
 
 @installed
 @pytest.mark.parametrize("name", breaching.BREACHING)
 def test_the_real_attacks_run_and_come_closer(
-    name: str, small_model: Model, small_batch: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+    name: str, attack: Any, small_model: Model, small_batch: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pixels, labels = small_batch
     observation = observe(small_model, pixels, labels)
@@ -135,9 +137,9 @@ def test_the_real_attacks_run_and_come_closer(
         ours, theirs = (torch.cat([g[key].flatten() for key in found]) for g in (found, observation.gradients))
         return 1 - float(torch.cosine_similarity(ours, theirs, dim=0))
 
-    first = breaching.breaching_attack(name, small_model, observation, labels, 1, seed=1)
-    last = breaching.breaching_attack(name, small_model, observation, labels, 150, seed=1)
-    again = breaching.breaching_attack(name, small_model, observation, labels, 150, seed=1)
+    first = attack(name, 1, seed=1)
+    last = attack(name, 150, seed=1)
+    again = attack(name, 150, seed=1)
     assert last.pixels.shape == (3, 3, 8, 8) and last.pixels.min() >= 0 and last.pixels.max() <= 1
     assert torch.equal(last.pixels, again.pixels)
     assert last.seconds_per_iteration is not None and last.seconds_per_iteration > 0

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gradinv.cli import _parser, main
+from gradinv.cli import main
+from gradinv.cli.arguments import parser
 from gradinv.cli.settings import config_from, settings_given
 from gradinv.config import PRESETS, PRESETS_BY_MODEL, AttackConfig, recorded
 from gradinv.models import MODELS
@@ -73,7 +74,7 @@ def test_round_trip_of_each_field(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     text = ",".join(map(repr, value)) if isinstance(value, tuple) else str(value)
     option = {True: [flag], False: [flag.replace("--", "--no-", 1)]}[value] if isinstance(value, bool) else [flag, text]
-    settings = settings_given(_parser("invert").parse_args(["invert", "lion", *option]))
+    settings = settings_given(parser().parse_args(["invert", "lion", *option]))
     assert settings == {name: value} and config_from("paper", "resnet18-tiny", settings) == config
 
 

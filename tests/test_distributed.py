@@ -1,27 +1,33 @@
-"""Several ranks against one process: on the small network by `check_…`, which torchrun starts, and as a command.
-
-The checks are pytest's too, in each of the ranks: see `test_ranks_agree_with_one_process`.
-"""
+"""Several ranks against one process: on the small network by `check_…` in each of the ranks, and as a command."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, PATIENCE, PLAIN, ROOT
+from conftest import ENVIRONMENT, PATIENCE, PLAIN
 
 from gradinv import cli
 from gradinv.attack.inversion import invert
@@ -30,8 +36,6 @@ from gradinv.execution.distributed import ALONE, Ranks, joined
 from gradinv.models import Model
 from gradinv.recording.replay import Recording
 from gradinv.types import GradinvError, Observation, Snapshot
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
 CONFIG = dataclasses.replace(PLAIN, seeds=4, iterations=12, noise=0.2, stages=(0.5, 0.5), registration="lazy")
 
@@ -75,35 +79,75 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> 
         raise KeyError("its own")
 
 
-@pytest.mark.slow
-def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
-    """Three of them over gloo, with 4, 5 or 7 seeds; each in a folder of its own, as they would clear one another's."""
-    pytest_ = f"{sys.executable} -m pytest -q -x -p no:cacheprovider -o python_functions=check_"
-    checks = ["--no-python", "sh", "-c", f"exec {pytest_} --basetemp '{tmp_path}'/$RANK {__file__}"]
-    done = subprocess.run([*TORCHRUN, "3", *checks], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    functions = [name for name in globals() if name.startswith("check_")]
-    assert done.stdout.count(" passed") == 3 and f"{len(functions) + 4} passed" in done.stdout, done.stdout
+# --- as several processes
+
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["test_distributed"])  # what takes seconds to import, once for all ranks
 
 
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    with joined() as ranks:
-        yield ranks
+def begin(count: int, function: Callable[..., int], *args: object) -> list[ForkServerProcess]:
+    """Call a function as so many ranks, as torchrun would start them. → their processes, by rank"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = [FORKING.Process(target=as_rank, args=(rank, count, port, function, args)) for rank in range(count)]
+    for process in started:
+        process.start()
+    return started
 
 
-def check_what_cannot_be_run_is_said_once(
-    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(distributed, "joined", lambda: contextlib.nullcontext(ranks))
-    code = cli.main(["invert", "goldfish", *SMALL, "--seeds", "1", "--out", str(tmp_path / "run")])
+def as_rank(rank: int, count: int, port: int, function: Callable[..., int], args: tuple[object, ...]) -> None:
+    os.environ |= {"TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    sys.exit(function(rank, *args))
+
+
+def ended(started: list[ForkServerProcess]) -> list[int | None]:
+    """Wait for all ranks: → their exit codes."""
+    for process in started:
+        process.join(PATIENCE)
+        process.kill()
+    return [process.exitcode for process in started]
+
+
+def test_ranks_agree_with_one_process(small_model: Model, observation: Observation, tmp_path: Path) -> None:
+    """Three of them over gloo, with 4, 5 or 7 seeds."""
+    started = begin(3, check_all, pickle.dumps((small_model, observation)), tmp_path)
+    assert ended(started) == [0, 0, 0], "\n".join(path.read_text() for path in tmp_path.iterdir())
+
+
+def check_all(rank: int, packed: bytes, folder: Path) -> int:
+    """What each of the ranks does: all of the following. What is wrong is written to a file."""
+    with joined() as ranks, (folder / str(rank)).open("w") as said, contextlib.redirect_stderr(said):
+        try:
+            for check in (
+                check_what_cannot_be_run_is_said_once,
+                check_what_they_say_to_one_another,
+                *(partial(check_every_snapshot, changes) for changes in CHANGES),
+                check_either_goes_on_with_what_the_other_left,
+                check_one_that_is_stopped_stops_all,
+                check_the_clock_of_one_shows_all,
+                check_one_that_diverges_ends_all,
+            ):
+                check(ranks, *pickle.loads(packed))
+        except BaseException:
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+def check_what_cannot_be_run_is_said_once(ranks: Ranks, *_: object) -> None:
+    with (
+        mock.patch("gradinv.cli.invert.joined", lambda: contextlib.nullcontext(ranks)),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
+        code = cli.main(["invert", "goldfish", *SMALL, "--seeds", "1", "--out", "unmade"])
     assert (code != 0) == (ranks.rank == 0)
-    said = complaints(capsys.readouterr().err)
-    assert [line.startswith("gradinv: 3 ranks cannot share 1 seed; ") for line in said] == [True] * (ranks.rank == 0)
-    assert not (tmp_path / "run").exists()
+    found = [line.startswith("gradinv: 3 ranks cannot share 1 seed; ") for line in complaints(said.getvalue())]
+    assert found == [True] * (ranks.rank == 0) and not Path("unmade").exists()
 
 
-def check_what_they_say_to_one_another(ranks: Ranks) -> None:
+def check_what_they_say_to_one_another(ranks: Ranks, *_: object) -> None:
     assert ranks.count == 3
     assert ranks.any(ranks.rank == 2, False, ranks.rank == 0) == [True, False, True]
     mine = torch.tensor(ranks.share(7), dtype=torch.float64)[:, None] * torch.ones(3)
@@ -121,20 +165,17 @@ def check_what_they_say_to_one_another(ranks: Ranks) -> None:
         raise KeyError("each")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"group": 0.1, "seeds": 7},
-        {"group": 0.1, "registration": "affine", "registration_start": 0.3, "registration_interval": 0.25},
-        {"group": 0.1, "registration": "affine", "registration_start": 0.0, "optimiser_step": "sign", "seeds": 5},
-        {"group": 0.1, "registration": "affine", "registration_start": 0.6, "features": 0.5, "projection": True},
-    ],
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"group": 0.1, "seeds": 7},
+    {"group": 0.1, "registration": "affine", "registration_start": 0.3, "registration_interval": 0.25},
+    {"group": 0.1, "registration": "affine", "registration_start": 0.0, "optimiser_step": "sign", "seeds": 5},
+    {"group": 0.1, "registration": "affine", "registration_start": 0.6, "features": 0.5, "projection": True},
 )
-def check_every_snapshot(
-    changes: dict[str, object], ranks: Ranks, small_model: Model, observation: Observation
-) -> None:
-    config = dataclasses.replace(CONFIG, **changes)  # type: ignore[arg-type]
+
+
+def check_every_snapshot(changes: dict[str, Any], ranks: Ranks, small_model: Model, observation: Observation) -> None:
+    config = dataclasses.replace(CONFIG, **changes)
     alone = invert(small_model, observation, config, every=1)
     shared = invert(small_model, observation, config, every=1, ranks=ranks)
     for one, all_of_them in zip(alone, shared, strict=True):
@@ -218,26 +259,29 @@ RUN = [
 ]
 
 
-def start(cwd: Path, *args: str) -> subprocess.Popen[str]:
-    command = [*TORCHRUN, "2", "-m", "gradinv", "invert", *args]
-    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True, encoding="utf-8")
-
-
-def after_records(started: subprocess.Popen[str], run: Path, count: int) -> list[int]:
-    """Wait until so many steps are recorded. → the processes of the ranks, by rank."""
+def after_records(run: Path, count: int, alive: Callable[[], bool]) -> None:
+    """Wait until so many steps are recorded."""
     until = time.monotonic() + PATIENCE
     while not (run / f"frames/{count:06d}.webp").is_file():
-        assert started.poll() is None and time.monotonic() < until, "the run did not begin"
+        assert alive() and time.monotonic() < until, "the run did not begin"
         time.sleep(0.02)
-    found = {}
+
+
+def rank_of_torchrun(parent: int, rank: int) -> int:
+    """The process that torchrun started as a rank."""
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((process / "stat").read_text().rsplit(")", 1)[1].split()[1]) == started.pid:
-                named = dict(entry.split("=", 1) for entry in (process / "environ").read_text().split("\0") if entry)
-                found[int(named["RANK"])] = int(process.name)
-        except OSError:  # another process that has just ended, or is not ours
-            continue
-    return [found[rank] for rank in sorted(found)]
+        with contextlib.suppress(OSError):  # another process that has just ended, or is not ours
+            status, environment = (process / "stat").read_text(), (process / "environ").read_text().split("\0")
+            if int(status.rsplit(")", 1)[1].split()[1]) == parent and f"RANK={rank}" in environment:
+                return int(process.name)
+    raise AssertionError("torchrun has no such rank")
+
+
+def command(rank: int, folder: Path, *args: str) -> int:
+    """The command as a rank that says what it says to files."""
+    os.chdir(folder)
+    with Path(f"said{rank}").open("w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        return cli.main(args)
 
 
 def complaints(errors: str) -> list[str]:
@@ -260,10 +304,12 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
     monkeypatch.chdir(tmp_path)
     assert cli.main(["invert", *RUN, "--out", "whole"]) == 0
 
-    with start(tmp_path, *RUN, "--out", "run") as started:
-        ranks = after_records(started, tmp_path / "run", 3)
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "gradinv", "invert"]
+    with subprocess.Popen(
+        [*torchrun, *RUN, "--out", "run"], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
+    ) as started:
+        after_records(tmp_path / "run", 3, lambda: started.poll() is None)
+        os.kill(rank_of_torchrun(started.pid, 1), signal.SIGKILL)
         output, errors = started.communicate(timeout=PATIENCE)
     assert started.returncode != 0
     assert output.count("2 ranks share the 3 seeds.") == 1
@@ -275,14 +321,14 @@ def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_been_one_proce
     assert recording.steps[: done + 1] == list(range(done + 1))
     assert all(len(recording.snapshot(step).seeds) == 3 for step in recording.steps)
 
-    with start(tmp_path, "--resume", "run") as started:
-        os.kill(after_records(started, tmp_path / "run", 9)[1], signal.SIGTERM)
-        output, errors = started.communicate(timeout=PATIENCE)
-    assert started.returncode != 0
+    ranks = begin(2, command, tmp_path, "invert", "--resume", "run")
+    after_records(tmp_path / "run", 9, ranks[0].is_alive)
+    ranks[1].terminate()
+    assert ended(ranks) == [143, 0]
     recording = Recording.open("run")
     done = recording.run["iterations"]["done"]
     assert 9 <= done < 16 and recording.run["status"] == "stopped"
-    (sentence,) = complaints(errors)
+    (sentence,) = complaints(Path("said0").read_text())
     assert sentence.startswith(f"gradinv: Stopped after {done} of 16 iterations; ")
 
     capsys.readouterr()

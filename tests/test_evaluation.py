@@ -9,8 +9,6 @@ import io
 import json
 import math
 import signal
-import statistics
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -20,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, PATIENCE, fails, objective_for, one_sentence, picture
+from conftest import fails, objective_for, one_sentence, picture
 from torch.nn import functional as F
 
 import gradinv
-from gradinv import breaching, cli, models
+from gradinv import breaching, cli
 from gradinv.breaching import Reconstruction
 from gradinv.client import final_gradient, observe
 from gradinv.config import AttackConfig
@@ -60,8 +58,8 @@ def plan(folder: Path, command: str = "ablation", **changes: Any) -> Plan:
     return Plan(command, "small", str(folder), rows, **{"batches": 2, "device": "cpu", **changes})
 
 
-def run(ledger: Ledger, model: Model, **options: Any) -> dict[str, Any]:
-    for _ in running.measure(ledger, model, **options):
+def run(ledger: Ledger, **options: Any) -> dict[str, Any]:
+    for _ in running.measure(ledger, **options):
         pass
     return ledger.write()
 
@@ -84,22 +82,32 @@ def small(folder, small_model):
     return lambda command="ablation", *rows, **changes: Bench(plan(folder, command, rows=rows, **changes), small_model)
 
 
+@pytest.fixture
+def opened(folder, small_model, tmp_path):
+    """Opens the folder of an evaluation of the small network."""
+
+    def opened(name: str = "out", command: str = "ablation", **changes: Any) -> Ledger:
+        return Ledger(tmp_path / name, plan(folder, command, **changes), small_model)
+
+    return opened
+
+
 # --- which pictures
 
 
-def test_a_batch_is_the_same_every_time_and_for_every_row(folder, small_model):
+def test_a_batch_is_the_same_every_time_and_for_every_row(small):
     rows = plans.ablation_rows(QUICK, 3)
-    bench, again = (Bench(plan(folder, rows=rows), small_model) for _ in range(2))
+    bench, again = (small("ablation", *rows) for _ in range(2))
     keys = [[[p.key for p in b.draw(row, n).pictures] for row in rows] for n in range(3) for b in (bench, again)]
     assert all(row == keys[2 * n][0] for n in range(3) for row in (*keys[2 * n], *keys[2 * n + 1]))
     assert keys[0] != keys[2] != keys[4]
-    seeded = Bench(plan(folder, rows=rows, seed=1), small_model)
+    seeded = small("ablation", *rows, seed=1)
     assert [p.key for p in seeded.draw(rows[0], 0).pictures] != keys[0][0]
 
 
-def test_distinct_batches_have_distinct_labels_and_smaller_ones_begin_larger_ones(folder, small_model):
+def test_distinct_batches_have_distinct_labels_and_smaller_ones_begin_larger_ones(small, small_model):
     rows = plans.label_rows((1, 3, 6))
-    bench = Bench(plan(folder, "labels", rows=rows), small_model)
+    bench = small("labels", *rows)
     largest = bench.draw(rows[2], 0)
     assert sorted(largest.labels.tolist()) == list(range(6))
     for row in rows[:2]:
@@ -118,25 +126,25 @@ def test_repeated_labels_come_from_few_classes_and_no_picture_twice(small):
         assert 2 <= len(set(batch.labels.tolist())) <= 3  # 8 · 10/32, rounded up
 
 
-def test_halves_part_each_class(folder, small_model):
-    parts = {half: Bench(plan(folder, half=half), small_model).files(2) for half in plans.HALVES}
+def test_halves_part_each_class(small):
+    parts = {half: small(half=half).files(2) for half in ("report", "tune", "all")}
     assert [p.title for p in parts["report"]] == ["00", "01", "02", "03"]
     assert [p.title for p in parts["tune"]] == ["04", "05", "06", "07"]
     assert parts["all"] == parts["report"] + parts["tune"]
     row = plans.ablation_rows(QUICK, 6)[0]
-    drawn = [Bench(plan(folder, half="report", rows=(row,)), small_model).draw(row, n) for n in range(20)]
+    drawn = [small("ablation", row).draw(row, n) for n in range(20)]
     assert {picture.title for batch in drawn for picture in batch.pictures} == {"00", "01", "02", "03"}
 
 
 # --- what is measured
 
 
-def test_the_final_gradient_is_the_one_of_autograd(folder, small_model):
+def test_the_final_gradient_is_the_one_of_autograd(small, small_model):
     row = Row("K=8", 8, repeats=True)
-    bench = Bench(plan(folder, "labels", rows=(row,)), small_model)
+    bench = small("labels", row)
     batch = bench.draw(row, 0)
-    true = observe(small_model, bench.pixels(batch), batch.labels).gradients
-    features = gradinv.gallery.pooled(small_model, bench.pixels(batch))
+    true = observe(small_model, batch.pixels, batch.labels).gradients
+    features = gradinv.gallery.pooled(small_model, batch.pixels)
     exact = final_gradient(small_model, features, batch.labels)
     for name, value in exact.items():
         torch.testing.assert_close(value, true[name], rtol=1e-5, atol=1e-7)
@@ -171,10 +179,10 @@ def test_labels_of_distinct_classes_are_restored_and_repeats_are_beyond_column_m
     assert repeated["labels column-minimum"] is None
 
 
-def test_pictures_are_found_from_the_gradient_and_not_behind_a_strong_defence(folder, small_model):
+def test_pictures_are_found_from_the_gradient_and_not_behind_a_strong_defence(small):
     rows = plans.identification_rows((2,), ("none", "noise:100", "clip:1"))
     assert [row.name for row in rows] == ["K=2 distinct", "K=2 repeated", "K=2 noise:100", "K=2 clip:1"]
-    bench = Bench(plan(folder, "identify", rows=rows, half="all"), small_model)
+    bench = small("identify", *rows, half="all")
     found = [[tasks.identification_task(bench, row, n)["found"] for n in range(6)] for row in rows]
     assert found[0] == [100] * 6
     assert sum(value or 0 for value in found[2]) < 200
@@ -186,7 +194,7 @@ def test_every_batch_has_its_own_noise_of_a_defence(small, small_model):
     (row,) = plans.defence_rows(QUICK, 2, ("clip:1+noise:1e-1",))
     bench = small("defences", row)
     batch = bench.draw(row, 0)
-    true = observe(small_model, bench.pixels(batch), batch.labels)
+    true = observe(small_model, batch.pixels, batch.labels)
     first, same, other = (bench.defend(true, row, n).gradients["fc.weight"] for n in (0, 0, 1))
     assert torch.equal(first, same) and not torch.equal(first, other)
 
@@ -204,30 +212,30 @@ def test_an_inversion_is_measured_in_full(small):
     }
     assert values["labels"] == 100 and all(value is not None and math.isfinite(value) for value in values.values())
     # The best constant colour has a PSNR that depends on the pictures alone.
-    pixels = bench.pixels(bench.draw(row, 0))
+    pixels = bench.draw(row, 0).pixels
     error = (pixels - pixels.mean((2, 3), keepdim=True)).double().square().mean((1, 2, 3))
     assert values["constant_psnr"] == pytest.approx(float((-10 * error.log10()).mean()))
 
 
-def test_a_client_in_train_mode_is_measured_in_train_mode(folder, small_model):
+def test_a_client_in_train_mode_is_measured_in_train_mode(small, small_model):
     row = Row("inferred", 3, config=dataclasses.replace(QUICK, bn="inferred"))
-    bench = Bench(plan(folder, rows=(row,)), small_model)
+    bench = small("ablation", row)
     batch = bench.draw(row, 0)
     assert row.config is not None
-    observation = tasks._observe(bench, row, 0, row.config, bench.pixels(batch), batch.labels)
+    observation = tasks._observe(bench, row, 0, row.config, batch)
     assert observation.mode == "train" and observation.running is not None
-    own = tasks.gradient_match(small_model, bench.pixels(batch), batch.labels, observation)
+    own = tasks.gradient_match(small_model, batch.pixels, batch.labels, observation)
     assert own["distance"] == pytest.approx(0, abs=1e-9)
     assert tasks.inversion_task(bench, row, 0)["psnr"] is not None
 
 
-def test_both_ways_to_compare_gradients_start_with_the_same_pull(folder, small_model):
+def test_both_ways_to_compare_gradients_start_with_the_same_pull(small, small_model):
     config = dataclasses.replace(QUICK, match="cosine", gradient=0.7)
     l2, cosine = plans.matching_rows(config, 2)
     assert (l2.weigh_like, cosine.weigh_like) == ("cosine", "") and l2.config is not None
-    bench = Bench(plan(folder, "matching", rows=(l2, cosine)), small_model)
+    bench = small("matching", l2, cosine)
     batch = bench.draw(l2, 0)
-    observation = observe(small_model, bench.pixels(batch), batch.labels)
+    observation = observe(small_model, batch.pixels, batch.labels)
     weighed = tasks._weighed(bench, observation, l2.config, "cosine")
     assert weighed == dataclasses.replace(l2.config, gradient=weighed.gradient)
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(l2.config.seed))
@@ -344,17 +352,9 @@ def test_means_standard_errors_and_paired_gains(folder):
     assert table.summarise(plan(folder, rows=rows, batches=1), measured)[0]["mean"]["psnr"] == 10
 
 
-def test_standard_error_of_few_values():
-    assert table.standard_error([]) is None and table.standard_error([1.0]) is None
-    assert table.standard_error([1.0, 3.0]) == pytest.approx(1.0)
-    assert table.standard_error([1.0, None, 3.0]) is None
-    values = [3.5, -1.0, 7.25, 0.0]
-    assert table.standard_error(values) == pytest.approx(statistics.stdev(values) / 2)
-
-
-def test_the_files_say_what_the_table_says(folder, small_model, tmp_path):
-    ledger = Ledger(tmp_path / "out", plan(folder), small_model)
-    result = run(ledger, small_model)
+def test_the_files_say_what_the_table_says(opened, tmp_path):
+    ledger = opened()
+    result = run(ledger)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == result
     assert result["command"] == "ablation" and result["config"]["batches"] == 2
     lines = list(csv.DictReader(io.StringIO((tmp_path / "out" / "results.csv").read_text())))
@@ -372,10 +372,10 @@ def test_the_files_say_what_the_table_says(folder, small_model, tmp_path):
     assert (tmp_path / "out" / "figure.html").stat().st_size > 1000
 
 
-def test_a_figure_over_the_batch_size_has_one_line_a_method(folder, small_model, tmp_path):
+def test_a_figure_over_the_batch_size_has_one_line_a_method(opened):
     pytest.importorskip("plotly")
-    ledger = Ledger(tmp_path / "out", plan(folder, "labels", rows=plans.label_rows((1, 2, 4))), small_model)
-    run(ledger, small_model)
+    ledger = opened(command="labels", rows=plans.label_rows((1, 2, 4)))
+    run(ledger)
     drawn = table.figure(ledger.plan, table.summarise(ledger.plan, ledger.values))
     lines = {line.name: line for line in drawn.data}
     assert list(lines["column-minimum % distinct"].x) == [1, 2, 4]
@@ -383,96 +383,96 @@ def test_a_figure_over_the_batch_size_has_one_line_a_method(folder, small_model,
     assert "auto % repeated" in lines
 
 
-def test_without_plotly_there_is_no_figure(folder, small_model, tmp_path, monkeypatch):
+def test_without_plotly_there_is_no_figure(opened, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.subplots", None)
-    note = Ledger(tmp_path / "out", plan(folder), small_model).draw()
+    note = opened().draw()
     assert note is not None and "plotly is not installed" in note
 
 
 # --- keeping and going on
 
 
-def test_a_stopped_evaluation_goes_on_to_the_same_table(folder, small_model, tmp_path):
-    whole = run(Ledger(tmp_path / "whole", plan(folder), small_model), small_model)
+def test_a_stopped_evaluation_goes_on_to_the_same_table(opened, tmp_path):
+    whole = run(opened("whole"))
     stop = threading.Event()
-    ledger = Ledger(tmp_path / "parts", plan(folder), small_model)
-    for count, _ in enumerate(running.measure(ledger, small_model, stop=stop), 1):
+    ledger = opened("parts")
+    for count, _ in enumerate(running.measure(ledger, stop=stop), 1):
         if count == 5:
             stop.set()
     results = tmp_path / "parts" / "results.jsonl"
     lines = results.read_text().splitlines(keepends=True)
     assert len(lines) == 5
     results.write_text("".join(lines[:4]) + lines[4][: len(lines[4]) // 2])  # killed while it wrote
-    again = Ledger(tmp_path / "parts", plan(folder), small_model)
+    again = opened("parts")
     assert results.read_text() == "".join(lines[:4]) and len(again.missing) == 8
-    assert untimed(run(again, small_model)["rows"]) == untimed(whole["rows"])
+    assert untimed(run(again)["rows"]) == untimed(whole["rows"])
     entries = [json.loads(line) for line in results.read_text().splitlines()]
     assert len({(entry["row"], entry["batch"]) for entry in entries}) == len(entries) == 12
     # Nothing is left to do.
-    done = Ledger(tmp_path / "parts", plan(folder), small_model)
-    assert list(running.measure(done, small_model)) == []
+    done = opened("parts")
+    assert list(running.measure(done)) == []
 
 
-def test_more_batches_continue_an_evaluation(folder, small_model, tmp_path):
-    first = run(Ledger(tmp_path / "out", plan(folder, batches=1), small_model), small_model)
-    more = Ledger(tmp_path / "out", plan(folder, batches=3), small_model)
+def test_more_batches_continue_an_evaluation(opened):
+    first = run(opened(batches=1))
+    more = opened(batches=3)
     assert {batch for _, batch in more.missing} == {1, 2}
-    run(more, small_model)
-    back = Ledger(tmp_path / "out", plan(folder, batches=1), small_model)
+    run(more)
+    back = opened(batches=1)
     assert back.missing == [] and back.write()["rows"] == first["rows"]
 
 
-def test_rows_can_be_measured_one_after_the_other(folder, small_model, tmp_path):
+def test_rows_can_be_measured_one_after_the_other(opened):
     rows = plans.ablation_rows(QUICK, 2)
-    whole = run(Ledger(tmp_path / "whole", plan(folder), small_model), small_model)
+    whole = run(opened("whole"))
     first = plans.chosen_rows(rows, ["gradient*"])
     assert [row.name for row in first] == ["gradient only", "gradient off", "gradient and features off"]
-    assert len(run(Ledger(tmp_path / "out", plan(folder, rows=first), small_model), small_model)["rows"]) == 3
+    assert len(run(opened(rows=first))["rows"]) == 3
     second = plans.chosen_rows(rows, ["+ lazy group"])
-    run(Ledger(tmp_path / "out", plan(folder, rows=second), small_model), small_model)
-    again = Ledger(tmp_path / "out", plan(folder), small_model)
+    run(opened(rows=second))
+    again = opened()
     assert {row.name for row, _ in again.missing} == {"+ fidelity", "+ registered group"}
-    assert untimed(run(again, small_model)["rows"]) == untimed(whole["rows"])
+    assert untimed(run(again)["rows"]) == untimed(whole["rows"])
     changed = plans.ablation_rows(dataclasses.replace(QUICK, tv=0.5), 2)
     with pytest.raises(GradinvError, match=r"holds another evaluation \(tv 0.0001, not 0.5\)"):
-        Ledger(tmp_path / "out", plan(folder, rows=changed[1:2]), small_model)
+        opened(rows=changed[1:2])
     with pytest.raises(GradinvError, match=r"^There is no row 'x'; take some of gradient only, \+ fidelity"):
         plans.chosen_rows(rows, ["x"])
 
 
-def test_an_inversion_that_was_stopped_midway_is_not_kept(folder, small_model, tmp_path):
+def test_an_inversion_that_was_stopped_midway_is_not_kept(opened):
     rows = plans.ablation_rows(dataclasses.replace(QUICK, iterations=1_000_000), 2)
     stop = threading.Event()
-    ledger = Ledger(tmp_path / "out", plan(folder, rows=rows), small_model)
+    ledger = opened(rows=rows)
     threading.Timer(0.5, stop.set).start()
-    assert list(running.measure(ledger, small_model, stop=stop)) == []
+    assert list(running.measure(ledger, stop=stop)) == []
     assert ledger.values == {} and ledger.errors == {}
 
 
-def test_a_batch_that_fails_is_said_and_tried_again(folder, small_model, tmp_path):
-    mine = plan(folder, rows=plans.ablation_rows(QUICK, 2)[:2])
-    bench = Bench(mine, small_model)
-    picture = folder / bench.draw(mine.rows[0], 1).pictures[0].key
-    assert picture.name not in {p.key for p in bench.draw(mine.rows[0], 0).pictures}
+def test_a_batch_that_fails_is_said_and_tried_again(opened, small, folder):
+    rows = plans.ablation_rows(QUICK, 2)[:2]
+    bench = small("ablation", *rows)
+    picture = folder / bench.draw(rows[0], 1).pictures[0].key
+    assert picture.name not in {p.key for p in bench.draw(rows[0], 0).pictures}
     good = picture.read_bytes()
     picture.write_bytes(b"no picture")
-    ledger = Ledger(tmp_path / "out", mine, small_model)
-    table = run(ledger, small_model)["rows"]
+    ledger = opened(rows=rows)
+    table = run(ledger)["rows"]
     assert [row["n"] for row in table] == [1, 1]
     assert set(ledger.errors) == {("gradient only", 1), ("+ fidelity", 1)}
     assert all(f"{picture.name} is not a picture" in sentence for sentence in ledger.errors.values())
     picture.write_bytes(good)
-    again = Ledger(tmp_path / "out", mine, small_model)
+    again = opened(rows=rows)
     assert len(again.missing) == 2 and set(again.errors) == set(ledger.errors)
-    assert [row["n"] for row in run(again, small_model)["rows"]] == [2, 2] and again.errors == {}
-    assert Ledger(tmp_path / "out", mine, small_model).errors == {}
+    assert [row["n"] for row in run(again)["rows"]] == [2, 2] and again.errors == {}
+    assert opened(rows=rows).errors == {}
 
 
-def test_where_every_batch_fails_the_reason_is_raised(folder, small_model, tmp_path):
+def test_where_every_batch_fails_the_reason_is_raised(opened):
     config = dataclasses.replace(QUICK, start="decoder")  # the small network has no decoder
-    ledger = Ledger(tmp_path / "out", plan(folder, rows=(Row("a", 2, config=config),)), small_model)
+    ledger = opened(rows=(Row("a", 2, config=config),))
     with pytest.raises(GradinvError, match=r"^There is no decoder for small at 8 px"):
-        list(running.measure(ledger, small_model))
+        list(running.measure(ledger))
 
 
 @pytest.mark.parametrize(
@@ -485,28 +485,28 @@ def test_where_every_batch_fails_the_reason_is_raised(folder, small_model, tmp_p
         ({"rows": plans.ablation_rows(QUICK, 3)}, r"batch_size 2, not 3"),
     ],
 )
-def test_another_evaluation_is_refused(changes, what, folder, small_model, tmp_path):
-    Ledger(tmp_path / "out", plan(folder), small_model).begin()
+def test_another_evaluation_is_refused(opened, changes, what, tmp_path):
+    opened().begin()
     sentence = rf"^{tmp_path}/out holds another evaluation \({what}\); repeat its command or name another folder with"
     with pytest.raises(GradinvError, match=sentence):
-        Ledger(tmp_path / "out", plan(folder, **{"command": "ablation", **changes}), small_model)
+        opened(**{"command": "ablation", **changes})
 
 
-def test_an_evaluation_from_before_a_setting_existed_goes_on(folder, small_model, tmp_path):
-    Ledger(tmp_path / "out", plan(folder), small_model).begin()
+def test_an_evaluation_from_before_a_setting_existed_goes_on(opened, tmp_path):
+    opened().begin()
     known = json.loads((tmp_path / "out" / "plan.json").read_text())
     for row in known["rows"]:
         assert row["config"].pop("stepping") == "auto"
     (tmp_path / "out" / "plan.json").write_text(json.dumps(known))
-    assert len(Ledger(tmp_path / "out", plan(folder), small_model).missing) == 12
+    assert len(opened().missing) == 12
     known["rows"][0]["config"]["unheard"] = 1
     (tmp_path / "out" / "plan.json").write_text(json.dumps(known))
     with pytest.raises(GradinvError, match=r"^The plan in .* is damaged"):
-        Ledger(tmp_path / "out", plan(folder), small_model)
+        opened()
 
 
-def test_other_weights_are_another_evaluation(folder, small_model, tmp_path):
-    Ledger(tmp_path / "out", plan(folder), small_model).begin()
+def test_other_weights_are_another_evaluation(opened, folder, small_model, tmp_path):
+    opened().begin()
     other = dataclasses.replace(small_model, sha256="1" * 64)
     with pytest.raises(GradinvError, match=r"holds another evaluation \(another version of the model small\)"):
         Ledger(tmp_path / "out", plan(folder), other)
@@ -523,11 +523,11 @@ def test_other_weights_are_another_evaluation(folder, small_model, tmp_path):
     ],
     ids=["torn plan", "list", "empty line", "number", "zeros"],
 )
-def test_damaged_files_are_one_sentence(name, text, sentence, folder, small_model, tmp_path):
-    Ledger(tmp_path / "out", plan(folder), small_model).begin()
+def test_damaged_files_are_one_sentence(opened, name, text, sentence, tmp_path):
+    opened().begin()
     (tmp_path / "out" / name).write_text(text)
     with pytest.raises(GradinvError, match=sentence):
-        Ledger(tmp_path / "out", plan(folder), small_model)
+        opened()
 
 
 def test_a_folder_of_something_else_is_left_alone(folder, small_model, tmp_path):
@@ -548,8 +548,6 @@ def test_a_folder_of_something_else_is_left_alone(folder, small_model, tmp_path)
         ({"rows": (Row("a", 0),)}, r"^A batch holds at least one image, not 0\.$"),
         ({"rows": (Row("a", 1), Row("a", 1))}, r"^Each size and each defence is measured once; name none"),
         ({"rows": (Row("a", 1, defence="wall:3"),)}, r"^There is no defence 'wall'; take one of none, clip"),
-        ({"half": "third"}, r"^half takes one of report, tune, all, not 'third'\.$"),
-        ({"command": "everything"}, r"^There is no evaluation 'everything'; take one of labels, ablation"),
         ({"rows": ()}, r"^An evaluation needs at least one row; name a size or a defence\.$"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -561,14 +559,14 @@ def test_what_cannot_be_measured_is_said(changes, sentence, folder):
         Plan(**{**usual, **changes})
 
 
-def test_a_folder_that_does_not_suffice_is_one_sentence(folder, small_model):
+def test_a_folder_that_does_not_suffice_is_one_sentence(small, folder, small_model):
     with pytest.raises(GradinvError, match=r"^There is no folder .*nowhere; name the one that holds the class folders"):
         Bench(plan(folder / "nowhere"), small_model)
     rows = (Row("a", 7, config=QUICK),)
     with pytest.raises(GradinvError, match=r"has pictures of 6 classes that small knows, and a batch needs 7; take sm"):
-        Bench(plan(folder, rows=rows), small_model)
+        small("ablation", *rows)
     repeated = Row("b", 19, repeats=True)  # of six classes with four pictures each in the half that is reported
-    bench = Bench(plan(folder, "labels", rows=(repeated,)), small_model)
+    bench = small("labels", repeated)
     assert len(bench.draw(repeated, 0).labels) == 19
     many = dataclasses.replace(repeated, batch_size=18)
     few = Bench(
@@ -578,19 +576,19 @@ def test_a_folder_that_does_not_suffice_is_one_sentence(folder, small_model):
         few.draw(many, 0)
 
 
-def test_at_least_one_worker(folder, small_model, tmp_path):
-    ledger = Ledger(tmp_path / "out", plan(folder), small_model)
+def test_at_least_one_worker(opened, small_model):
+    ledger = opened()
     with pytest.raises(GradinvError, match=r"^At least one worker has to do the work, not 0\.$"):
-        list(running.measure(ledger, small_model, workers=0))
-    elsewhere = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
+        list(running.measure(ledger, workers=0))
+    ledger.model = dataclasses.replace(small_model, network=copy.deepcopy(small_model.network).to("meta"))
     with pytest.raises(GradinvError, match=r"^Several workers share a CPU; a meta device is for one\.$"):
-        list(running.measure(ledger, elsewhere, workers=2))
+        list(running.measure(ledger, workers=2))
 
 
 # --- the comparison
 
 
-def test_peers_get_our_labels_and_are_timed_in_turn(folder, small_model, tmp_path, monkeypatch):
+def test_peers_get_our_labels_and_are_timed_in_turn(opened, small, small_model, monkeypatch):
     calls: list[tuple[str, list[int], int]] = []
 
     def attack(
@@ -603,23 +601,22 @@ def test_peers_get_our_labels_and_are_timed_in_turn(folder, small_model, tmp_pat
     monkeypatch.setattr(breaching, "require_breaching", lambda: None)
     rows = plans.comparison_rows(QUICK, 2, several=True)
     assert [row.name for row in rows][2:] == ["ours", "ours, 2 seeds", plans.TIMING]
-    mine = plan(folder, "compare", rows=rows)
-    result = run(Ledger(tmp_path / "out", mine, small_model), small_model)
+    result = run(opened(command="compare", rows=rows))
     table = {row["name"]: row for row in result["rows"]}
     assert set(table) == {row.name for row in rows[:-1]}
-    bench = Bench(mine, small_model)
+    bench = small("compare", *rows)
     for number in range(2):
         batch = bench.draw(rows[0], number)
         ours = tasks.restore_labels(
-            small_model, observe(small_model, bench.pixels(batch), batch.labels), QUICK.labels
+            small_model, observe(small_model, batch.pixels, batch.labels), QUICK.labels
         ).labels.tolist()
         assert ("invertinggradients", ours, 2) in calls and ("seethroughgradients", ours, 2) in calls
     assert {iterations for _, _, iterations in calls} == {2, tasks.TIMED_ITERATIONS}
     assert table["breaching invertinggradients"]["mean"]["seconds_per_iteration"] == 0.25
     assert 0 < table["ours"]["mean"]["seconds_per_iteration"] < table["ours, 2 seeds"]["mean"]["seconds_per_iteration"]
-    pixels = bench.pixels(bench.draw(rows[0], 0))
+    pixels = bench.draw(rows[0], 0).pixels
     grey = -10 * (pixels - 0.5).double().square().mean((1, 2, 3)).log10()
-    first = Ledger(tmp_path / "out", mine, small_model).values["breaching invertinggradients", 0]
+    first = opened(command="compare", rows=rows).values["breaching invertinggradients", 0]
     assert first["psnr"] == first["consensus_psnr"] == pytest.approx(float(grey.mean()))
     assert table["ours"]["gain"]["psnr"]["over"].startswith("breaching ")
 
@@ -640,7 +637,7 @@ def test_a_short_run_for_timing_is_executed_as_the_whole_one():
 @pytest.fixture
 def command(small_model, folder, monkeypatch):
     """Runs the command `evaluate NAME` on the small network and the folder, with two batches and steps."""
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: small_model)
+    monkeypatch.setattr("gradinv.cli.evaluate.load_model", lambda *_, **__: small_model)
 
     def command(name: str, *args: str) -> int:
         size = () if name in ("labels", "identify") else ("--batch-size", "2")
@@ -735,7 +732,7 @@ def test_failed_batches_are_listed(command, monkeypatch, capsys, error, sentence
         (("matching", "--defences", "none"), "--defences does not go with matching; it has none."),
         (("labels", "--sizes", ","), "An evaluation needs at least one row; name a size or a"),
         (("identify", "--sizes", "7"), "val has pictures of 6 classes that small knows, and a b"),
-        (("ablation", "--workers", "0"), "--workers takes a number of processes of at least 1"),
+        (("ablation", "--workers", "0"), "At least one worker has to do the work, not 0."),
         (("ablation", "--batches", "0"), "At least one batch has to be measured, not 0."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -746,7 +743,7 @@ def test_bad_use_is_one_sentence(args, sentence, command, capsys):
     assert not Path("evaluations").exists()
 
 
-def test_an_evaluation_needs_a_folder(elsewhere, capsys):
+def test_an_evaluation_needs_a_folder(capsys):
     assert fails(capsys, "evaluate", "ablation").startswith("Which pictures? Name a folder")
 
 
@@ -765,19 +762,17 @@ def test_a_network_with_another_normalisation_is_measured_with_it(elsewhere, cap
 
 
 @pytest.mark.slow
-def test_several_processes_measure_the_same(elsewhere):
-    """What starts the processes is one itself, as from a shell: each of them runs its main module."""
+def test_several_processes_measure_the_same(elsewhere, capfd):
     fill(elsewhere / "tiny", ["n01443537", "n01629819", "n01641577"], side=32)
     args = ["evaluate", "matching", "--imagenet", "tiny", "--seeds", "1", "--model", "resnet18-tiny", "--image-size"]
     args += ["32", "--device", "cpu", "--iterations", "1", "--batches", "2", "--batch-size", "2"]
     assert cli.main([*args, "--workers", "1", "--out", "one"]) == 0
-    command = [sys.executable, "-m", "gradinv", *args, "--workers", "2", "--out", "two", "--json"]
-    done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE, check=True
-    )
-    assert done.stderr == "The results are kept in two.\n"
+    capfd.readouterr()
+    assert cli.main([*args, "--workers", "2", "--out", "two", "--json"]) == 0
+    said = capfd.readouterr()
+    assert said.err == "The results are kept in two.\n"
     one = json.loads(Path("one/results.json").read_text())
     two = json.loads(Path("two/results.json").read_text())
-    assert json.loads(done.stdout) == two and [row["name"] for row in one["rows"]] == ["l2", "cosine"]
+    assert json.loads(said.out) == two and [row["name"] for row in one["rows"]] == ["l2", "cosine"]
     for a, b in zip(untimed(one["rows"]), untimed(two["rows"]), strict=True):
         assert a["mean"] == pytest.approx(b["mean"], rel=1e-4) and a["n"] == b["n"] == 2

@@ -250,23 +250,24 @@ def test_nothing_to_fit_to(tmp_path, backbone, capsys):
     assert not Path("own.safetensors").exists()
 
 
-def test_held_out_pictures_that_measure_nothing(tmp_path, backbone, folder, capsys):
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--held-out", "0.01"], "A share of 0.01 of so few pictures is none"),
+        (["--held-out", "1.5"], "between 0 and 1, not 1.5"),
+        (["--val", "train/../train"], "names the folder that is fitted to"),
+        (["--val", "other"], "no class in common"),
+        (["--epochs", "0"], "--epochs takes a number of at least 1, not 0"),
+        (["--decay", "-1"], "--decay takes a number of at least 0, not -1"),
+        (["--decay", "nan"], "--decay takes a number of at least 0, not nan"),
+    ],
+)
+def test_settings_that_cannot_be(args, said, backbone, folder, capsys):
+    Path("other/n00000001").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save("other/n00000001/a.png")
     options = ["--model", backbone, "--imagenet", folder, "--out", "own.safetensors"]
-    assert "A share of 0.01 of so few pictures is none" in sentence(capsys, *options, "--held-out", "0.01")
-    assert "between 0 and 1, not 1.5" in sentence(capsys, *options, "--held-out", "1.5")
-    assert "names the folder that is fitted to" in sentence(capsys, *options, "--val", f"{folder}/../train")
-    other = tmp_path / "other" / "n00000001"
-    other.mkdir(parents=True)
-    Image.new("RGB", (32, 32)).save(other / "a.png")
-    assert "no class in common" in sentence(capsys, *options, "--val", str(other.parent))
+    assert said in sentence(capsys, *options, *args)
     assert not Path("own.safetensors").exists()
-
-
-def test_settings_that_cannot_be(backbone, folder, capsys):
-    options = ["--model", backbone, "--imagenet", folder, "--out", "own.safetensors"]
-    assert "--epochs takes a number of at least 1, not 0" in sentence(capsys, *options, "--epochs", "0")
-    assert "--decay takes a number of at least 0, not -1" in sentence(capsys, *options, "--decay", "-1")
-    assert "--decay takes a number of at least 0, not nan" in sentence(capsys, *options, "--decay", "nan")
 
 
 def test_output_that_cannot_be_written_is_said_first(backbone, folder, monkeypatch, capsys):

@@ -159,8 +159,8 @@ def test_ctrl_c_keeps_the_layers_so_far(monkeypatch, capsys):
         (["lion", "--boundary", "layer4.7"], "The network has no node 'layer4.7'"),
         (["lion", "--labels", "guess"], "labels takes one of auto, column-minimum"),
         (["lion", "--seed", "-1"], "seed must be a finite number of at least 0"),
-        (["lion", "--out", "file/layers"], "file is a file; name another file with --out."),
-        (["lion", "--out", "."], ". is a folder; name another file with --out."),
+        (["lion", "--out", "file/layers"], "file is a file; name another with --out."),
+        (["lion", "--out", "."], ". is a folder; name another with --out."),
         (["lion", "--observation", "missing"], "leave the picture lion or --observation out"),
     ],
 )

@@ -1,23 +1,21 @@
-"""The training recipes as processes, on folders of small generated pictures."""
+"""The training recipes, on folders of small generated pictures."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import runpy
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 import torch
-from conftest import ENVIRONMENT, PATIENCE
 from PIL import Image
 from torch.nn import functional as F
 
@@ -33,26 +31,27 @@ COLOURS = {"n01440764": (200, 40, 40), "n01443537": (40, 200, 40), "n02129165": 
 SIZE = 40
 
 
-def command(recipe: str, *args: object) -> list[str]:
-    return [sys.executable, str(RECIPES / f"{recipe}.py"), "--device", "cpu", *map(str, args)]
-
-
 def run(recipe: str, *args: object) -> str:
     """What a recipe prints, run in this process to save the imports."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, torch.random.fork_rng():
-        runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"](command(recipe, *args)[2:])
+        main = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
+        main(["--device", "cpu", *map(str, args)])
     return printed.getvalue()
 
 
-def killed(recipe: str, checkpoint: Path, *args: object) -> int:
-    """Run a recipe until it has kept a checkpoint. → at which step that was"""
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command(recipe, *args), env=ENVIRONMENT, stdout=quiet, stderr=quiet) as process:
-        while not checkpoint.exists() and process.poll() is None:
-            time.sleep(0.005)
-        process.kill()
-    step: int = torch.load(checkpoint, weights_only=True)["step"]
-    return step
+def stopped(recipe: str, monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+    """Run a recipe until Ctrl-C comes, while it writes its second checkpoint."""
+    save, saved = torch.save, itertools.count(1)
+
+    def interrupted(*given: Any) -> None:
+        save(*given)
+        if next(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(torch, "save", interrupted)
+        run(recipe, *args)
+    assert ended.value.code == 130
 
 
 def refused(recipe: str, capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -96,12 +95,17 @@ def options(data: Path, out: Path, *more: str) -> list[object]:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """The weights of a run as a process without interruption, which decodes in two more, and what it printed."""
+    """The weights of a run without interruption, and what it printed."""
     out = tmp_path_factory.mktemp("whole") / "colours.safetensors"
-    whole = command("train", *options(data, out, "--workers", "2"))
-    done = subprocess.run(whole, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    return out, run("train", *options(data, out))
+
+
+def test_two_processes_decode_the_same(data):
+    from train import read_all  # type: ignore[import-not-found, unused-ignore]
+
+    one, two = (read_all(data / "val", sorted(COLOURS), SIZE, workers) for workers in (1, 2))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert one[0].shape == (12, 3, SIZE, SIZE) and one[1].bincount().tolist() == [4, 4, 4]
 
 
 def test_training_learns_the_classes(trained):
@@ -133,14 +137,15 @@ def test_weights_load_as_a_model_that_classifies(trained, data):
     assert f"top-1 {metadata['accuracy']} %" in printed.splitlines()[-1]
 
 
-def test_killed_run_goes_on_to_the_same_weights(trained, data, tmp_path, capsys):
+def test_a_stopped_run_goes_on_to_the_same_weights(trained, data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "colours.safetensors"
     arguments = options(data, out, "--checkpoint-every", "2")
-    step = killed("train", tmp_path / "colours.checkpoint.pt", *arguments)
-    assert 0 < step < 9 and not out.exists()
+    stopped("train", monkeypatch, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["colours.checkpoint.pt"]
+    assert "Stopped. The same command goes on from " in capsys.readouterr().err
     assert "was made with other seed" in refused("train", capsys, *arguments, "--seed", "1")
     printed = run("train", *arguments)
-    assert f"Going on after step {step} from" in printed and same_weights(out, trained[0])
+    assert "Going on after step 2 from" in printed and same_weights(out, trained[0])
     assert printed.splitlines()[-2] == trained[1].splitlines()[-2]  # loss and accuracy of the last epoch
 
 
@@ -173,7 +178,7 @@ def folders(tmp_path_factory):
     return ["--train", root / "train", "--val", root / "val", "--model", "resnet18-tiny", "--workers", "1"]
 
 
-def test_a_painter_learns_and_goes_on_where_it_was_killed(folders, tmp_path):
+def test_a_painter_learns_and_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch):
     def arguments(out: Path, steps: int) -> list[object]:
         node = ["--node", "layer2", "--batch-size", 4, "--out", out]
         return [*folders, *node, "--steps", steps, "--checkpoint-every", 10]
@@ -188,9 +193,9 @@ def test_a_painter_learns_and_goes_on_where_it_was_killed(folders, tmp_path):
     assert decibels[40] > decibels[2] + 0.5
 
     again = tmp_path / "again.safetensors"
-    killed("train_painter", tmp_path / "again.checkpoint.pt", *arguments(again, 40))
+    stopped("train_painter", monkeypatch, *arguments(again, 40))
     assert not again.exists()
-    assert "Going on after step" in run("train_painter", *arguments(again, 40)) and same_weights(again, out)
+    assert "Going on after step 10" in run("train_painter", *arguments(again, 40)) and same_weights(again, out)
 
 
 def test_a_decoder_learns_and_is_written_as_it_is_read(folders, tmp_path, capsys):

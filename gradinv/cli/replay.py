@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gradinv.cli.say import figure, listed, speaker, table
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gradinv.recording.replay import Recording
-
-
-HELP = "show what a recorded run found, or make an animation of it"
-EXAMPLES = ""
-
-
-def add_arguments(parser: argparse.ArgumentParser, chosen: bool) -> None:
-    """Which run, and what of it."""
-    parser.add_argument("directory", metavar="DIR", help="the folder of the run")
-    parser.add_argument(
-        "--gif", metavar="FILE", help="write the originals and the consensus over the steps as an animated GIF"
-    )
+from gradinv import metrics
+from gradinv.animation import gif
+from gradinv.cli.say import answer, figure, listed, say, table
+from gradinv.prior import FEATURES
+from gradinv.recording.replay import Recording
+from gradinv.recording.stores import DirectoryStore
+from gradinv.types import GradinvError
 
 
 def run(args: argparse.Namespace) -> int:
-    from gradinv.animation import gif
-    from gradinv.recording.replay import Recording
-    from gradinv.recording.stores import DirectoryStore
-    from gradinv.types import GradinvError
-
-    say = speaker(args)
     recording = Recording.open(args.directory)
     if args.gif is not None:
         target = Path(args.gif).expanduser()
@@ -42,33 +25,28 @@ def run(args: argparse.Namespace) -> int:
             raise GradinvError(f"The animation is a GIF; name a file that ends in .gif, not {args.gif}.")
         DirectoryStore(target.parent).write(target.name, gif(recording))
         say(f"The animation is in {target}.")
-    if args.json:
-        print(json.dumps(recording.run, indent=2))
-        return 0
     run = recording.run
+    if answer(args, run):
+        return 0
     environment = run["environment"]
     say(f"{run['model']['name']} on {environment['device']}, gradinv {environment['gradinv']}: {run['status']}")
     if "error" in run:
         say(run["error"])
-    report(say, recording)
+    report(recording)
     return 0
 
 
-def report(say: Callable[[str], None], recording: Recording) -> None:
+def report(recording: Recording) -> None:
     """Images, terms and costs of a recorded run. A PSNR never stands without that of a constant colour."""
     run = recording.run
     if not recording.steps:
         say("Nothing was recorded of this run yet.")
         return
-    say("")
-    say(_image_table(recording))
-    say("")
+    say(f"\n{_image_table(recording)}\n")
     if terms := _term_table(recording):
-        say(terms)
-        say("")
+        say(f"{terms}\n")
     if prior := run.get("prior"):
-        say(_prior(prior))
-        say("")
+        say(f"{_prior(prior)}\n")
     each = run["seconds_per_iteration"]
     memory = run["peak_memory_mb"]
     say(
@@ -81,9 +59,6 @@ def report(say: Callable[[str], None], recording: Recording) -> None:
 
 def _prior(prior: dict[str, Any]) -> str:
     """What the learned prior painted alone, beside what was found from there."""
-    from gradinv import metrics
-    from gradinv.prior import FEATURES
-
     source = "the features" if prior["node"] == FEATURES else f"the activations of {prior['node']}"
     parts = [f"A learned prior painted the first picture from {source} (images/prior_….png)"]
     if prior["metrics"] is not None:
@@ -96,8 +71,6 @@ def _prior(prior: dict[str, Any]) -> str:
 
 
 def _image_table(recording: Recording) -> str:
-    from gradinv import metrics
-
     run = recording.run
     true, restored = run["labels"]["true"], run["labels"]["restored"]
     if true is None:
@@ -134,9 +107,6 @@ def _image_table(recording: Recording) -> str:
 
 def _measured_on_frames(recording: Recording) -> dict[str, Any]:
     """The metrics of a run that never ended, as run.json would have them."""
-    from gradinv import metrics
-    from gradinv.types import GradinvError
-
     last, originals = recording.snapshot(recording.steps[-1]), recording.originals()
     if originals is None:
         raise GradinvError(f"{recording.store} lacks its originals; record the run again.")
@@ -154,8 +124,6 @@ def _measured_on_frames(recording: Recording) -> dict[str, Any]:
 
 def _term_table(recording: Recording) -> str:
     """Each term's weighted value and the matching distance, mean over the seeds, at the first and the last record."""
-    from gradinv import metrics
-
     rows: dict[int, list[dict[str, Any]]] = {}
     for row in recording.curves:
         if any(value is not None for name, value in row.items() if name.endswith(".weighted")):

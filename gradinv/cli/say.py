@@ -1,12 +1,16 @@
-"""How the command speaks: text aside where the output is for a machine, tables, one sentence an error."""
+"""How the command speaks: text for people, one JSON object for a machine, tables, one sentence an error."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from gradinv.errors import GradinvError
 
 if TYPE_CHECKING:
     from gradinv.types import SolvedNode
@@ -15,19 +19,20 @@ AS_GOOD_AS_EXACT = 1e-3
 """The estimated relative error up to which an image's activations are called exact."""
 
 
-def speaker(args: argparse.Namespace) -> Callable[[str], None]:
-    """Where text for people goes: to the output, or aside where that is for a machine."""
-    stream = sys.stderr if args.json else sys.stdout
+say = partial(print, flush=True)
+"""Tell people: on the output, or aside where that is for a machine."""
 
-    def say(text: str) -> None:
-        print(text, file=stream, flush=True)
 
-    return say
+def answer(args: argparse.Namespace, facts: object) -> bool:
+    """Print the one object that a machine asked for with `--json`. → whether one did"""
+    if args.json:
+        print(json.dumps(facts, indent=2), file=args.output, flush=True)
+    return bool(args.json)
 
 
 def diagnosis(error: BaseException) -> tuple[str, int]:
     """One sentence and the exit code: 2 for what the user can mend, 1 for what nobody foresaw."""
-    from gradinv.types import GradinvError, memory_exhausted
+    from gradinv.types import memory_exhausted  # which imports torch
 
     if isinstance(error, GradinvError):
         return str(error), 2

@@ -12,7 +12,10 @@ from typing import Any
 
 from gradinv.cli.say import numbers
 from gradinv.config import RENAMED, AttackConfig, Execution, retired, upgraded
-from gradinv.types import GradinvError
+from gradinv.errors import GradinvError
+
+PREFIX = "setting "
+"""Before a field's name in the arguments, apart from the other options, whatever it may be called."""
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -32,16 +35,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             options |= {"choices": item.metadata["choices"], "type": partial(_choice, item.name)}
         else:
             options |= {"type": type(item.default), "metavar": "N" if isinstance(item.default, int) else "X"}
-        group.add_argument(*flags, dest=_setting(item.name), **options)
+        group.add_argument(*flags, dest=PREFIX + item.name, **options)
     # Older versions had it: `from_dict` puts it into tv and tv_chroma.
     attack.add_argument(
-        "--tv-luma", dest=_setting("tv_luma"), type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        "--tv-luma", dest=f"{PREFIX}tv_luma", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
-
-
-def _setting(name: str) -> str:
-    # Apart from the other options, whatever a field may be called.
-    return f"setting {name}"
 
 
 def _choice(name: str, text: str) -> str:
@@ -64,9 +62,8 @@ def settings_given(args: argparse.Namespace) -> dict[str, Any]:
             settings = settings["config"]  # a run.json
         if not isinstance(settings, dict):
             raise GradinvError(f"The configuration {args.config} must be a JSON object of settings.")
-    given = vars(args)
-    names = [*(item.name for item in dataclasses.fields(AttackConfig)), "tv_luma"]
-    return {**upgraded(settings), **{name: given[_setting(name)] for name in names if _setting(name) in given}}
+    given = {name.removeprefix(PREFIX): value for name, value in vars(args).items() if name.startswith(PREFIX)}
+    return {**upgraded(settings), **given}
 
 
 def config_from(preset: str, model: str, settings: Mapping[str, Any]) -> AttackConfig:

@@ -14,7 +14,7 @@ from gradinv.evaluation.plan import Plan, Row, classes_of, defences_of
 from gradinv.gallery import Gallery, Progress
 from gradinv.models import Model
 from gradinv.sources import ImageFolder, Picture, pixels_of
-from gradinv.types import GradinvError, Observation
+from gradinv.types import GradinvError, Observation, Preprocessing
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,12 @@ class Batch:
 
     pictures: tuple[Picture, ...]
     labels: Tensor
+    preprocessing: Preprocessing
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """Decoded: (B, 3, S, S) in [0, 1]."""
+        return pixels_of(self.pictures, self.preprocessing)
 
 
 class Bench:
@@ -96,7 +102,7 @@ class Bench:
             label = generator.choice(open_labels) if row.repeats else chosen[len(labels)]
             labels.append(label)
             pictures.append(left[label].pop())
-        return Batch(tuple(pictures), torch.tensor(labels))
+        return Batch(tuple(pictures), torch.tensor(labels), self.model.preprocessing)
 
     def others(self, batch: Batch) -> list[Picture]:
         """For each picture of the batch one of the same class that is not in it: the next by file name.
@@ -116,10 +122,6 @@ class Bench:
                 )
             found.append(after[0])
         return found
-
-    def pixels(self, batch: Batch) -> Tensor:
-        """Decoded: (B, 3, S, S) in [0, 1]."""
-        return pixels_of(batch.pictures, self.model.preprocessing)
 
     def defend(self, observation: Observation, row: Row, batch: int) -> Observation:
         """The observation behind the row's defence; each batch has its own noise."""

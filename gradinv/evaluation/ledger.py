@@ -31,7 +31,7 @@ class Ledger:
         self.values: dict[tuple[str, int], Values] = {}
         self.errors: dict[tuple[str, int], str] = {}
         self._store = DirectoryStore(self.folder)
-        self._model = model
+        self.model = model
         self._known: list[dict[str, Any]] = []
         if self.folder.exists() and not self.folder.is_dir():
             raise GradinvError(f"{self.folder} is a file; name a folder with --out.")
@@ -45,7 +45,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Write down what is measured, before the first task, beside the rows that were measured here before."""
-        plan = self.plan.identity(self._model)
+        plan = self.plan.identity(self.model)
         names = {row["name"] for row in plan["rows"]}
         rows = [*(row for row in self._known if row["name"] not in names), *plan["rows"]]
         self._store.write("plan.json", json.dumps({**plan, "rows": rows}, indent=2).encode())
@@ -135,7 +135,7 @@ class Ledger:
         return result
 
     def _config(self) -> dict[str, Any]:
-        return {**self.plan.identity(self._model), "batches": self.plan.batches}
+        return {**self.plan.identity(self.model), "batches": self.plan.batches}
 
     def draw(self) -> str | None:
         """Write figure.html and figure.json of what there is; → why not, in a sentence, where plotly is missing."""

@@ -18,8 +18,6 @@ from gradinv.models import Model, Moments, load_model
 from gradinv.recovery.labels import METHODS as LABEL_METHODS
 from gradinv.types import GradinvError
 
-HALVES = ("report", "tune", "all")
-
 GROUP_WEIGHT = 0.01
 """α_group of the ablation's group rows where the settings leave the group out (the paper's)."""
 
@@ -53,8 +51,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        facts = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {**facts, "config": self.config and self.config.to_dict(), "over": list(self.over)}
+        return {**vars(self), "config": self.config and self.config.to_dict(), "over": list(self.over)}
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,8 @@ class Plan:
     lpips: bool = False
 
     def __post_init__(self) -> None:
-        if self.command not in EXPERIMENTS:
-            raise GradinvError(f"There is no evaluation {self.command!r}; take one of {', '.join(EXPERIMENTS)}.")
         if self.batches < 1:
             raise GradinvError(f"At least one batch has to be measured, not {self.batches}.")
-        if self.half not in HALVES:
-            raise GradinvError(f"half takes one of {', '.join(HALVES)}, not {self.half!r}.")
         if not self.rows:
             raise GradinvError("An evaluation needs at least one row; name a size or a defence.")
         for row in self.rows:
@@ -105,10 +98,8 @@ class Plan:
 
     def identity(self, model: Model) -> dict[str, Any]:
         """What may not differ where an evaluation goes on. Batches and rows may be added, so their numbers may."""
-        facts = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        del facts["batches"]
         return {
-            **facts,
+            **{name: value for name, value in vars(self).items() if name != "batches"},
             "model": {"name": model.name, "sha256": model.sha256},
             "imagenet": str(Path(self.imagenet).expanduser().resolve()),
             "device": model.device.type,
@@ -287,7 +278,7 @@ def ingredient_rows(config: AttackConfig, batch_size: int) -> tuple[Row, ...]:
             name,
             batch_size,
             config=row,
-            judged="consensus" if row.seeds > 1 else "seeds",
+            judged=_judged(row),
             over=() if name == "demo" else ("demo",),
         )
         for name, row in rows.items()
@@ -303,18 +294,20 @@ def _check_matching(what: str, config: AttackConfig) -> None:
         raise GradinvError(f"The evaluation {what} is about gradient matching; take the preset matching or paper.")
 
 
+def _judged(config: AttackConfig) -> str:
+    return "consensus" if config.seeds > 1 else "seeds"
+
+
 def size_rows(config: AttackConfig, sizes: Sequence[int]) -> tuple[Row, ...]:
     """Quality and IIP against the batch size; a smaller batch holds the first pictures of a larger one."""
-    judged = "consensus" if config.seeds > 1 else "seeds"
-    return tuple(Row(f"K={size}", size, config=config, judged=judged) for size in sizes)
+    return tuple(Row(f"K={size}", size, config=config, judged=_judged(config)) for size in sizes)
 
 
 def defence_rows(config: AttackConfig, batch_size: int, defences: Sequence[str]) -> tuple[Row, ...]:
     """The same attack behind each defence."""
-    judged = "consensus" if config.seeds > 1 else "seeds"
     over = ("none",) if "none" in defences else ()
     return tuple(
-        Row(text, batch_size, config=config, defence=text, judged=judged, over=over if text != "none" else ())
+        Row(text, batch_size, config=config, defence=text, judged=_judged(config), over=over if text != "none" else ())
         for text in defences
     )
 

@@ -23,17 +23,11 @@ from gradinv.evaluation.ledger import Ledger
 from gradinv.evaluation.plan import Plan, Row, Values
 from gradinv.evaluation.tasks import TASKS
 from gradinv.gallery import Progress
-from gradinv.models import Model
 from gradinv.types import GradinvError, memory_exhausted
 
 
 def measure(
-    ledger: Ledger,
-    model: Model,
-    *,
-    workers: int = 1,
-    stop: threading.Event | None = None,
-    report: Progress | None = None,
+    ledger: Ledger, *, workers: int = 1, stop: threading.Event | None = None, report: Progress | None = None
 ) -> Iterator[tuple[Row, int]]:
     """Do the tasks that are missing and keep each; yields every one that is done. Ends early where `stop` is set.
 
@@ -45,11 +39,12 @@ def measure(
     stop = stop or threading.Event()
     if workers < 1:
         raise GradinvError(f"At least one worker has to do the work, not {workers}.")
-    if workers > 1 and model.device.type != "cpu":
-        raise GradinvError(f"Several workers share a CPU; a {model.device.type} device is for one.")
+    device = ledger.model.device.type
+    if workers > 1 and device != "cpu":
+        raise GradinvError(f"Several workers share a CPU; a {device} device is for one.")
     if any(row.peer is not None for row in ledger.plan.rows):
         breaching.require_breaching()
-    bench = Bench(ledger.plan, model, stop, report)
+    bench = Bench(ledger.plan, ledger.model, stop, report)
     missing = ledger.missing
     if any(row.config is None for row, _ in missing) or ledger.plan.command in ("batch-size", "defences"):
         _ = bench.gallery  # once, before several processes would each make it

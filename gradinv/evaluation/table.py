@@ -21,65 +21,57 @@ def summarise(plan: Plan, values: Mapping[tuple[str, int], Values]) -> list[dict
     number: what is left out of a mean would pass unnoticed. `gain` is the mean of the differences to another row,
     batch by batch, with their standard error, over the batches that both have.
     """
-    timed = {number: found for (name, number), found in values.items() if name == TIMING}
-    by_row: dict[str, dict[int, Values]] = {}
-    for row in plan.rows:
-        if row.name == TIMING:
-            continue
-        found = {batch: values[row.name, batch] for batch in range(plan.batches) if (row.name, batch) in values}
-        by_row[row.name] = found
-    judged = {row.name: row.judged for row in plan.rows}
+    rows = {row.name: row for row in plan.rows if row.name != TIMING}
+    found = {
+        name: {batch: values[name, batch] for batch in range(plan.batches) if (name, batch) in values} for name in rows
+    }
+    timed = [values[key] for key in sorted(values) if key[0] == TIMING]
     table = []
-    for row in plan.rows:
-        if row.name == TIMING:
-            continue
-        found = by_row[row.name]
+    for name, row in rows.items():
         columns: dict[str, list[float | None]] = {}
-        for one in found.values():
-            for name, value in one.items():
-                columns.setdefault(name, []).append(value)
+        for one in found[name].values():
+            for metric, value in one.items():
+                columns.setdefault(metric, []).append(value)
         if any(one.peer for one in plan.rows):
-            columns["seconds_per_iteration"] = [timed[number].get(row.name) for number in sorted(timed)]
+            columns["seconds_per_iteration"] = [one.get(name) for one in timed]
         entry: dict[str, Any] = {
-            "name": row.name,
-            "n": len(found),
-            "mean": {name: metrics.mean(column) for name, column in columns.items()},
-            "stderr": {name: standard_error(column) for name, column in columns.items()},
+            "name": name,
+            "n": len(found[name]),
+            "mean": {metric: metrics.mean(column) for metric, column in columns.items()},
+            "stderr": {metric: standard_error(column) for metric, column in columns.items()},
             "batch_size": row.batch_size,
             "judged": row.judged,
             "defence": row.defence,
             "notes": [defence.note for defence in defences_of(row.defence)],
             "series": row.series,
         }
-        gains = {name: _gain(name, row, by_row, judged) for name in GAINS}
-        if row.over and any(gains.values()):
-            entry["gain"] = {name: gain for name, gain in gains.items() if gain}
+        if gains := {metric: gain for metric in GAINS if (gain := _gain(metric, row, rows, found))}:
+            entry["gain"] = gains
         table.append(entry)
     return table
 
 
 def _gain(
-    metric: str, row: Row, by_row: Mapping[str, Mapping[int, Values]], judged: Mapping[str, str]
+    metric: str, row: Row, rows: Mapping[str, Row], found: Mapping[str, Mapping[int, Values]]
 ) -> dict[str, Any] | None:
     """The paired gain of a row over the best of those it is compared with, or None where there is nothing to pair."""
+
+    def judged(name: str) -> dict[int, float | None]:
+        key = f"consensus_{metric}" if name in rows and rows[name].judged == "consensus" else metric
+        return {batch: values.get(key) for batch, values in found.get(name, {}).items()}
+
     best: dict[str, Any] | None = None
+    own = judged(row.name)
     for other in row.over:
-        own, theirs = (_judged(metric, name, by_row, judged) for name in (row.name, other))
+        theirs = judged(other)
         pairs = [(own[batch], theirs[batch]) for batch in own if batch in theirs]
         differences = [a - b for a, b in pairs if a is not None and b is not None]
         if not pairs or len(differences) < len(pairs):
             continue
-        gain = {"over": other, "n": len(pairs), "mean": metrics.mean(differences)}
-        if best is None or gain["mean"] < best["mean"]:
-            best = {**gain, "stderr": standard_error(differences)}
+        mean = metrics.mean(differences)
+        if best is None or mean < best["mean"]:
+            best = {"over": other, "n": len(pairs), "mean": mean, "stderr": standard_error(differences)}
     return best
-
-
-def _judged(
-    metric: str, name: str, by_row: Mapping[str, Mapping[int, Values]], judged: Mapping[str, str]
-) -> dict[int, float | None]:
-    key = f"consensus_{metric}" if judged.get(name) == "consensus" else metric
-    return {batch: values.get(key) for batch, values in by_row.get(name, {}).items()}
 
 
 def standard_error(values: Sequence[float | None]) -> float | None:

@@ -55,11 +55,10 @@ def labels_task(bench: Bench, row: Row, number: int) -> Values:
     observation = observe_final(bench, batch)
     values: dict[str, float | None] = {}
     for method in LABEL_METHODS:
-        # Column minimum has no answer for more images than classes.
-        restored = None
+        values[f"labels {method}"] = None  # column minimum has no answer for more images than classes
         with contextlib.suppress(GradinvError):
             restored = restore_labels(bench.model, observation, method).labels
-        values[f"labels {method}"] = None if restored is None else _labels_right(restored, batch.labels)
+            values[f"labels {method}"] = _labels_right(restored, batch.labels)
     return values
 
 
@@ -70,7 +69,7 @@ def identification_task(bench: Bench, row: Row, number: int) -> Values:
         observation = observe_final(bench, batch)
     else:
         # A defence acts on the whole gradient (a norm over all layers), so all of it is needed.
-        observation = bench.defend(observe(bench.model, bench.pixels(batch), batch.labels), row, number)
+        observation = bench.defend(observe(bench.model, batch.pixels, batch.labels), row, number)
     return identify(bench, batch, observation)
 
 
@@ -97,20 +96,20 @@ def inversion_task(bench: Bench, row: Row, number: int) -> Values:
     batch and the seeds; `consensus_…` are those of the group; `constant_…` those of each original's mean colour."""
     config = _config(row, number)
     batch = bench.draw(row, number)
-    pixels = bench.pixels(batch)
-    observation = _observe(bench, row, number, config, pixels, batch.labels)
+    observation = _observe(bench, row, number, config, batch)
     if row.weigh_like:
         config = _weighed(bench, observation, config, row.weigh_like)
     if row.peer is not None:
-        return _measure_peer(bench, row, config, observation, pixels, batch.labels)
+        return _measure_peer(bench, row.peer, config, observation, batch)
     last, run = _run(bench, observation, config)
     restored = torch.tensor(last.labels)
     if last.prior is not None:
-        run = {**run, **_prior(bench, last, last.prior, batch, pixels)}
-    values = {**_quality(bench, last.seeds, last.consensus, restored, observation, pixels, batch.labels), **run}
+        run = {**run, **_prior(bench, last, last.prior, batch)}
+    values = {**_quality(bench, last.seeds, last.consensus, restored, observation, batch), **run}
     if bench.plan.command == "batch-size":
-        paired = last.consensus[metrics.pair(last.consensus, restored.tolist(), pixels, batch.labels.tolist())]
-        inside = _iip(bench, paired, batch)
+        # Whether each reconstruction's nearest neighbour in the folder is its own original.
+        paired = _paired(last.consensus, restored, batch)
+        inside = gallery.iip(bench.model, paired, bench.places(batch), bench.gallery)
         values["iip"] = 100 * float(inside.double().mean())
     if bench.plan.command == "defences":
         values["found"] = identify(bench, batch, observation)["found"]
@@ -124,14 +123,13 @@ def comparison_task(bench: Bench, row: Row, number: int) -> Values:
 
 def _config(row: Row, number: int) -> AttackConfig:
     """The row's settings; each batch has its own noise."""
-    if row.config is None:
-        raise GradinvError(f"The row {row.name} has no attack.")
+    assert row.config is not None
     return dataclasses.replace(row.config, seed=row.config.seed + number)
 
 
-def _observe(bench: Bench, row: Row, number: int, config: AttackConfig, pixels: Tensor, labels: Tensor) -> Observation:
+def _observe(bench: Bench, row: Row, number: int, config: AttackConfig, batch: Batch) -> Observation:
     mode = "train" if config.bn == "inferred" else "eval"
-    observation = observe(bench.model, pixels, labels, share_bn=config.bn == "exact", mode=mode)
+    observation = observe(bench.model, batch.pixels, batch.labels, share_bn=config.bn == "exact", mode=mode)
     return bench.defend(observation, row, number)
 
 
@@ -165,51 +163,51 @@ def _run(bench: Bench, observation: Observation, config: AttackConfig) -> tuple[
     return last, values
 
 
-def _prior(bench: Bench, last: Snapshot, prior: Prior, batch: Batch, pixels: Tensor) -> Values:
+def _prior(bench: Bench, last: Snapshot, prior: Prior, batch: Batch) -> Values:
     """How good the picture is that the learned prior paints alone, and as a control the one that it paints of another
     picture of the same class, one that is not in the batch, known exactly: what the prior would imagine."""
-    order = metrics.pair(prior.pixels, last.labels, pixels, batch.labels.tolist())
-    painted = metrics.measure(prior.pixels[order], pixels, ("psnr", "ssim"))
-    values = {f"prior_{name}": metrics.mean(column) for name, column in painted.items()}
+    painted = _paired(prior.pixels, torch.tensor(last.labels), batch)
+    values = {f"prior_{name}": value for name, value in _means(painted, batch, ("psnr", "ssim")).items()}
     if prior.node == FEATURES:
         return values
     others = pixels_of(bench.others(batch), bench.model.preprocessing)
     normalised = bench.model.preprocessing.normalise(others.to(bench.model.device))
     with torch.no_grad():
         held = Segment(bench.model.network, prior.node)(normalised)[prior.node].relu()
-    control = metrics.measure(paint(bench.model, prior.node, held).cpu(), pixels, ("psnr", "ssim"))
-    return {**values, **{f"control_{name}": metrics.mean(column) for name, column in control.items()}}
+    control = _means(paint(bench.model, prior.node, held).cpu(), batch, ("psnr", "ssim"))
+    return {**values, **{f"control_{name}": value for name, value in control.items()}}
 
 
 def _quality(
-    bench: Bench,
-    seeds: Tensor,
-    consensus: Tensor,
-    restored: Tensor,
-    observation: Observation,
-    pixels: Tensor,
-    labels: Tensor,
+    bench: Bench, seeds: Tensor, consensus: Tensor, restored: Tensor, observation: Observation, batch: Batch
 ) -> dict[str, float | None]:
     """What is measured of reconstructions: seeds (G, B, 3, S, S) and consensus (B, 3, S, S), pixels in [0, 1]."""
-    each = [_scores(bench, images, restored, pixels, labels) for images in seeds]
-    matches = [gradient_match(bench.model, images, restored, observation) for images in seeds]
-    values = {name: metrics.mean([scores[name] for scores in each]) for name in each[0]}
-    together = _scores(bench, consensus, restored, pixels, labels)
-    constant = metrics.measure(metrics.constant_colour(pixels), pixels, ("psnr", "ssim"))
+    names = ("psnr", "ssim", "fft2d", "lpips") if bench.plan.lpips else ("psnr", "ssim", "fft2d")
+    each = [
+        {
+            **_means(_paired(images, restored, batch), batch, names),
+            **gradient_match(bench.model, images, restored, observation),
+        }
+        for images in seeds
+    ]
+    together = _means(_paired(consensus, restored, batch), batch, names)
+    constant = _means(metrics.constant_colour(batch.pixels), batch, ("psnr", "ssim"))
     return {
-        **values,
+        **{name: metrics.mean([one[name] for one in each]) for name in each[0]},
         **{f"consensus_{name}": value for name, value in together.items()},
-        **{f"constant_{name}": metrics.mean(constant[name]) for name in ("psnr", "ssim")},
-        **{name: metrics.mean([match[name] for match in matches]) for name in matches[0]},
-        "labels": _labels_right(restored, labels),
+        **{f"constant_{name}": value for name, value in constant.items()},
+        "labels": _labels_right(restored, batch.labels),
     }
 
 
-def _scores(bench: Bench, images: Tensor, restored: Tensor, pixels: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """Means over the batch, after pairing: images (B, 3, S, S) against the originals."""
-    paired = images[metrics.pair(images, restored.tolist(), pixels, labels.tolist())]
-    names = ("psnr", "ssim", "fft2d", "lpips") if bench.plan.lpips else ("psnr", "ssim", "fft2d")
-    return {name: metrics.mean(column) for name, column in metrics.measure(paired, pixels, names).items()}
+def _paired(images: Tensor, restored: Tensor, batch: Batch) -> Tensor:
+    """Images (B, 3, S, S) of the restored labels, in the originals' order."""
+    return images[metrics.pair(images, restored.tolist(), batch.pixels, batch.labels.tolist())]
+
+
+def _means(images: Tensor, batch: Batch, names: tuple[str, ...]) -> dict[str, float | None]:
+    """Those metrics of images (B, 3, S, S) in the originals' order, means over the batch."""
+    return {name: metrics.mean(column) for name, column in metrics.measure(images, batch.pixels, names).items()}
 
 
 def gradient_match(model: Model, images: Tensor, labels: Tensor, observation: Observation) -> dict[str, float | None]:
@@ -265,39 +263,33 @@ def _weighed(bench: Bench, observation: Observation, config: AttackConfig, like:
     return dataclasses.replace(config, gradient=config.gradient * pull(like) / max(pull(config.match), 1e-30))
 
 
-def _measure_peer(
-    bench: Bench, row: Row, config: AttackConfig, observation: Observation, pixels: Tensor, labels: Tensor
-) -> Values:
+def _measure_peer(bench: Bench, peer: str, config: AttackConfig, observation: Observation, batch: Batch) -> Values:
     """The peer is given the labels that ours restores, so that neither has an advantage from them."""
-    restored = restore_labels(bench.model, observation, config.labels).labels.cpu()
-    result = _run_peer(bench, row, config, observation, restored)
+    restored, result = _run_peer(bench, peer, config, observation)
     return {
-        **_quality(bench, result.pixels[None], result.pixels, restored, observation, pixels, labels),
+        **_quality(bench, result.pixels[None], result.pixels, restored, observation, batch),
         "seconds": result.seconds,
         "seconds_per_iteration": result.seconds_per_iteration,
     }
 
 
-def _run_peer(bench: Bench, row: Row, config: AttackConfig, observation: Observation, labels: Tensor) -> Reconstruction:
-    name = row.peer or ""
-    return breaching_attack(
-        name, bench.model, observation, labels, config.iterations, seed=config.seed, stop=bench.stop
-    )
+def _run_peer(bench: Bench, peer: str, config: AttackConfig, observation: Observation) -> tuple[Tensor, Reconstruction]:
+    restored = restore_labels(bench.model, observation, config.labels).labels.cpu()
+    iterations, seed = config.iterations, config.seed
+    return restored, breaching_attack(peer, bench.model, observation, restored, iterations, seed=seed, stop=bench.stop)
 
 
 def _timing(bench: Bench, row: Row, number: int) -> Values:
     """Seconds an iteration by row: short runs of all attacks in turn, the mean over the rounds."""
     batch = bench.draw(row, number)
-    pixels = bench.pixels(batch)
     rows = [other for other in bench.plan.rows if other.name != TIMING]
     taken: dict[str, list[float | None]] = {other.name: [] for other in rows}
     for _ in range(TIMED_ROUNDS):
         for other in rows:
             config = _shortened(_config(other, number), bench.model.device)
-            observation = _observe(bench, other, number, config, pixels, batch.labels)
+            observation = _observe(bench, other, number, config, batch)
             if other.peer is not None:
-                labels = restore_labels(bench.model, observation, config.labels).labels
-                found = _run_peer(bench, other, config, observation, labels).seconds_per_iteration
+                found = _run_peer(bench, other.peer, config, observation)[1].seconds_per_iteration
             else:
                 half = TIMED_ITERATIONS // 2
                 stamps = [s.seconds for s in invert(bench.model, observation, config, every=half, stop=bench.stop)]
@@ -317,11 +309,6 @@ def _shortened(config: AttackConfig, device: torch.device) -> AttackConfig:
         stepping=resolve_mode(config.stepping, device, config.iterations * config.seeds),
         registration_interval=interval / TIMED_ITERATIONS,
     )
-
-
-def _iip(bench: Bench, images: Tensor, batch: Batch) -> Tensor:
-    """Whether each reconstruction's nearest neighbour in the folder is its own original: (B,) bool."""
-    return gallery.iip(bench.model, images, bench.places(batch), bench.gallery)
 
 
 TASKS: dict[str, Callable[[Bench, Row, int], Values]] = {

@@ -16,8 +16,8 @@ from PIL import Image
 from gradinv import figures, metrics
 from gradinv.images import to_grid
 from gradinv.types import GradinvError
-from gradinv.web.parts import guess, head, markup, presenting, shared, solved, tour
-from gradinv.web.parts.guard import guarded
+from gradinv.web.parts import guess, markup, presenting, shared, solved, tour
+from gradinv.web.parts.elements import guarded, lead
 from gradinv.web.parts.showcase import PAIRS, Bundled, library, player
 from gradinv.web.parts.solved import MISFIT
 
@@ -83,10 +83,10 @@ def _misfit(run: Bundled) -> dict[str, Any]:
     return {"distance": known[column], "measured": MISFIT[column][0]}
 
 
+@guarded()
 def page() -> None:
     """Everything on the page."""
-    with guarded():
-        _page()
+    _page()
 
 
 def _page() -> None:
@@ -99,7 +99,7 @@ def _page() -> None:
         with st.container(horizontal=True, horizontal_alignment="right"):
             presenting.way_out()
         return
-    head.lead(
+    lead(
         "Recorded runs",
         "What attacks rebuilt from shared gradients, step by step. Watch them, or guess what the pictures are "
         "before you see the originals.",

@@ -17,6 +17,7 @@ from gradinv.models import Model
 from gradinv.sources import Credit, Picture, draw, find, gallery, known, search
 from gradinv.types import GradinvError
 from gradinv.web.parts import gradient, markup, shared, uploads
+from gradinv.web.parts.elements import html
 from gradinv.web.parts.gradient import OwnGradient
 
 Source = Literal["gallery", "folder", "samples", "upload", "gradient"]
@@ -199,15 +200,14 @@ def _card(member: Member, network: Model) -> None:
     item = member.chosen
     with st.container(width=148, gap="xxsmall", key=f"card-{item.id}"):
         uri = shared.thumbnail(item.source, item.id, item.picture)
-        st.markdown(
+        html(
             markup.card(
                 uri,
                 f"Picture of the batch: {item.picture.title}",
                 f"predicted: {member.name}" if member.predicted else member.name,
                 member.credit,
                 "your upload" if item.source == "upload" else SOURCES[item.source],
-            ),
-            unsafe_allow_html=True,
+            )
         )
         if item.picture.wnid is None:
             st.selectbox(

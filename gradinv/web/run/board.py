@@ -11,6 +11,7 @@ import streamlit as st
 from gradinv.cli import say
 from gradinv.jobs import JobState
 from gradinv.web.parts import markup, presenting, solved
+from gradinv.web.parts.elements import html
 from gradinv.web.parts.inversion import Inversion, Layer, Pictures, Progress, Solving
 from gradinv.web.parts.markup import Row, Tile
 from gradinv.web.run.facts import Facts, size_of, work_of
@@ -35,7 +36,7 @@ def ladder(work: Inversion, solving: Solving | None) -> None:
     """What is solved before the pixels, where that is asked for. Its place is kept before it is there."""
     if work.config.needs_layers:
         with st.container(key="solved"):
-            st.markdown(solved.ladder(solving) if solving is not None else "", unsafe_allow_html=True)
+            html(solved.ladder(solving) if solving is not None else "")
 
 
 def laid_out(batch: int, board: Callable[[], T], side: Callable[[], None]) -> T:
@@ -55,7 +56,7 @@ def laid_out(batch: int, board: Callable[[], T], side: Callable[[], None]) -> T:
 def numbers(told: Sequence[tuple[str, str]]) -> None:
     """What is measured, each with its name."""
     with st.container(key="facts"):  # for which the style keeps the place
-        st.markdown(markup.facts(told), unsafe_allow_html=True)
+        html(markup.facts(told))
 
 
 def met(progress: Progress | None) -> str | None:
@@ -94,7 +95,7 @@ def draw(state: JobState, pictures: Pictures | None, hidden: bool, layer: Layer 
         shown = markup.board(rows)
     # Named after what it will hold, for which the style keeps the place.
     with st.container(key=f"board-{size_of(work)}x{min(drawn, 4)}rows"):
-        st.markdown(shown, unsafe_allow_html=True)
+        html(shown)
 
 
 def rows_of(

@@ -15,7 +15,7 @@ from gradinv.recording.replay import Recording
 from gradinv.recording.stores import MemoryStore
 from gradinv.sources import Credit
 from gradinv.web.parts import markup, presenting, shared, solved, summary
-from gradinv.web.parts.guard import guarded
+from gradinv.web.parts.elements import guarded, html
 from gradinv.web.parts.inversion import Inversion, Layer, Progress, Solving
 from gradinv.web.parts.solved import MISFIT
 from gradinv.web.run import board
@@ -200,9 +200,9 @@ def _archive(store: MemoryStore, facts: Facts) -> bytes:
 
 
 @st.fragment
+@guarded()
 def _replay(state: JobState, hidden: bool) -> None:
-    with guarded():
-        _scrub(state, hidden)
+    _scrub(state, hidden)
 
 
 def _scrub(state: JobState, hidden: bool) -> None:
@@ -236,7 +236,7 @@ def _chosen_layer(state: JobState, solving: Solving) -> Layer | None:
 def _table(work: Inversion, facts: Facts, recorded: Recording, restored: Sequence[int], hidden: bool) -> None:
     numbers = recorded.run["metrics"]
     if numbers is not None:
-        st.markdown(_numbers(work, facts, numbers, restored, hidden), unsafe_allow_html=True)
+        html(_numbers(work, facts, numbers, restored, hidden))
         st.caption(
             "PSNR rewards blur, so the best constant colour stands beside it: a reconstruction below it can still be "
             "recognised, and SSIM or the eye judges better."

@@ -9,8 +9,8 @@ import streamlit as st
 from gradinv import figures
 from gradinv.defenses import parse
 from gradinv.jobs import JobState, manager
-from gradinv.web.parts import head, lessons, markup, pick, presenting, settings, showcase
-from gradinv.web.parts.guard import guarded
+from gradinv.web.parts import lessons, markup, pick, presenting, settings, showcase
+from gradinv.web.parts.elements import guarded, html, lead
 from gradinv.web.parts.inversion import Inversion, Progress, Shared, Solving
 from gradinv.web.parts.solved import MISFIT
 from gradinv.web.run import board, ended
@@ -80,7 +80,7 @@ def _head(state: JobState) -> None:
         origin = " The gradient was brought here; nobody here has its pictures." if own is None else ""
         if own is not None and own.defences:
             origin = f" The client’s defence: {' '.join(parse(text).note for text in own.defences)}"
-        head.lead(
+        lead(
             "From the gradient back to the pictures",
             f"{facts.model}, {markup.count(size_of(work), 'picture')} of {facts.size} px, {what}.{origin}",
         )
@@ -97,9 +97,9 @@ def _head(state: JobState) -> None:
 
 
 @st.fragment(run_every=TICK)
+@guarded()
 def _live(job: str) -> None:
-    with guarded():
-        _tick(job)
+    _tick(job)
 
 
 def _tick(job: str) -> None:
@@ -148,7 +148,7 @@ def _timeline(state: JobState, progress: Progress | None) -> None:
                 progress.step / progress.steps, f"Pixels: step {progress.step:,} of {progress.steps:,}", left
             )
         shown = markup.acts([*_solved_so_far(work, solving), pixels])
-    st.markdown(shown, unsafe_allow_html=True)
+    html(shown)
 
 
 def _solved_so_far(work: Inversion, solving: Solving | None) -> list[str]:

@@ -270,7 +270,7 @@ def test_a_run_from_the_button_to_the_numbers():
 
     # On paper it is one page with pictures, numbers, settings and credits.
     state = manager().state(address(app)["job"])
-    page = ended._summary(state, state.update, recorded(app), [("in all", "<1 s>")]).decode()
+    page = ended._summary(facts.Run.of(state), state.update, recorded(app), [("in all", "<1 s>")]).decode()
     assert page.count("<img ") == 2 * 2 and page.count('src="data:image/webp;base64,') == 4
     assert "finished: 1 of 1 iterations" in page and "&lt;1 s&gt;" in page and "<1 s>" not in page
     assert "<dt>boundary</dt><dd>auto</dd>" in page and "2 of 2 right" in page

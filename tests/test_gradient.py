@@ -264,9 +264,10 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file):
     assert state is not None
     recorded = Recording.open(state.update.store)
     assert recorded.run["metrics"] is None and recorded.run["client"]["batch_size"] == 2
-    page = ended._summary(state, state.update, recorded, []).decode()
+    run = facts.Run.of(state)
+    page = ended._summary(run, state.update, recorded, []).decode()
     assert page.count("<img ") == 2 * 3 and "PSNR" not in page and "<h2>Numbers</h2>" not in page
-    archive = ended._archive(state.update.store, facts.work_of(state)[1])
+    archive = ended._archive(state.update.store, run.facts)
     assert b"CREDITS" not in archive and b"original" not in archive and b"consensus_00.png" in archive
 
     # Present: nothing to reveal. Another tab: the same. A new run: the gradient is still there.

@@ -54,13 +54,8 @@ OFF = "off"
 SHARED = "samples"  # what the pool of the bundled photographs is called
 OWN = "own_pictures"  # in the session, and how the name of a pool begins that holds some
 
-LAYOUT = {
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0, "title": None},
-}
-"""Of the lessons' figures: they stand on a light and on a dark page alike."""
+LAYOUT = {**figures.LAYOUT, "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0, "title": None}}
+"""Of the lessons' figures."""
 
 
 # --- the pictures

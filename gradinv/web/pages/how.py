@@ -291,8 +291,7 @@ def _board(rows: Sequence[Row]) -> None:
 
 
 def _chart(figure: go.Figure, name: str, alt: str) -> None:
-    figure.update_layout(margin={"l": 8, "r": 8, "t": 8, "b": 8})
-    chart(figure, name, alt)
+    chart(figure.update_layout(margin=figures.LAYOUT["margin"]), name, alt)
 
 
 def _originals(shown: Example) -> list[Tile]:

@@ -124,18 +124,16 @@ def _check(network: Model, batch: Batch | OwnGradient | None, config: AttackConf
         observation = batch.find(shared.visitor())
         with shared.using:
             bn_targets(network, observation, config)
-        check_memory(network, batch.batch_size, config)
-        return
-    if not batch.members:
+    elif not batch.members:
         raise GradinvError("Choose at least one picture.")
-    if batch.problems:
+    elif batch.problems:
         raise GradinvError("Some pictures of the batch cannot be used; remove them first.")
-    if len(batch.members) > len(network.classes):
+    elif len(batch.members) > len(network.classes):
         raise GradinvError(
             f"A batch of {len(batch.members)} pictures has more labels than the {len(network.classes)} classes that "
             "can be restored; choose fewer."
         )
-    check_memory(network, len(batch.members), config)
+    check_memory(network, batch.batch_size, config)
 
 
 def _received(
@@ -202,12 +200,12 @@ def _start_bar(
         if way_back():
             return
         if problem is None and config is not None and batch is not None:
-            size = batch.batch_size if isinstance(batch, OwnGradient) else len(batch.members)
             whose = "a gradient of " if isinstance(batch, OwnGradient) else ""
             with shared.using:
-                told = markup.about(pace.estimate(network, config, size))
+                told = markup.about(pace.estimate(network, config, batch.batch_size))
+            pictures = markup.count(batch.batch_size, "picture")
             st.markdown(
-                f"**{whose}{markup.count(size, 'picture')}** of {network.preprocessing.size} px · {network.name} · "
+                f"**{whose}{pictures}** of {network.preprocessing.size} px · {network.name} · "
                 f"{markup.count(config.seeds, 'seed')} × {markup.count(config.iterations, 'iteration')} · {told}",
                 help="A rough estimate: from the size of the work and how fast this machine is, and from earlier runs. "
                 "More visitors at once take longer.",

@@ -94,10 +94,9 @@ def _question(game: Game, rebuilt: Tensor, classes: Sequence[str]) -> None:
         html(markup.board([Row("Rebuilt", [tile], blur)]))
     with asked:
         st.markdown(f"**What was the client’s picture?** A right answer is worth {markup.count(worth, 'point')} now.")
-        for answer in choices(game.run, place, right, _names(classes)):
-            st.button(
-                answer, key=f"guess-{answer}", width="stretch", on_click=_set, args=(game.answered(answer, right),)
-            )
+        for answer in choices(game.run, place, right, [*classes, *(picture.name for picture in gallery())]):
+            given = game.answered(answer, right)
+            st.button(answer, key=f"guess-{answer}", width="stretch", on_click=_set, args=(given,))
         st.button(
             "Clearer, for a point less",
             key="guess-clearer",
@@ -119,17 +118,12 @@ def _score(game: Game, rebuilt: Tensor, originals: Tensor, classes: Sequence[str
         Tile(uri, f"Rebuilt: {name}", answer, markup.count(points, "point"), answer == name)
         for uri, name, answer, points in own
     ]
-    kept = [
-        Tile(uri, f"Original: {name}", name) for uri, name in zip(figures.tiles(originals[places]), names, strict=True)
-    ]
+    pairs = zip(figures.tiles(originals[places]), names, strict=True)
+    kept = [Tile(uri, f"Original: {name}", name) for uri, name in pairs]
     rows = [Row("Rebuilt", tiles, "and your answer"), Row("Originals", kept, "what the client kept")]
     html(markup.board(rows, judged="answered"))
     following = new(game.run, len(classes))
     st.button("Play again", key="guess-again", icon=":material/replay:", on_click=_set, args=(following,))
-
-
-def _names(classes: Sequence[str]) -> list[str]:
-    return [*classes, *(picture.name for picture in gallery())]
 
 
 def _set(game: Game) -> None:

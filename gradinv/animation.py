@@ -109,17 +109,19 @@ class Canvas:
         """The frames, each with its palette. All but the first are transparent where nothing changes."""
         frames = []
         for place, (grid, words) in enumerate(zip(drawn, said, strict=True)):
-            paper = _TRANSPARENT if place else _TRANSPARENT - 1
-            indices = np.full((self.size[1], self.size[0]), paper, np.uint8)
-            colours = _FITTED
+            indices = np.full(self.size[::-1], _TRANSPARENT if place else _TRANSPARENT - 1, np.uint8)
             palette: list[int] = []
+            if place == 0:
+                self._words(indices, self.moving.name, self.moving.left, self.moving.top - LINE)
             if still is not None and place == 0:
-                colours = _FIRST_MOVING
-                palette = self._paste(indices, still, self.still, palette, _FITTED - colours, True)
+                self._words(indices, self.still.name, self.still.left, self.still.top - LINE)
+                palette = self._paste(indices, still, self.still, palette, _FITTED - _FIRST_MOVING, True)
+            colours = _FITTED if place or still is None else _FIRST_MOVING
             palette = self._paste(indices, grid, self.moving, palette, colours, place == len(drawn) - 1)
             palette += [0] * (3 * _FITTED - len(palette))
             palette += [round(255 * grey / (_GREYS - 1)) for grey in range(_GREYS) for _ in range(3)]
-            self._write(indices, words, place == 0, still is not None)
+            # On its own ground, which covers the step before.
+            self._words(indices, words, self.size[0] - GAP - 480, 0, 480)
             frame = Image.fromarray(indices, "P")
             frame.putpalette([*palette, 255, 255, 255])
             frame.info["transparency"] = _TRANSPARENT
@@ -133,20 +135,11 @@ class Canvas:
         # Dithering would cost several times the bytes, and invent a pattern that is not in the pictures. Instead, what
         # stays in sight has each colour moved to the mean of what it stands for, which takes five times as long.
         reduced = grid.quantize(colours, Image.Quantize.MEDIANCUT, kmeans=int(stays), dither=Image.Dither.NONE)
-        own = reduced.getpalette() or []
-        first = len(palette) // 3
-        large = np.asarray(reduced).repeat(self.factor, 0).repeat(self.factor, 1)
-        indices[part.top : part.top + large.shape[0], part.left : part.left + large.shape[1]] = large + first
-        return [*palette, *own[: 3 * colours]]
+        large = np.asarray(reduced).repeat(self.factor, 0).repeat(self.factor, 1) + len(palette) // 3
+        indices[part.top : part.top + large.shape[0], part.left : part.left + large.shape[1]] = large
+        return [*palette, *(reduced.getpalette() or [])[: 3 * colours]]
 
-    def _write(self, indices: Indices, said: str, first: bool, still: bool) -> None:
-        """The names of the parts, once, and the step, on its own ground: it covers the one before."""
-        if first:
-            for part in (self.still, self.moving) if still else (self.moving,):
-                self._words(indices, part.name, part.left, part.top - LINE, None)
-        self._words(indices, said, self.size[0] - GAP - 480, 0, 480)
-
-    def _words(self, indices: Indices, text: str, left: int, top: int, width: int | None) -> None:
+    def _words(self, indices: Indices, text: str, left: int, top: int, width: int | None = None) -> None:
         """Black on white; to the right of so many pixels where a `width` is given."""
         length = math.ceil(self._font.getlength(text))
         field = Image.new("L", (width or length, LINE), 255)

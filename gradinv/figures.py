@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -40,6 +41,12 @@ WHOLE = ("consensus", "rebuilt")  # the curve of several seeds together, and of 
 _SMALL = 128  # px a side below which a tile is enlarged
 _POINTS = 160  # a curve at most, when it is drawn live
 _CHANNELS = 3  # a side of what is shown of a layer
+LAYOUT = {
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+}
+"""Of all figures."""
 # From 0, where a unit is off, to the largest value: red, green and blue in [0, 1].
 _RAMP = torch.tensor([[0.06, 0.12, 0.13], [0.06, 0.56, 0.53], [0.93, 1.0, 0.98]])
 
@@ -125,42 +132,37 @@ def gradient_norms(norms: Mapping[str, float]) -> go.Figure:
     return _dress(figure, height=300, bargap=0.15)
 
 
-def loss_curves(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart by step; all seeds together have a thicker one than each."""
+
+    name: str
+    steps: list[int]
+    values: list[float]
+    colour: str
+    width: float
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def loss_curves(rows: Rows) -> go.Figure:
     """Lines: each weighted term of the objective over the steps, the mean of the seeds, on a logarithmic axis."""
-    figure = go.Figure()
-    for name, (steps, values) in _terms(rows).items():
-        figure.add_scatter(
-            x=steps,
-            y=values,
-            name=name,
-            mode="lines",
-            line={"color": _colour(name), "width": 2},
-            hovertemplate="step %{x}: %{y:.3g}",
-        )
-    figure.update_xaxes(title_text="step")
-    values = [value for _, column in _terms(rows).values() for value in column]
+    curves = _terms(rows)
+    values = [value for curve in curves for value in curve.values]
     narrow = bool(values) and max(values) < 30 * min(values)
+    figure = _drawn(curves, "%{y:.3g}")
     figure.update_yaxes(title_text="weighted term", type="log", dtick="D2" if narrow else 1, tickformat="~g")
-    return _dress(figure, height=320, hovermode="x unified")
+    return figure
 
 
-def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None, meetings: Sequence[int] = ()) -> go.Figure:
+def psnr_curves(rows: Rows, baseline: float | None, meetings: Sequence[int] = ()) -> go.Figure:
     """Lines: PSNR of each seed and of the consensus over the steps, of a single seed one; dashed, the best constant
     colour's; dotted, the steps after which the seeds meet."""
-    figure, found = go.Figure(), _psnr(rows)
-    for name, (steps, values) in found.items():
-        whole = name in WHOLE
-        figure.add_scatter(
-            x=steps,
-            y=values,
-            name=name,
-            mode="lines",
-            line={"color": COLOURS[0] if whole else NEUTRAL, "width": 3 if whole else 1.2},
-            hovertemplate="step %{x}: %{y:.2f} dB",
-        )
+    curves = _psnr(rows)
+    figure = _drawn(curves, "%{y:.2f} dB")
     if baseline is not None and math.isfinite(baseline):
-        ends = [values[-1] for name, (_, values) in found.items() if name in WHOLE and values]
-        above = any(value > baseline + 2 for value in ends)
+        above = any(curve.values[-1] > baseline + 2 for curve in curves if curve.name in WHOLE)
         figure.add_hline(
             y=baseline,
             line={"color": COLOURS[1], "dash": "dash", "width": 2},
@@ -174,48 +176,29 @@ def psnr_curves(rows: Sequence[Mapping[str, Any]], baseline: float | None, meeti
             line={"color": NEUTRAL, "dash": "dot", "width": 1.2},
             annotation={"text": MEET, "textangle": -90, "yanchor": "middle", "y": 0.45, "xanchor": "right"},
         )
-    figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="PSNR in dB")
-    return _dress(figure, height=320, hovermode="x unified")
+    return figure
 
 
-def distance_curves(rows: Sequence[Mapping[str, Any]], column: str = "distance") -> go.Figure:
+def distance_curves(rows: Rows, column: str = "distance") -> go.Figure:
     """Lines: how far each seed's gradient and their mean still are from the shared one over the steps; or, with the
     column of that, their activations from the solved ones."""
-    figure = go.Figure()
-    for name, (steps, values) in _distances(rows, column).items():
-        seed = name.startswith("seed")
-        figure.add_scatter(
-            x=steps,
-            y=values,
-            name=name,
-            mode="lines",
-            line={"color": NEUTRAL if seed else COLOURS[0], "width": 1.2 if seed else 3},
-            hovertemplate="step %{x}: %{y:.3f}",
-        )
-    figure.update_xaxes(title_text="step")
+    figure = _drawn(_distances(rows, column), "%{y:.3f}", showlegend=True)
     title = "1 − cosine similarity" if column == "distance" else "misfit"
     figure.update_yaxes(title_text=title, rangemode="tozero")
-    return _dress(figure, height=320, hovermode="x unified", showlegend=True)
+    return figure
 
 
-def live_losses(rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+def live_losses(rows: Rows, steps: int) -> dict[str, Any]:
     """`loss_curves` as ECharts options for a run of so many steps, whose axis does not move while it grows."""
-    series = [_line(name, _thin(points), _colour(name), 2) for name, points in _terms(rows).items()]
-    return _live(series, steps, {"type": "log"})
+    return _live([_line(curve) for curve in _terms(rows)], steps, {"type": "log"})
 
 
-def live_psnr(
-    rows: Sequence[Mapping[str, Any]], steps: int, baseline: float | None, meetings: Sequence[int] = ()
-) -> dict[str, Any]:
+def live_psnr(rows: Rows, steps: int, baseline: float | None, meetings: Sequence[int] = ()) -> dict[str, Any]:
     """`psnr_curves` as ECharts options for a run of so many steps."""
-    series = [
-        _line(name, _thin(points), *((COLOURS[0], 3) if name in WHOLE else (NEUTRAL, 1)))
-        for name, points in _psnr(rows).items()
-    ]
+    series = [_line(curve) for curve in _psnr(rows)]
     if baseline is not None and math.isfinite(baseline):
-        ends = ([0, steps], [baseline, baseline])
-        line = _line("constant colour", ends, COLOURS[1], 2)
+        line = _line(Curve("constant colour", [0, steps], [baseline, baseline], COLOURS[1], 2))
         series.append({**line, "lineStyle": {**line["lineStyle"], "type": "dashed"}})
     if series and meetings:
         series[0]["markLine"] = {
@@ -228,56 +211,44 @@ def live_psnr(
     return _live(series, steps, {"type": "value", "scale": True})
 
 
-def live_distance(rows: Sequence[Mapping[str, Any]], steps: int, column: str = "distance") -> dict[str, Any]:
+def live_distance(rows: Rows, steps: int, column: str = "distance") -> dict[str, Any]:
     """`distance_curves` as ECharts options for a run of so many steps."""
-    series = [
-        _line(name, _thin(points), *((NEUTRAL, 1) if name.startswith("seed") else (COLOURS[0], 3)))
-        for name, points in _distances(rows, column).items()
-    ]
-    return _live(series, steps, {"type": "value"})
+    return _live([_line(curve) for curve in _distances(rows, column)], steps, {"type": "value"})
 
 
-def _colour(term: str) -> str:
-    """A term has its colour in every run."""
-    names = list(TERMS.values())
-    return COLOURS[names.index(term) % len(COLOURS)] if term in names else NEUTRAL
-
-
-def _terms(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """By readable name each term's steps and weighted values, averaged over the seeds; a log shows what is above 0."""
-    names = list(dict.fromkeys(key for row in rows for key in row if key.endswith(".weighted")))
-    found = {}
-    for key in names:
-        name = key.removesuffix(".weighted")
-        steps, values = _mean_over_seeds(rows, key)
-        kept = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+def _terms(rows: Rows) -> list[Curve]:
+    """Each term's weighted values, averaged over the seeds; a logarithmic axis shows what is above 0. A term has its
+    colour in every run."""
+    found = []
+    for key in dict.fromkeys(key for row in rows for key in row if key.endswith(".weighted")):
+        term = key.removesuffix(".weighted")
+        colour = COLOURS[list(TERMS).index(term) % len(COLOURS)] if term in TERMS else NEUTRAL
+        kept = {step: value for step, value in zip(*_mean_over_seeds(rows, key), strict=True) if value > 0}
         if kept:
-            found[TERMS.get(name, name)] = ([step for step, _ in kept], [value for _, value in kept])
+            found.append(Curve(TERMS.get(term, term), list(kept), list(kept.values()), colour, 2))
     return found
 
 
-def _psnr(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    seeds = _by_seed(rows, "psnr")
-    found = {**seeds, WHOLE[0 if seeds else 1]: _mean_over_seeds(rows, "consensus_psnr")}
-    return {name: points for name, points in found.items() if points[0]}
+def _psnr(rows: Rows) -> list[Curve]:
+    return _seeds(rows, "psnr", "consensus_psnr", *WHOLE)
 
 
-def _distances(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, tuple[list[int], list[float]]]:
-    seeds = _by_seed(rows, column)
-    alone = "distance" if column == "distance" else "misfit"
-    found = {**seeds, "mean of the seeds" if seeds else alone: _mean_over_seeds(rows, column)}
-    return {name: points for name, points in found.items() if points[0]}
+def _distances(rows: Rows, column: str) -> list[Curve]:
+    return _seeds(rows, column, column, "mean of the seeds", "distance" if column == "distance" else "misfit")
 
 
-def _by_seed(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[list[int], list[float]]]:
-    """A column's curve of each seed; none where there is one only."""
+def _seeds(rows: Rows, key: str, key_of_all: str, several: str, alone: str) -> list[Curve]:
+    """A column's curve of each seed, where there are several, and that of all together, called so or alone."""
     seeds = sorted({row["seed"] for row in rows})
-    if len(seeds) < 2:
-        return {}
-    return {f"seed {seed + 1}": _mean_over_seeds([row for row in rows if row["seed"] == seed], key) for seed in seeds}
+    found = [
+        Curve(f"seed {seed + 1}", *_mean_over_seeds([row for row in rows if row["seed"] == seed], key), NEUTRAL, 1.2)
+        for seed in (seeds if len(seeds) > 1 else ())
+    ]
+    found.append(Curve(several if found else alone, *_mean_over_seeds(rows, key_of_all), COLOURS[0], 3))
+    return [curve for curve in found if curve.steps]
 
 
-def _mean_over_seeds(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def _mean_over_seeds(rows: Rows, key: str) -> tuple[list[int], list[float]]:
     values: dict[int, list[float]] = {}
     for row in rows:
         value = row.get(key)
@@ -286,21 +257,32 @@ def _mean_over_seeds(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[
     return list(values), [sum(column) / len(column) for column in values.values()]
 
 
-def _thin(points: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
-    steps, values = points
-    gap = math.ceil(len(steps) / _POINTS) if steps else 1
-    places = sorted({*range(0, len(steps), gap), *([len(steps) - 1] if steps else [])})
-    return [steps[place] for place in places], [values[place] for place in places]
+def _drawn(curves: Sequence[Curve], hover: str, **layout: Any) -> go.Figure:
+    figure = go.Figure()
+    for curve in curves:
+        figure.add_scatter(
+            x=curve.steps,
+            y=curve.values,
+            name=curve.name,
+            mode="lines",
+            line={"color": curve.colour, "width": curve.width},
+            hovertemplate=f"step %{{x}}: {hover}",
+        )
+    figure.update_xaxes(title_text="step")
+    return _dress(figure, height=320, hovermode="x unified", **layout)
 
 
-def _line(name: str, points: tuple[Sequence[float], Sequence[float]], colour: str, width: float) -> dict[str, Any]:
+def _line(curve: Curve) -> dict[str, Any]:
+    """A curve for ECharts, thinned, with its last point."""
+    points = list(zip(curve.steps, curve.values, strict=True))
+    points = [*points[: -1 : math.ceil(len(points) / _POINTS)], points[-1]]
     return {
-        "name": name,
+        "name": curve.name,
         "type": "line",
         "showSymbol": False,
-        "data": [[x, float(f"{y:.5g}")] for x, y in zip(*points, strict=True)],
-        "lineStyle": {"color": colour, "width": width},
-        "itemStyle": {"color": colour},
+        "data": [[x, float(f"{y:.5g}")] for x, y in points],
+        "lineStyle": {"color": curve.colour, "width": round(curve.width)},
+        "itemStyle": {"color": curve.colour},
     }
 
 
@@ -317,10 +299,5 @@ def _live(series: list[dict[str, Any]], steps: int, axis: dict[str, Any]) -> dic
 
 
 def _dress(figure: go.Figure, **layout: Any) -> go.Figure:
-    return figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 8, "r": 8, "t": 8, "b": 8},
-        legend={"orientation": "h", "yanchor": "top", "y": -0.24, "x": 0, "title": None},
-        **layout,
-    )
+    legend = {"orientation": "h", "yanchor": "top", "y": -0.24, "x": 0, "title": None}
+    return figure.update_layout(**LAYOUT, legend=legend, **layout)

@@ -66,10 +66,8 @@ def test_the_page_opens_ready_to_start():
     assert "the network with all its weights" in text(app)
     assert "**4 pictures** of 64 px · resnet18-tiny · 1 seed × 1 iteration" in text(app)
     assert not app.button(key="start").disabled
-
-
-def test_author_licence_and_that_it_was_cropped_stand_at_every_picture():
-    cards = [item.value for item in visit().markdown if 'class="gi-card"' in item.value]
+    # Author, licence and that it was cropped stand at every picture.
+    cards = [item.value for item in app.markdown if 'class="gi-card"' in item.value]
     assert len(cards) == 4
     assert all("https://creativecommons.org/" in card and ", cropped" in card for card in cards)
     assert "Kevin Pluck</a>" in cards[2] and "CC BY 2.0</a>" in cards[2]
@@ -79,37 +77,31 @@ def test_picking_in_the_gallery_changes_the_batch_and_the_address():
     app = visit(pictures="goldfish")
     grid = group(app, "gallery_grid")
     assert grid.value == ["goldfish"]
-    grid.set_value(["goldfish", "bison"]).run()
-    sound(app)
+    sound(grid.set_value(["goldfish", "bison"]).run())
     assert address(app)["pictures"] == "goldfish.bison"
     assert "2 of 2 labels" in text(app)
     press(app, "Remove")
     assert address(app)["pictures"] == "bison"
-
-
-def test_searching_the_gallery_keeps_what_was_picked():
-    app = visit()
+    # A search keeps what was picked.
     app.text_input(key="gallery_search").set_value("king penguin").run()
     grid = group(app, "gallery_grid")
     assert len(grid.options) == 1
     grid.set_value(["penguin"]).run()
-    assert address(app)["pictures"] == ".".join([*FIRST, "penguin"])
+    assert address(app)["pictures"] == "bison.penguin"
     app.text_input(key="gallery_search").set_value("submarine").run()
     assert "the ImageNet folder, the public sample set or an upload." in app.info[0].value
 
 
-@pytest.mark.parametrize(
-    ("word", "found"),
-    [
-        ("cat", {"tabby", "chelsea", "lion"}),
-        ("Birds", {"goose", "penguin"}),
-        ("monkey", {"chimpanzee", "orangutan"}),
-        ("food", {"pizza"}),
-        ("insect", {"bee", "mantis", "dragonfly"}),
-    ],
-)
-def test_everyday_names_find_pictures(word, found):
-    assert {picture.key for picture in search(gallery(shared.model("resnet18-tiny")), word)} == found
+def test_everyday_names_find_pictures():
+    everyday = {
+        "cat": {"tabby", "chelsea", "lion"},
+        "Birds": {"goose", "penguin"},
+        "monkey": {"chimpanzee", "orangutan"},
+        "food": {"pizza"},
+        "insect": {"bee", "mantis", "dragonfly"},
+    }
+    pictures = gallery(shared.model("resnet18-tiny"))
+    assert {word: {picture.key for picture in search(pictures, word)} for word in everyday} == everyday
 
 
 def test_the_command_line_that_does_the_same_is_shown():
@@ -204,14 +196,9 @@ def test_a_preset_brings_its_own_settings():
     assert app.selectbox(key="set_match").value == "l2"
     labels = [app.number_input(key=f"set_{name}").label for name in ("bn_weight", "tv", "tv_chroma", "learning_rate")]
     assert labels == ["BN weight", "TV", "TV chroma", "Learning rate"]
-
-
-def test_a_wrong_advanced_setting_is_one_sentence():
-    app = visit()
-    app.text_input(key="set_stages").set_value("half").run()
-    sound(app)
-    assert "Numbers separated by commas are expected" in text(app)
-    assert app.button(key="start").disabled
+    # What cannot be is one sentence.
+    sound(app.text_input(key="set_stages").set_value("half").run())
+    assert "Numbers separated by commas are expected" in text(app) and app.button(key="start").disabled
     app.text_input(key="set_stages").set_value("0.5, 0.4").run()
     assert "sum to 1" in text(app)
 
@@ -223,18 +210,14 @@ def test_more_seeds_than_memory_are_refused_before_the_start(monkeypatch):
     assert app.button(key="start").disabled
 
 
-def test_a_model_that_needs_a_download_says_so_and_loads_nothing():
-    app = visit(model="resnet50")
-    assert "98 MB" in text(app)
-    labels = [button.label for button in app.button]
-    assert "Load resnet50" in labels and "Rebuild the pictures" not in labels
-
-
-def test_a_failed_download_is_one_sentence(monkeypatch):
+def test_a_model_that_needs_a_download_says_so_and_a_failed_one_is_one_sentence(monkeypatch):
     def fail(name: str) -> None:
         raise GradinvError("The weights of resnet50 could not be downloaded; take resnet50-tiny.")
 
     app = visit(model="resnet50")
+    assert "98 MB" in text(app)
+    labels = [button.label for button in app.button]
+    assert "Load resnet50" in labels and "Rebuild the pictures" not in labels
     monkeypatch.setattr(shared, "load_model", fail)
     press(app, "Load resnet50")
     assert "could not be downloaded" in app.error[0].value
@@ -270,7 +253,7 @@ def test_a_run_from_the_button_to_the_numbers():
 
     # On paper it is one page with pictures, numbers, settings and credits.
     state = manager().state(address(app)["job"])
-    page = ended._summary(state, state.update, recorded(app), [("in all", "<1 s>")]).decode()
+    page = ended._summary(facts.Run.of(state), state.update, recorded(app), [("in all", "<1 s>")]).decode()
     assert page.count("<img ") == 2 * 2 and page.count('src="data:image/webp;base64,') == 4
     assert "finished: 1 of 1 iterations" in page and "&lt;1 s&gt;" in page and "<1 s>" not in page
     assert "<dt>boundary</dt><dd>auto</dd>" in page and "2 of 2 right" in page
@@ -329,20 +312,11 @@ class Blocking:
         return "stopped"
 
 
-def test_a_run_waits_its_turn_with_its_place_shown_and_can_leave():
-    blocking = manager().submit(Blocking())
-    app = start(pictures="goldfish")
-    assert "Place 1 in the queue" in text(app) and "starts by itself" in text(app)
-    press(app, "Leave the queue")
-    app = app.run()
-    assert "cancelled before it began" in text(app)
-    manager().cancel(blocking)
-
-
-def test_a_visitor_has_one_run_at_a_time_and_finds_the_way_back_to_it():
+def test_a_run_waits_its_turn_of_which_a_visitor_has_one_and_can_leave():
     blocking = manager().submit(Blocking())
     app = start(pictures="goldfish")
     job = address(app)["job"]
+    assert "Place 1 in the queue" in text(app) and "starts by itself" in text(app)
     press(app, "New run")
     assert "Your last run has not ended yet" in text(app)
     assert "start" not in [button.key for button in app.button]
@@ -351,7 +325,9 @@ def test_a_visitor_has_one_run_at_a_time_and_finds_the_way_back_to_it():
     # Others have theirs.
     other = start(pictures="goldfish")
     assert address(other)["job"] != job and "Place 2 in the queue" in text(other)
-    for one in (job, address(other)["job"], blocking):
+    press(app, "Leave the queue")
+    assert "cancelled before it began" in text(app.run())
+    for one in (address(other)["job"], blocking):
         manager().cancel(one)
 
 
@@ -460,19 +436,16 @@ def test_a_failed_run_says_why_and_the_next_one_works(monkeypatch):
     assert "**Finished**" in text(wait(app))
 
 
-def test_a_run_beyond_the_servers_limit_is_refused_and_nothing_is_lost(monkeypatch):
+def test_a_run_that_is_not_kept_is_said_so_and_one_beyond_the_servers_limit_refused(monkeypatch):
     monkeypatch.setenv("GRADINV_MAX_COST", "4096")
-    app = start(pictures="goldfish.bison")
-    assert "2.0 times as large as this server accepts" in app.error[0].value
-    assert "job" not in app.query_params
-    assert address(app)["pictures"] == "goldfish.bison"
-
-
-def test_a_run_that_is_not_kept_is_said_so():
     app = visit(job="nobody-knows-this")
     assert "not kept here any more" in text(app)
     press(app, "Start a new run")
     assert "job" not in app.query_params and "The client’s pictures" in text(app)
+    app = start(pictures="goldfish.bison")
+    assert "2.0 times as large as this server accepts" in app.error[0].value
+    assert "job" not in app.query_params
+    assert address(app)["pictures"] == "goldfish.bison"
 
 
 def picture_file(kind: str = "PNG") -> bytes:
@@ -526,11 +499,9 @@ def test_what_users_write_is_escaped():
     assert "&lt;b&gt;bold" in shown
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(None, "–"), (0.4, "0 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"), (7320, "2 h 02 min")]
-)
-def test_durations_are_said_as_people_do(seconds, said):
-    assert markup.duration(seconds) == said
+def test_durations_are_said_as_people_do():
+    said = {None: "–", 0.4: "0 s", 59.6: "1 min 00 s", 3599: "59 min 59 s", 7320: "2 h 02 min"}
+    assert {seconds: markup.duration(seconds) for seconds in said} == said
 
 
 def test_wrongly_restored_labels_stand_beside_what_they_should_have_been():

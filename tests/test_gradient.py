@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from conftest import ROOT, Clock
 from headless import address, group, press, sound, text, visit, wait
 from streamlit.testing.v1 import AppTest
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from gradinv.checks import check_observation
 from gradinv.client import observe
 from gradinv.jobs import Limits, manager
-from gradinv.models import load_model
+from gradinv.models import MODELS, load_model
 from gradinv.recording.replay import Recording
 from gradinv.types import GradinvError, Observation, Preprocessing
 from gradinv.web.parts import gradient
@@ -49,11 +49,6 @@ def observation(file):
 
 
 # --- the sample and the example
-
-
-def test_the_sample_is_a_gradient_of_the_pictures(observation, model):
-    check_observation(model, observation)
-    assert observation.batch_size == 2 and observation.bn is None and observation.mode == "eval"
 
 
 def test_the_example_is_that_of_the_readme_and_makes_what_it_says(model, tmp_path, monkeypatch):
@@ -120,7 +115,8 @@ def test_what_cannot_be_loaded_takes_no_room():
 # --- what is accepted
 
 
-def test_a_gradient_is_accepted_with_what_it_says_of_itself(file, model):
+def test_the_sample_is_accepted_with_what_it_says_of_itself(file, observation, model):
+    check_observation(model, observation)
     found = gradient.accept(file, "mine.safetensors", "ada")
     assert dataclasses.asdict(found) == {
         "key": found.key,
@@ -145,21 +141,13 @@ def test_what_has_too_many_bytes_is_not_even_read(file, monkeypatch):
 
 
 def test_the_limits_fit_the_bundled_networks():
-    accepted = json.loads(json.dumps(Limits().gradient)) / 2**20
+    accepted = Limits().gradient / 2**20
     config = (ROOT / ".streamlit" / "config.toml").read_text(encoding="utf-8")
     assert f"maxUploadSize = {accepted:g}\n" in config
     for name in ("resnet18-tiny", "resnet50-tiny", "resnet50"):
-        assert 4 * shared_parameters(name) + 2**16 < Limits().gradient
-
-
-def shared_parameters(name: str) -> int:
-    from torchvision.models import get_model_builder
-
-    from gradinv.models import MODELS
-
-    with torch.device("meta"):
-        network = get_model_builder(MODELS[name].arch)(num_classes=MODELS[name].classes)
-    return sum(parameter.numel() for parameter in network.parameters())
+        with torch.device("meta"):
+            network = torchvision.models.get_model(MODELS[name].arch, num_classes=MODELS[name].classes)
+        assert 4 * sum(parameter.numel() for parameter in network.parameters()) + 2**16 < Limits().gradient
 
 
 # What check_observation refuses of any observation is tested with the attack, in test_inversion.
@@ -196,12 +184,9 @@ def test_what_cannot_be_inverted_is_one_sentence_and_not_held(kind, observation)
     [b"", b"\x89PNG\r\n\x1a\n" + bytes(99), bytes(range(256)) * 99, safetensors.torch.save({"a": torch.ones(2)})],
     ids=["empty", "picture", "random", "weights"],
 )
-def test_what_is_no_gradient_is_one_sentence(data):
+def test_what_is_no_gradient_is_one_sentence(data, file):
     with pytest.raises(GradinvError, match=r"mine(:| is) .*\.$"):
         gradient.accept(data, "mine", "ada")
-
-
-def test_a_truncated_file_is_one_sentence(file):
     with pytest.raises(GradinvError, match="no complete safetensors file"):
         gradient.accept(file[:-1], "mine", "ada")
 
@@ -264,9 +249,10 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file):
     assert state is not None
     recorded = Recording.open(state.update.store)
     assert recorded.run["metrics"] is None and recorded.run["client"]["batch_size"] == 2
-    page = ended._summary(state, state.update, recorded, []).decode()
+    run = facts.Run.of(state)
+    page = ended._summary(run, state.update, recorded, []).decode()
     assert page.count("<img ") == 2 * 3 and "PSNR" not in page and "<h2>Numbers</h2>" not in page
-    archive = ended._archive(state.update.store, facts.work_of(state)[1])
+    archive = ended._archive(state.update.store, run.facts)
     assert b"CREDITS" not in archive and b"original" not in archive and b"consensus_00.png" in archive
 
     # Present: nothing to reveal. Another tab: the same. A new run: the gradient is still there.
@@ -282,13 +268,21 @@ def test_a_gradient_is_shown_inverted_and_downloaded_without_its_pictures(file):
     assert "No gradient yet." in text(app) and gradient._store.size == 0
 
 
-def test_statistics_that_the_file_lacks_cannot_be_chosen(file):
+def test_what_the_file_lacks_cannot_be_chosen_and_at_the_gallery_the_pictures_count_again(file, monkeypatch):
     app = bring(visit(**QUICK, bn="exact"), file)
     assert "bn=exact is not possible; take approx or none" in text(app)
     assert app.button(key="start").disabled
     for statistics in ("approx", "none"):
         group(app, "bn").set_value(statistics).run()
         assert not app.button(key="start").disabled
+    sound(group(app, "source").set_value("gallery").run())
+    assert "**4 pictures** of 64 px · resnet18-tiny" in text(app)
+    group(app, "source").set_value("gradient").run()
+    assert "**a gradient of 2 pictures**" in text(app)
+    # One that made room for others is said so.
+    monkeypatch.setattr(gradient, "_store", GradientStore())
+    sound(app.run())
+    assert "bring it again" in text(app) and app.button(key="start").disabled
 
 
 def test_a_run_beyond_the_servers_limit_is_refused(file, monkeypatch):
@@ -296,21 +290,6 @@ def test_a_run_beyond_the_servers_limit_is_refused(file, monkeypatch):
     app = bring(visit(**QUICK), file)
     app.button(key="start").click().run()
     assert "2.0 times as large as this server accepts" in app.error[0].value and "job" not in app.query_params
-
-
-def test_a_gradient_that_made_room_for_others_is_said_so(file, monkeypatch):
-    app = bring(visit(**QUICK), file)
-    monkeypatch.setattr(gradient, "_store", GradientStore())
-    sound(app.run())
-    assert "bring it again" in text(app) and app.button(key="start").disabled
-
-
-def test_back_at_the_gallery_the_pictures_count_again(file):
-    app = bring(visit(**QUICK), file)
-    sound(group(app, "source").set_value("gallery").run())
-    assert "**4 pictures** of 64 px · resnet18-tiny" in text(app)
-    group(app, "source").set_value("gradient").run()
-    assert "**a gradient of 2 pictures**" in text(app)
 
 
 def test_no_session_of_the_page_writes_a_gradient_to_disk():

@@ -14,24 +14,22 @@ from gradinv.sources import find, gallery, pixels_of
 from gradinv.web.pages import layers
 from gradinv.web.pages.layers import Count
 from gradinv.web.parts import shared, ways
-from gradinv.web.parts.lessons import Candidate
 
 NETWORK = "resnet18-tiny"
 
 
-def two() -> tuple[list[Candidate], torch.Tensor]:
+def two() -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and labels."""
     network = shared.model(NETWORK)
     pictures = [find(gallery(network), name) for name in ("lion", "goldfish")]
-    labels = [network.class_index(picture.wnid or "") for picture in pictures]
-    assert None not in labels
-    return [Candidate(picture, label) for picture, label in zip(pictures, labels, strict=True)], torch.tensor(labels)
+    labels = torch.tensor([network.class_index(picture.wnid or "") for picture in pictures])
+    return pixels_of(pictures, network.preprocessing), labels
 
 
 @pytest.mark.parametrize("name", ["resnet18-tiny", "resnet50-tiny"])
 def test_the_count_by_shapes_is_that_of_the_equations_that_are_solved(name: str) -> None:
     network = shared.model(name)
-    candidates, labels = two()
-    observation = observe(network, pixels_of(candidates, network.preprocessing), labels)
+    observation = observe(network, *two())
     nodes = recover(network, observation, AttackConfig.preset("demo", name)).nodes
     assert len(nodes) > 8
     counts = {count.name: count for count in layers.counted(network, 2)}
@@ -68,8 +66,8 @@ def test_it_says_which_layer_is_reached_and_why_not_the_next() -> None:
 
 def test_noise_takes_the_lowest_layers_first_and_the_errors_are_the_true_ones() -> None:
     network = shared.model(NETWORK)
-    candidates, labels = two()
-    clean, noisy = (ways.attack(network, candidates, labels, texts, 0) for texts in ((), ("noise:1e-3",)))
+    observation, truth = observe(network, *two()), two()
+    clean, noisy = (ways.attack(network, observation, texts, 0, truth) for texts in ((), ("noise:1e-3",)))
     assert len(clean.layers) > len(noisy.layers) > 1
     for before, after in zip(clean.layers, noisy.layers, strict=False):
         assert before.name == after.name and before.true < after.true

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -101,12 +102,9 @@ def test_repeated_labels_are_read_behind_clipping_although_the_scale_is_lost():
     assert metrics.labels_right(found.labels.tolist(), labels.tolist()) == 8
 
 
-def test_counting_what_is_right():
+def test_counting_what_is_right_and_putting_features_in_the_pictures_order():
     assert metrics.labels_right([1, 1, 2, 3], [1, 2, 2, 4]) == 2
     assert lessons.found([7, 7, 3], [3, 7, 9]) == 2
-
-
-def test_recovered_features_are_put_in_the_pictures_order():
     features = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]])
     order, similarity = metrics.aligned(features[[2, 0, 1]] * 5, features)
     assert order == [1, 2, 0] and similarity == pytest.approx([1, 1, 1])
@@ -171,23 +169,16 @@ def test_the_privacy_statement_needs_clipping_and_noise():
     both = defences.privacy(["clip:0.3", "noise:1", "quantise:4"])
     assert f"(ε, δ) = ({gaussian_epsilon(0.6, 1, 1e-5):.3g}, 1e-5)" in both and "next to none" not in both
     assert "next to none, since an ε above 10" in defences.privacy(["clip:1", "noise:1e-4"])
-
-
-@pytest.mark.parametrize("norm", lessons.STRENGTHS["clip"][1])
-@pytest.mark.parametrize("noise", lessons.STRENGTHS["noise"][1])
-def test_every_place_of_the_sliders_has_a_statement(norm, noise):
-    assert "nan" not in defences.privacy([f"clip:{norm}", f"noise:{noise}"])
+    for norm, noise in itertools.product(lessons.STRENGTHS["clip"][1], lessons.STRENGTHS["noise"][1]):
+        assert "nan" not in defences.privacy([f"clip:{norm}", f"noise:{noise}"])
 
 
 # --- who was in the batch
 
 
-def test_the_residual_in_words():
+def test_matches_are_marked_only_when_the_batch_may_be_seen_and_the_residual_is_said_in_words():
     assert "the client’s own" in batch.trust(EXPLAINED / 2)
     assert "**13 % of the last layer’s gradient unexplained**" in batch.trust(0.13)
-
-
-def test_matches_are_marked_only_when_the_batch_may_be_seen():
     pool = pool_of([0, 1])
     pool = replace(pool, candidates=(Candidate(picture("p0", "<b>one</b>"), 0), *pool.candidates[1:]))
     hidden = batch.lineup(pool, ["lion"], [[0, 1]], [[0.9996, 0.5]], None, None)
@@ -306,34 +297,28 @@ def test_a_gradient_of_ones_own_takes_the_batchs_place(name, monkeypatch):
     assert "mine.safetensors" not in text(sound(app.button(key="gradient-remove").click().run()))
 
 
-def test_labels_that_repeat_are_beyond_column_minimum():
-    said = text(visit("labels", batch_size="4", repeats="2", draw="3"))
+def test_labels_that_repeat_are_beyond_column_minimum_and_the_truth_is_hidden_on_request():
+    app = visit("labels", batch_size="4", repeats="2", draw="3")
+    said = text(app)
     assert "**4 pictures of 2 classes**" in said
     assert "Here **2 of 4** of these rows are classes of the batch, which holds 2 classes." in said
     columns = said.split("<tfoot>")[1].split("</tfoot>")[0]
     assert columns.startswith("<tr><td>Right</td><td>4</td><td>4 of 4</td><td>2 of 4</td>")  # truth, auto, minimum
     assert "100 % sure" in said
-
-
-def test_labels_hide_the_truth_on_request():
-    said = text(visit("labels", truth="false"))
+    said = text(sound(app.toggle(key="truth").set_value(False).run()))
     assert "of these rows" not in said and "Truth" not in said and "In the batch:" not in said
     assert "Hidden picture of the batch" in said
 
 
-def test_the_batch_is_found_and_marked_after_it_was_revealed():
+def test_the_batch_is_found_and_marked_after_it_was_revealed_and_shuffling_draws_another():
     app = visit("batch", draw="1")
     assert "pictures found" not in text(app) and "✓" not in text(app)
     sound(app.toggle(key="reveal").set_value(True).run())
     assert "<dt>pictures found</dt><dd>8 of 8</dd>" in text(app)
     assert text(app).count("✓") == 8 and "the client’s own" in text(app)
-
-
-def test_shuffling_draws_another_batch():
-    app = visit("batch", reveal="true")
     before = [item.value for item in app.markdown if "gi-strip" in item.value]
     app.button(key="shuffle").click().run()
-    assert app.slider(key="draw").value != 0
+    assert app.slider(key="draw").value != 1
     assert [item.value for item in app.markdown if "gi-strip" in item.value] != before
 
 
@@ -357,8 +342,6 @@ def test_defences_link_to_the_recorded_run_behind_one_beside_its_undefended_twin
     assert ("four", "noise") in [(one.name, other.name) for one, other in pairs]
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [(0.8571, "0.86"), (9.13e-7, "9.1e-7"), (2.011e6, "2e6"), (1e-10, "1e-10"), (math.inf, "inf")]
-)
-def test_numbers_are_short(value, said):
-    assert markup.number(value) == said
+def test_numbers_are_short():
+    said = {0.8571: "0.86", 9.13e-7: "9.1e-7", 2.011e6: "2e6", 1e-10: "1e-10", math.inf: "inf"}
+    assert {value: markup.number(value) for value in said} == said

@@ -205,20 +205,23 @@ def test_recipe_refuses_what_is_too_large(recipe, installed, tmp_path, monkeypat
 # --- reading a zip
 
 
-@pytest.mark.parametrize("damage", ["missing", "text", "cut", "flipped", "bomb"])
-def test_damaged_zip_is_one_sentence(damage, installed, tmp_path, monkeypatch):
+def test_damaged_zip_is_one_sentence(installed, tmp_path, monkeypatch):
     path = tmp_path / "assets" / "runs" / "four.zip"
     data = path.read_bytes()
-    changed = {"text": b"no zip", "cut": data[: len(data) // 2], "flipped": data.replace(b"WEBP", b"WEBQ")}
-    if damage == "missing":
-        path.unlink()
-    elif damage == "bomb":
-        monkeypatch.setattr("gradinv.recording.stores.ZIP_LIMIT", 1000)
-    else:
-        path.write_bytes(changed[damage])
-    with pytest.raises(GradinvError, match=r"\.$") as refused:
-        Recording.open(path)
-    assert "four.zip" in str(refused.value)
+
+    def refused() -> None:
+        with pytest.raises(GradinvError, match=r"four\.zip.*\.$"):
+            Recording.open(path)
+
+    for damaged in (b"no zip", data[: len(data) // 2], data.replace(b"WEBP", b"WEBQ")):
+        path.write_bytes(damaged)
+        refused()
+    path.write_bytes(data)
+    with monkeypatch.context() as patch:
+        patch.setattr("gradinv.recording.stores.ZIP_LIMIT", 1000)
+        refused()
+    path.unlink()
+    refused()
 
 
 # --- what the player is given
@@ -267,15 +270,8 @@ def test_damaged_description_is_one_sentence(installed, tmp_path):
 
 def strips() -> list[str]:
     """What the first page's strips say in Markdown."""
-
-    def script() -> None:
-        import streamlit as st
-
-        from gradinv.web.parts import showcase
-
-        st.session_state.there = showcase.moving()
-
-    app = AppTest.from_function(script, default_timeout=60).run()
+    code = "import streamlit as st\nfrom gradinv.web.parts import showcase\nst.session_state.there = showcase.moving()"
+    app = AppTest.from_string(code, default_timeout=60).run()
     assert not app.exception
     assert app.session_state.there is bool(app.markdown)
     return [item.value for item in app.markdown]
@@ -285,7 +281,7 @@ def picture(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def test_first_page_moves_and_begins_with_the_last_picture(installed):
+def test_first_page_moves_and_begins_with_the_last_picture(installed, tmp_path):
     frames, steps, originals = showcase._frames()
     assert len(frames) == len(steps) > 1 and list(steps) == sorted(steps)
     assert {picture(uri).size for uri in (*frames, originals)} == {(3 * 128, 128)}
@@ -295,9 +291,7 @@ def test_first_page_moves_and_begins_with_the_last_picture(installed):
     assert (sent.flatten() - last[None].flatten()).abs().mean() < 0.05
     shown = re.findall(r"!\[([^\]]+)\]\((data:image/webp;base64,[^)]+)\)", "".join(strips()))
     assert [uri for _, uri in shown] == [frames[-1], originals]
-
-
-def test_first_page_credits_what_it_shows(installed):
+    # It credits what it shows.
     words = strips()[-1]
     for name in PICTURES:
         credit = find(gallery(), name).credit
@@ -305,16 +299,15 @@ def test_first_page_credits_what_it_shows(installed):
     restored = installed["four"].run["labels"]["restored"]
     right = sum((Counter(restored) & Counter(installed["four"].run["labels"]["true"])).values())
     assert f"gave away {right} of their 3 classes" in words
+    # It does without a recorded run.
+    (tmp_path / "assets" / "runs" / "four.zip").unlink()
+    showcase.library.cache_clear()
+    assert strips() == []
 
 
 def test_a_name_is_no_markdown():
     credit = Credit("[a](b) *c* $d$ <e>", "CC0", "javascript:f", "https://example.org/a_(b)")
     assert markup.credit_words(credit) == r"[\[a\](b) \*c\* \$d\$ \<e\>](<https://example.org/a_(b)>), CC0"
-
-
-def test_first_page_does_without_a_recorded_run(installed, tmp_path):
-    (tmp_path / "assets" / "runs" / "four.zip").unlink()
-    assert strips() == []
 
 
 # --- the page
@@ -331,15 +324,12 @@ def shown(app: AppTest) -> str:
     return str(unpacked(player.proto.bytes)[0]["name"])
 
 
-def test_page_opens_with_the_first_run(installed):
+def test_page_opens_with_the_first_run_or_those_that_the_address_names(installed):
     app = open_page()
     assert shown(app) == "four" and not app.warning and not app.error
     html = " ".join(item.proto.body for item in app.get("html"))
     assert "Pictures:" in html and all(name in html for name in PICTURES)
     assert "The run &lt;four&gt;" in html and "<four>" not in html
-
-
-def test_address_names_the_runs(installed):
     assert shown(open_page(run="other")) == "other"
     assert shown(open_page(run="four", beside="other", step="4")) == "four other"
     assert shown(open_page(run="four", beside="four")) == "four"
@@ -349,19 +339,22 @@ HOSTILE = ("../../x", "", "FOUR", "<script>alert(1)</script>", "four\x00", "x" *
 
 
 @pytest.mark.parametrize(
-    "given", [*({"run": name} for name in HOSTILE), {"run": "four", "beside": HOSTILE[0]}], ids=str
+    ("given", "said"),
+    [
+        *(({"run": name}, "names a recorded run that is not there; it can name four, other.") for name in HOSTILE),
+        ({"run": "four", "beside": HOSTILE[0]}, "names a recorded run that is not there"),
+        *(
+            ({"step": step}, "is not a whole number; the run plays from its start.")
+            for step in ("-1", "1e9", "..", "²")
+        ),
+    ],
+    ids=str,
 )
-def test_hostile_run_is_one_sentence(given, installed):
+def test_what_makes_no_sense_in_the_address_is_one_sentence(given, said, installed):
     app = open_page(**given)
     assert shown(app) == "four"
     (warning,) = app.warning
-    assert "names a recorded run that is not there; it can name four, other." in warning.value
-
-
-@pytest.mark.parametrize("step", ["-1", "1e9", "../..", "²"])
-def test_hostile_step_is_one_sentence(step, installed):
-    (warning,) = open_page(step=step).warning
-    assert "is not a whole number; the run plays from its start." in warning.value
+    assert said in warning.value
 
 
 def test_choice_is_kept_in_the_address(installed):
@@ -520,10 +513,10 @@ def test_player_shows_two_runs_at_the_same_step(player):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("step", ["-5", "abc", "1e99", "%00"])
-def test_player_takes_any_step_in_the_address(step, player):
-    player.open("four", query=f"?step={step}")
-    assert player.step() in {"Step 0 of 4", "Step 1 of 4", "Step 4 of 4"}
+def test_player_takes_any_step_in_the_address(player):
+    for step in ("-5", "abc", "1e99", "%00"):
+        player.open("four", query=f"?step={step}")
+        assert player.step() in {"Step 0 of 4", "Step 1 of 4", "Step 4 of 4"}
 
 
 @pytest.mark.browser

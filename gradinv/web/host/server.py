@@ -78,17 +78,12 @@ class Styled:
         cookies = SimpleCookie(headers.get(b"cookie", b"").decode("latin-1"))
         whole = [(name, value) for name, value in scope["headers"] if name != b"range"]
         start, body = await _whole(self._app, {**scope, "headers": whole}, receive)
-        styled = self._styled(body)
+        for end, added in ((b"</head>", self._head), (b"</body>", self._style)):
+            body = body.replace(end, added + end, 1)
+        # Those of the file let browsers keep a document with an older style sheet.
+        kept = [(name, value) for name, value in start["headers"] if name.lower() not in (b"etag", b"last-modified")]
         given = [] if COOKIE in cookies else [(b"set-cookie", _cookie(scope, headers))]
-        # Those of the file say another length, and let browsers keep a document with an older style sheet.
-        stale = (b"content-length", b"etag", b"last-modified")
-        kept = [(name, value) for name, value in start["headers"] if name.lower() not in stale]
-        length = (b"content-length", str(len(styled)).encode())
-        await send({**start, "headers": [*kept, *given, length]})
-        await send({"type": "http.response.body", "body": styled})
-
-    def _styled(self, document: bytes) -> bytes:
-        return document.replace(b"</head>", self._head + b"</head>", 1).replace(b"</body>", self._style + b"</body>", 1)
+        await _answer(send, {**start, "headers": [*kept, *given]}, body)
 
 
 def _cookie(scope: Message, headers: Mapping[bytes, bytes]) -> bytes:
@@ -99,12 +94,8 @@ def _cookie(scope: Message, headers: Mapping[bytes, bytes]) -> bytes:
     return f"{COOKIE}={secrets.token_urlsafe(16)}; Path=/; HttpOnly; {kind}".encode()
 
 
+LEVEL = 6  # of compression; the best, 9, takes three times as long and gives a few percent less
 _prepared: dict[str, bytes] = {}  # by name, which says the content's hash too, what every page needs
-
-
-def _compressed(body: bytes) -> bytes:
-    # A few levels below the best take a third of the time and give a few percent more.
-    return gzip.compress(body, 6)
 
 
 def prepare() -> None:
@@ -113,7 +104,7 @@ def prepare() -> None:
     for name in re.findall(r"\./static/((?:js|css)/[\w.-]+)", document):
         file = _STATIC / "static" / name
         if file.is_file():
-            _prepared[file.name] = _compressed(file.read_bytes())
+            _prepared[file.name] = gzip.compress(file.read_bytes(), LEVEL)
 
 
 class Packed:
@@ -140,19 +131,20 @@ class Packed:
         if path not in self._packed:
             start, body = await _whole(self._app, scope, receive)
             if start["status"] != 200 or len(self._packed) >= self.MOST:
-                await send(start)
-                await send({"type": "http.response.body", "body": body})
+                await _answer(send, start, body)
                 return
-            name = path.rpartition("/")[2]
-            if (small := _prepared.get(name)) is None:
-                small = await asyncio.to_thread(_compressed, body)
-            kept = [(known, value) for known, value in start["headers"] if known.lower() != b"content-length"]
+            if (small := _prepared.get(path.rpartition("/")[2])) is None:
+                small = await asyncio.to_thread(gzip.compress, body, LEVEL)
             told = [(b"content-encoding", b"gzip"), (b"vary", b"accept-encoding")]
-            length = (b"content-length", str(len(small)).encode())
-            self._packed[path] = {**start, "headers": [*kept, *told, length]}, small
-        start, packed = self._packed[path]
-        await send(start)
-        await send({"type": "http.response.body", "body": packed})
+            self._packed[path] = {**start, "headers": [*start["headers"], *told]}, small
+        await _answer(send, *self._packed[path])
+
+
+async def _answer(send: Send, start: Message, body: bytes) -> None:
+    """Send an answer at once, with its length."""
+    kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+    await send({**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def _whole(app: Application, scope: Message, receive: Receive) -> tuple[Message, bytes]:
@@ -193,9 +185,8 @@ class Bounded:
             told = dict(scope["headers"]).get(b"content-length", b"")
             size = int(told) if told.isdigit() else st.get_option("server.maxUploadSize") * 2**20
             if uploads.held() + size > jobs.manager().limits.gradients:
-                kind = [(b"content-type", b"text/plain"), (b"content-length", str(len(self.FULL)).encode())]
-                await send({"type": "http.response.start", "status": 413, "headers": kind})
-                await send({"type": "http.response.body", "body": self.FULL})
+                kind = [(b"content-type", b"text/plain")]
+                await _answer(send, {"type": "http.response.start", "status": 413, "headers": kind}, self.FULL)
                 return
         await self._app(scope, receive, send)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import streamlit as st
@@ -15,36 +15,37 @@ from gradinv.models import Model, load_model
 from gradinv.recovery.final_layer import EXPLAINED
 from gradinv.sources import from_path
 from gradinv.types import GradinvError
-from gradinv.web.parts import head, lessons, markup, shared
-from gradinv.web.parts.gradient import OwnGradient
-from gradinv.web.parts.guard import guarded
-from gradinv.web.parts.lessons import Attack, Candidate, Pool
+from gradinv.web.parts import lessons, markup, shared
+from gradinv.web.parts.elements import guarded, html, lead
+from gradinv.web.parts.lessons import Candidate, Pool
 
 TOP = 3  # pictures that are shown for each of the batch
 AMONG = ("samples", "ImageNet folder")  # as the address says it too
 TICK = 1.0  # seconds between two looks at how far the folder is
 
 
+@guarded()
 def page() -> None:
     """Everything on the page."""
-    with guarded():
-        head.lead(
-            "Who was in the batch?",
-            "An attacker who has a pile of pictures does not have to rebuild anything. It solves the last layer’s "
-            "gradient for what the network sees in each picture of the batch, and looks up which pictures look like "
-            "that to the network.",
-        )
-        choice = lessons.controls()
-        texts = lessons.defences()
-        own = lessons.brought()
-        pool = _pool(choice.network if own is None else own.model)
-        if pool is None:
-            return
-        if own is None:
-            _search(choice, texts, pool)
-        else:
-            _search_own(own, choice.seed, texts, pool)
-        lessons.credits(pool)
+    lead(
+        "Who was in the batch?",
+        "An attacker who has a pile of pictures does not have to rebuild anything. It solves the last layer’s "
+        "gradient for what the network sees in each picture of the batch, and looks up which pictures look like "
+        "that to the network.",
+    )
+    choice = lessons.controls()
+    texts = lessons.defences()
+    brought = lessons.brought()
+    pool = _pool(choice.network if brought is None else brought.model)
+    if pool is None:
+        return
+    if brought is None:
+        _search(choice, texts, pool)
+    else:
+        # Nobody here knows the pictures of this one.
+        given = lessons.of_visitor(brought, shared.model(brought.model))
+        _found(given, texts, choice.seed, pool, None)
+    lessons.credits(pool)
 
 
 def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
@@ -56,23 +57,13 @@ def _search(choice: lessons.Choice, texts: tuple[str, ...], pool: Pool) -> None:
         st.markdown(f"**The client’s batch**: {markup.count(len(places), 'picture')}, which the attack never sees")
         shown = st.toggle("Reveal", False, key="reveal", bind="query-params")
     with st.container(key="strip"):
-        st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
-    found = lessons.attacked(choice.network, pool.name, places, texts, choice.seed, pool)
-    asked = (choice.network, pool.name, places, texts, choice.seed, found.features)
-    _found(network, pool, found, places if shown else None, lambda: lessons.painted(*asked))
+        html(lessons.strip(pool, places, shown))
+    _found(lessons.of_batch(network, pool, places), texts, choice.seed, pool, places if shown else None)
 
 
-def _search_own(own: OwnGradient, seed: int, texts: tuple[str, ...], pool: Pool) -> None:
-    """The same of a gradient that the visitor brought, of which nobody here knows the pictures."""
-    network, observation = shared.model(own.model), own.find(shared.visitor())
-    found = lessons.attacked_own(own.key, own.model, texts, seed, observation)
-    _found(network, pool, found, None, lambda: lessons.painted_own(own.key, own.model, texts, seed, found.features))
-
-
-def _found(
-    network: Model, pool: Pool, found: Attack, places: Sequence[int] | None, paint: Callable[[], tuple[str, ...]]
-) -> None:
+def _found(given: lessons.Given, texts: tuple[str, ...], seed: int, pool: Pool, places: Sequence[int] | None) -> None:
     """What the attack comes to, held against the batch's `places` in the pool where they may be seen."""
+    found = lessons.attacked(given, texts, seed)
     similarity, ranked = (part.tolist() for part in pool.gallery.match(found.features, TOP))
     spent = f"{found.seconds:.1f} s" if found.seconds >= 0.1 else "less than 0.1 s"
     st.header("What the server finds", anchor=False)
@@ -86,7 +77,7 @@ def _found(
         first = lessons.found([row[0] for row in ranked], places)
         told += [("labels right", f"{right} of {len(places)}"), ("pictures found", f"{first} of {len(places)}")]
     with st.container(key="search-facts"):
-        st.markdown(markup.facts(told), unsafe_allow_html=True)
+        html(markup.facts(told))
     st.markdown(trust(found.residual))
     prior = st.toggle(
         "Paint what a learned prior makes of the features",
@@ -95,10 +86,10 @@ def _found(
         bind="query-params",
         help="A network that learned from 100,000 public pictures paints a first guess. The search does without it.",
     )
-    painted = paint() if prior else None
-    names = [network.class_name(label) for label in found.labels.tolist()]
+    painted = lessons.painted(given, texts, seed) if prior else None
+    names = [given.network.class_name(label) for label in found.labels.tolist()]
     with st.container(key="lineup"):
-        st.markdown(lineup(pool, names, ranked, similarity, places, painted), unsafe_allow_html=True)
+        html(lineup(pool, names, ranked, similarity, places, painted))
     st.caption(
         f"For each picture of the batch: the class that was read, and the {TOP} pictures whose features are most "
         f"similar (cosine), the most similar one large. Nothing is optimised in pixels. {pool.counted}"
@@ -134,28 +125,24 @@ def lineup(
         tiles = ""
         for place, value in zip(row, similarities, strict=True):
             title = escape(pool.candidates[place].title)
-            mark = _mark(place in places) if places is not None else ""
+            mark = ""
+            if places is not None:
+                mark = markup.mark(place in places, "was in the batch:", "was not in the batch:")
             tiles += (
                 f'<figure class="gi-tile"><img src="{lessons.thumbnail_of(pool, place)}" alt="Match: {title}" '
                 f'title="{title}"><figcaption>{mark}{value:.3f}</figcaption></figure>'
             )
-        guess = (
-            f'<figure class="gi-tile"><img src="{painted[number - 1]}" alt="Guess of a learned prior: {escape(name)}">'
-            "<figcaption>learned prior</figcaption></figure>"
-            if painted is not None
-            else ""
-        )
+        if painted is not None:
+            tiles += (
+                f'<figure class="gi-tile"><img src="{painted[number - 1]}" alt="Guess of a learned prior: '
+                f'{escape(name)}"><figcaption>learned prior</figcaption></figure>'
+            )
         cards += (
             f'<article class="gi-suspect"><div class="gi-name" role="heading" aria-level="3">'
             f"<small>Picture {number}</small>{escape(name)}</div>"
-            f'<div class="gi-matches">{tiles}{guess}</div></article>'
+            f'<div class="gi-matches">{tiles}</div></article>'
         )
     return f'<div class="gi-lineup">{cards}</div>'
-
-
-def _mark(right: bool) -> str:
-    sign, word, kind = ("✓", "was in the batch:", "right") if right else ("✗", "was not in the batch:", "wrong")
-    return f'<span class="gi-{kind}" role="img" aria-label="{word}">{sign}</span> '
 
 
 # --- the pictures to search
@@ -186,14 +173,14 @@ def _has_folder() -> bool:
 
 
 @st.fragment(run_every=TICK)
+@guarded()
 def _wait(name: str) -> None:
-    with guarded():
-        index = Index.of(name)
-        if index.pool is not None or index.problem:
-            st.rerun()
-        share = index.done / index.total if index.total else 0.0
-        told = f"{index.done:,} of {index.total:,}; this is done once" if index.total else "loading the network"
-        st.markdown(markup.progress(share, "Looking at the folder’s pictures", told), unsafe_allow_html=True)
+    index = Index.of(name)
+    if index.pool is not None or index.problem:
+        st.rerun()
+    share = index.done / index.total if index.total else 0.0
+    told = f"{index.done:,} of {index.total:,}; this is done once" if index.total else "loading the network"
+    html(markup.progress(share, "Looking at the folder’s pictures", told))
 
 
 class Index:

@@ -23,8 +23,8 @@ from gradinv.prior import preview
 from gradinv.recovery.final_layer import recover_features
 from gradinv.recovery.labels import restore_labels
 from gradinv.sources import Credit, find, gallery, pixels_of
-from gradinv.web.parts import head, markup, pick, settings
-from gradinv.web.parts.guard import guarded
+from gradinv.web.parts import markup, pick, settings
+from gradinv.web.parts.elements import chart, guarded, html, lead
 from gradinv.web.parts.markup import Row, Tile
 
 MODEL = "resnet18-tiny"
@@ -193,27 +193,27 @@ def _priors(model: Model, name: str, pixels: Tensor) -> Priors:
     )
 
 
+@guarded()
 def page() -> None:
     """The whole page."""
-    with guarded():
-        head.lead(
-            "How it works",
-            "From a gradient back to the pictures behind it, in six steps. Every picture below was computed on "
-            "this server by the code that runs the attack, from four photographs of the gallery and a small "
-            "trained network. The equations carry the paper’s numbers.",
-        )
-        shown = example()
-        with st.container(key="how-steps"):
-            for number, step in enumerate(STEPS, 1):
-                st.header(f"{number}. {step.title}", anchor=f"step-{number}")
-                picture, words = st.columns([3, 2], gap="large")
-                with picture:
-                    step.draw(shown)
-                with words:
-                    for equation in step.equations:
-                        st.latex(equation)
-                    st.markdown(step.words)
-        _closing(shown)
+    lead(
+        "How it works",
+        "From a gradient back to the pictures behind it, in six steps. Every picture below was computed on "
+        "this server by the code that runs the attack, from four photographs of the gallery and a small "
+        "trained network. The equations carry the paper’s numbers.",
+    )
+    shown = example()
+    with st.container(key="how-steps"):
+        for number, step in enumerate(STEPS, 1):
+            st.header(f"{number}. {step.title}", anchor=f"step-{number}")
+            picture, words = st.columns([3, 2], gap="large")
+            with picture:
+                step.draw(shown)
+            with words:
+                for equation in step.equations:
+                    st.latex(equation)
+                st.markdown(step.words)
+    _closing(shown)
 
 
 def _draw_gradient(shown: Example) -> None:
@@ -287,12 +287,11 @@ def _draw_features(shown: Example) -> None:
 
 
 def _board(rows: Sequence[Row]) -> None:
-    st.markdown(markup.board(rows), unsafe_allow_html=True)
+    html(markup.board(rows))
 
 
 def _chart(figure: go.Figure, name: str, alt: str) -> None:
-    figure.update_layout(margin={"l": 8, "r": 8, "t": 8, "b": 8})
-    st.plotly_chart(figure, key=name, config={"displayModeBar": False}, alt=alt)
+    chart(figure.update_layout(margin=figures.LAYOUT["margin"]), name, alt)
 
 
 def _originals(shown: Example) -> list[Tile]:

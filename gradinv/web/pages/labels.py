@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -14,12 +14,10 @@ from torch import Tensor
 
 from gradinv import metrics
 from gradinv.figures import COLOURS, NEUTRAL
-from gradinv.models import Model
 from gradinv.recovery.labels import METHODS, restore_labels
-from gradinv.types import GradinvError, Observation
-from gradinv.web.parts import head, lessons, markup, shared
-from gradinv.web.parts.gradient import OwnGradient
-from gradinv.web.parts.guard import guarded
+from gradinv.types import GradinvError
+from gradinv.web.parts import lessons, markup, shared
+from gradinv.web.parts.elements import chart, guarded, html, lead
 
 EXPLAINED = {
     "column-minimum": "the classes whose rows go furthest below zero, each once; the rule of the CVPR 2021 paper",
@@ -46,70 +44,52 @@ class Reading:
     method: str = ""
 
 
+@guarded()
 def page() -> None:
     """Everything on the page."""
-    with guarded():
-        head.lead(
-            "Which labels does a gradient give away?",
-            "Before any picture is rebuilt, the gradient of the last layer says which classes are in the batch, "
-            "and how often. Move the sliders: everything here is computed at once, from that one layer.",
+    lead(
+        "Which labels does a gradient give away?",
+        "Before any picture is rebuilt, the gradient of the last layer says which classes are in the batch, "
+        "and how often. Move the sliders: everything here is computed at once, from that one layer.",
+    )
+    choice = lessons.controls()
+    pool = lessons.samples(choice.network)
+    if (brought := lessons.brought()) is not None:
+        st.markdown(
+            f"**{markup.count(brought.batch_size, 'picture')}** in the batch; nobody here knows of which classes."
         )
-        choice = lessons.controls()
-        _lesson(choice, lessons.samples(choice.network))
-
-
-def _lesson(choice: lessons.Choice, pool: lessons.Pool) -> None:
-    if (own := lessons.brought()) is not None:
-        _own(own)
+        _shown(lessons.of_visitor(brought, shared.model(brought.model)), None)
         return
-    network = shared.model(choice.network)
     pool, places = lessons.drawn(pool, choice)
     true = Counter(pool.labels(places).tolist())
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.markdown(f"**{markup.count(len(places), 'picture')} of {_classes(len(true))}** in the batch")
         shown = st.toggle("Show the truth", True, key="truth", bind="query-params")
     with st.container(key="strip"):
-        st.markdown(lessons.strip(pool, places, shown), unsafe_allow_html=True)
-    asked = (choice.network, pool.name, places)
-    observation = lessons.observed_final(network, pool, places)
-    _shown(network, observation, true if shown else None, asked, lambda method: _reading(*asked, method, pool))
+        html(lessons.strip(pool, places, shown))
+    _shown(lessons.of_batch(shared.model(choice.network), pool, places), true if shown else None)
     lessons.credits(pool)
 
 
-def _own(own: OwnGradient) -> None:
-    """The same of a gradient that the visitor brought, of which nobody here knows the truth."""
-    network, observation = shared.model(own.model), own.find(shared.visitor())
-    st.markdown(f"**{markup.count(own.batch_size, 'picture')}** in the batch; nobody here knows of which classes.")
-    asked = (own.model, own.key)
-    _shown(network, observation, None, asked, lambda method: _reading_own(*asked, method, observation))
-
-
-def _shown(
-    network: Model,
-    observation: Observation,
-    told: Mapping[int, int] | None,
-    asked: tuple[object, ...],
-    read: Callable[[str], Reading],
-) -> None:
+def _shown(given: lessons.Given, told: Mapping[int, int] | None) -> None:
     """A gradient as this page looks at it. `told`: how often each class is in the batch, None where that is not to be
-    seen or not known; `asked` tells the gradient from others; `read` gives a method's reading."""
+    seen or not known."""
+    network, observation = given.network, given.final()
     gradient, bias = (observation.gradients[f"{network.final}.{part}"].cpu() for part in ("weight", "bias"))
     names, count = [network.class_name(label) for label in range(len(network.classes))], observation.batch_size
     order = by_minimum(gradient)
     st.header("1. Each class’s minimum", anchor=False)
     left, side = st.columns([5, 3], gap="large")
     with left:
-        st.plotly_chart(
+        chart(
             picture(gradient, names, count, told),
-            key="minima",
-            config={"displayModeBar": False},
-            alt="Heatmap of the final layer’s gradient, classes by features: the rows with the most negative minimum "
+            "minima",
+            "Heatmap of the final layer’s gradient, classes by features: the rows with the most negative minimum "
             "come first, and the minimum of each is marked",
         )
-        st.markdown(
+        html(
             f'<i class="gi-swatch" style="background:{_NEGATIVE}"></i> below zero, '
-            f'<i class="gi-swatch" style="background:{_POSITIVE}"></i> above zero; stronger colours are further off.',
-            unsafe_allow_html=True,
+            f'<i class="gi-swatch" style="background:{_POSITIVE}"></i> above zero; stronger colours are further off.'
         )
     with side:
         st.markdown(
@@ -130,11 +110,10 @@ def _shown(
                 + ("." if len(told) == count else f", which holds {_classes(len(told))}.")
             )
     st.header("2. All classes in that order, and the bias, which counts", anchor=False)
-    st.plotly_chart(
+    chart(
         bars(gradient, bias, names, count, told),
-        key="bars",
-        config={"displayModeBar": False},
-        alt="Bars for all classes: above the minimum of each row of the gradient, below the bias’s gradient times the "
+        "bars",
+        "Bars for all classes: above the minimum of each row of the gradient, below the bias’s gradient times the "
         "batch size",
     )
     st.caption(
@@ -142,28 +121,22 @@ def _shown(
         "what the network believed already. That is how repeated classes are counted."
     )
     st.header("3. What each method reads", anchor=False)
-    _methods(names, told, count, asked, read)
+    _methods(given, names, told, count)
 
 
 def _classes(number: int) -> str:
     return "1 class" if number == 1 else f"{number} classes"
 
 
-def _methods(
-    names: Sequence[str],
-    true: Mapping[int, int] | None,
-    count: int,
-    asked: tuple[object, ...],
-    read: Callable[[str], Reading],
-) -> None:
-    found = {method: read(method) for method in METHODS[1:]}
-    if max(reading.confidence for reading in found.values()) >= SURE or st.session_state.get("auto") == asked:
+def _methods(given: lessons.Given, names: Sequence[str], true: Mapping[int, int] | None, count: int) -> None:
+    found = {method: _reading(given, method) for method in METHODS[1:]}
+    if max(reading.confidence for reading in found.values()) >= SURE or st.session_state.get("auto") == given.key:
         with st.spinner("Auto tests readings"):
-            found = {"auto": read("auto"), **found}
+            found = {"auto": _reading(given, "auto"), **found}
     elif st.button("Let auto correct the readings (up to a minute)", icon=":material/search:", key="auto-ask"):
-        st.session_state.auto = asked
+        st.session_state.auto = given.key
         st.rerun()
-    st.markdown(table(found, names, true, count), unsafe_allow_html=True)
+    html(table(found, names, true, count))
     st.markdown("\n".join(f"- **{method}**: {told}." for method, told in EXPLAINED.items()))
     if auto := found.get("auto"):
         st.markdown(
@@ -178,20 +151,10 @@ def _methods(
         )
 
 
-@shared.kept(st.cache_data, lessons.of_own, max_entries=512, show_spinner=False)
-def _reading(name: str, among: str, places: tuple[int, ...], method: str, _pool: lessons.Pool) -> Reading:
-    network = shared.model(name)
-    return _read(network, lessons.observed_final(network, _pool, places), method)
-
-
-@st.cache_data(max_entries=32, show_spinner=False, scope="session")
-def _reading_own(name: str, key: str, method: str, _observation: Observation) -> Reading:
-    return _read(shared.model(name), _observation, method)
-
-
-def _read(network: Model, observation: Observation, method: str) -> Reading:
+@lessons.kept(st.cache_data, max_entries=512, show_spinner=False)
+def _reading(given: lessons.Given, method: str) -> Reading:
     try:
-        restored = restore_labels(network, observation, method)
+        restored = restore_labels(given.network, given.final(), method)
     except GradinvError as error:
         return Reading({}, 0.0, str(error))
     return Reading(Counter(restored.labels.tolist()), restored.confidence, method=restored.method)
@@ -297,31 +260,25 @@ def table(found: Mapping[str, Reading], names: Sequence[str], true: Mapping[int,
 
     `true`: how often each class is in the batch; None: not to be told. `size`: the pictures of the batch.
     """
-    read = Counter({label: max(one.counts.get(label, 0) for one in found.values()) for one in found.values()
-                    for label in one.counts})  # fmt: skip
-    labels = sorted({*read, *(true or {})}, key=lambda label: (-(true or {}).get(label, 0), -read[label], names[label]))
-    head = "<th>Class</th>" + ("<th>Truth</th>" if true is not None else "")
-    head += "".join(f"<th>{escape(method)}</th>" for method in found)
-    body = ""
-    for label in labels:
-        body += f"<tr><td>{escape(names[label])}</td>"
-        if true is not None:
-            body += f"<td>{true.get(label, 0) or '–'}</td>"
-        body += "".join(_cell(one, label, true) for one in found.values()) + "</tr>"
-    foot = ""
+    there = true or {}
+    read = Counter[int]()
+    for one in found.values():
+        read |= Counter(one.counts)
+    labels = sorted({*read, *there}, key=lambda label: (-there.get(label, 0), -read[label], names[label]))
+    head, foot = ["Class"], []
     if true is not None:
-        rights = "".join(f"<td>{metrics.labels_right(one.counts, true)} of {size}</td>" for one in found.values())
-        foot = f"<tfoot><tr><td>Right</td><td>{size}</td>{rights}</tr></tfoot>"
+        head.append("Truth")
+        foot = ["Right", str(size), *(f"{metrics.labels_right(one.counts, true)} of {size}" for one in found.values())]
+    rows = []
+    for label in labels:
+        own = [] if true is None else [str(true.get(label, 0) or "–")]
+        rows.append([escape(names[label]), *own, *(_cell(one, label, true) for one in found.values())])
     problems = "".join(f"<p>{escape(one.problem)}</p>" for one in found.values() if one.problem)
-    return (
-        '<div class="gi-scroll" tabindex="0" role="region" aria-label="What each method reads">'
-        f'<table class="gi-table gi-readings"><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>'
-        + problems
-    )
+    return markup.table([*head, *found], rows, "gi-readings", foot, "What each method reads") + problems
 
 
 def _cell(reading: Reading, label: int, true: Mapping[int, int] | None) -> str:
-    own = reading.counts.get(label, 0)
-    if true is None or own == true.get(label, 0):
-        return f"<td>{own or '–'}</td>"
-    return f'<td><span class="gi-wrong">{own or "–"} <span role="img" aria-label="wrong">✗</span></span></td>'
+    own = str(reading.counts.get(label, 0) or "–")
+    if true is None or reading.counts.get(label, 0) == true.get(label, 0):
+        return own
+    return f'<span class="gi-wrong">{own} <span role="img" aria-label="wrong">✗</span></span>'

@@ -16,8 +16,8 @@ from gradinv.cli.say import AS_GOOD_AS_EXACT, exact, known, percent
 from gradinv.models import Model
 from gradinv.network import STEM, node_shapes, parts_of, stage_of
 from gradinv.recovery.convolution import Equations
-from gradinv.web.parts import head, lessons, markup, shared
-from gradinv.web.parts.guard import guarded
+from gradinv.web.parts import lessons, markup, shared
+from gradinv.web.parts.elements import chart, guarded, html, lead
 from gradinv.web.parts.lessons import OFF
 from gradinv.web.parts.markup import Row, Tile
 from gradinv.web.parts.ways import Way, way
@@ -43,19 +43,15 @@ class Count:
         return self.equations >= self.unknowns
 
 
+@guarded()
 def page() -> None:
     """Everything on the page."""
-    with guarded():
-        head.lead(
-            "Layer by layer",
-            "Most of what a network computes of a picture can be worked out from the gradient, without any guessing. "
-            "Each layer is a set of equations. As long as there are as many equations as unknown numbers, the "
-            "attacker knows the layer exactly and goes on to the one below.",
-        )
-        _lesson()
-
-
-def _lesson() -> None:
+    lead(
+        "Layer by layer",
+        "Most of what a network computes of a picture can be worked out from the gradient, without any guessing. "
+        "Each layer is a set of equations. As long as there are as many equations as unknown numbers, the "
+        "attacker knows the layer exactly and goes on to the one below.",
+    )
     choice = lessons.controls(MOST, sides=SIDES)
     network = shared.model(choice.network, size=choice.side)
     pool = lessons.samples(choice.network)
@@ -65,23 +61,19 @@ def _lesson() -> None:
     st.header("1. Equations against unknowns", anchor=False)
     left, right = st.columns([5, 3], gap="large")
     with left:
-        st.plotly_chart(
-            against(counts),
-            key="against",
-            config={"displayModeBar": False},
-            alt="By layer, from the output down: the equations and unknowns for each channel, on a logarithmic axis",
-        )
+        told = "By layer, from the output down: the equations and unknowns for each channel, on a logarithmic axis"
+        chart(against(counts), "against", told)
     with right:
         st.markdown(_explained(counts, len(places)))
     with st.expander("The same as a table"):
-        st.markdown(table(counts), unsafe_allow_html=True)
+        html(table(counts))
     st.header("2. Solved, here and now", anchor=False)
-    clean = way(network, pool, places, (), choice.seed)
-    if clean is None:
+    given = lessons.of_batch(network, pool, places)
+    if (clean := way(given, (), choice.seed)) is None:
         return
     _solved(network, pool, places, clean)
     st.header("4. Why noise stops it", anchor=False)
-    _noise(network, pool, places, clean, choice.seed)
+    _noise(given, [count.name for count in counts], clean, choice.seed)
     lessons.credits(pool)
 
 
@@ -170,16 +162,18 @@ def _explained(counts: Sequence[Count], batch_size: int) -> str:
 
 def table(counts: Sequence[Count]) -> str:
     """The count as HTML."""
-    body = "".join(
-        f"<tr><td>{count.name}</td><td>{' × '.join(map(str, count.shape))}</td><td>{count.equations:,}</td>"
-        f"<td>{count.unknowns:,}</td><td>{'enough' if count.enough else 'too few'}</td></tr>"
+    rows = [
+        (
+            count.name,
+            " × ".join(map(str, count.shape)),
+            f"{count.equations:,}",
+            f"{count.unknowns:,}",
+            "enough" if count.enough else "too few",
+        )
         for count in counts
-    )
-    head_row = "".join(f"<th>{name}</th>" for name in ("Layer", "Shape", "Equations", "Unknowns", ""))
-    return (
-        '<div class="gi-scroll" tabindex="0" role="region" aria-label="Equations and unknowns by layer">'
-        f'<table class="gi-table gi-counts"><thead><tr>{head_row}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    ]
+    head = ("Layer", "Shape", "Equations", "Unknowns", "")
+    return markup.table(head, rows, "gi-counts", label="Equations and unknowns by layer")
 
 
 def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way) -> None:
@@ -208,16 +202,15 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
         Row("Recovered", _tiles(seen.found, f"What was recovered of {name} for", titles), "from the gradient alone"),
     ]
     with st.container(key="layer-board"):
-        st.markdown(markup.board(rows), unsafe_allow_html=True)
-        st.markdown(
+        html(markup.board(rows))
+        html(
             markup.facts(
                 [
                     ("known, as the attacker estimates it", known(seen.layer.errors)),
                     ("true error", percent(seen.true)),
                     ("places where the mask is wrong", percent(seen.wrong)),
                 ]
-            ),
-            unsafe_allow_html=True,
+            )
         )
     st.header("3. One mask", anchor=False)
     left, right = st.columns([5, 3], gap="large")
@@ -227,7 +220,7 @@ def _solved(network: Model, pool: lessons.Pool, places: Sequence[int], way: Way)
             Tile(seen.mask[0], "Its mask: bright where the channel is on", "its mask"),
             Tile(seen.own_mask[0], "The true mask", "the true mask"),
         ]
-        st.markdown(markup.board([Row(titles[0], tiles, name)]), unsafe_allow_html=True)
+        html(markup.board([Row(titles[0], tiles, name)]))
     with right:
         st.markdown(
             "Behind each layer stands a **ReLU**, which turns what is negative into 0. Where it gives 0 it is off: "
@@ -245,28 +238,24 @@ def _tiles(uris: Sequence[str], what: str, titles: Sequence[str]) -> list[Tile]:
 # --- noise
 
 
-def _noise(network: Model, pool: lessons.Pool, places: tuple[int, ...], clean: Way, seed: int) -> None:
-    words, chart = st.columns([3, 5], gap="large")
+def _noise(given: lessons.Given, nodes: Sequence[str], clean: Way, seed: int) -> None:
+    words, drawn = st.columns([3, 5], gap="large")
     with words:
-        noise = st.select_slider("Gaussian noise on each number of the gradient, σ", NOISE, OFF, key="noise",
-                                 bind="query-params")  # fmt: skip
+        noise = st.select_slider(
+            "Gaussian noise on each number of the gradient, σ", NOISE, OFF, key="noise", bind="query-params"
+        )
         st.markdown(
             "Noise on the gradient is an error in every equation. Solving a layer enlarges it, and the more so the "
             "fewer equations there are to spare. The error goes along to the next layer, and where the smallest "
             "numbers drown in it, masks go wrong. So noise does not hide a picture evenly: it **takes the lowest "
             "layers first**, and those are the ones that look like the picture."
         )
-        noisy = None if noise == OFF else way(network, pool, places, (f"noise:{noise}",), seed)
+        noisy = None if noise == OFF else way(given, (f"noise:{noise}",), seed)
         if noisy is not None:
             st.markdown(stopped_by(clean, noisy))
-    with chart:
-        nodes = [count.name for count in counted(network, len(places))]
-        st.plotly_chart(
-            errors(nodes, clean, noisy, noise),
-            key="errors",
-            config={"displayModeBar": False},
-            alt="The true error of each layer that was solved, from the output down, without noise and with it",
-        )
+    with drawn:
+        told = "The true error of each layer that was solved, from the output down, without noise and with it"
+        chart(errors(nodes, clean, noisy, noise), "errors", told)
 
 
 def stopped_by(clean: Way, noisy: Way) -> str:

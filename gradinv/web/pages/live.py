@@ -15,9 +15,9 @@ from gradinv.defenses import parse
 from gradinv.metrics import constant_colour, measure
 from gradinv.models import MODELS, Model
 from gradinv.types import GradinvError
-from gradinv.web.parts import command, gradient, head, lessons, markup, pick, settings, shared, showcase, tour
+from gradinv.web.parts import command, gradient, lessons, markup, pick, settings, shared, showcase, tour
+from gradinv.web.parts.elements import chart, guarded, html, lead
 from gradinv.web.parts.gradient import OwnGradient
-from gradinv.web.parts.guard import guarded
 from gradinv.web.parts.inversion import Inversion, Originals
 from gradinv.web.parts.pick import Batch
 from gradinv.web.run import view
@@ -33,26 +33,26 @@ BN_KNOWN = {
 LEARNED = "public pictures of the same kind, from which it learned a prior"
 
 
+@guarded()
 def page() -> None:
     """Everything on the page: a run, or what there is to choose for one.
 
     Each has a place of its own, and the other's is emptied: else parts of the one would stand among those of the other
     as these come, and would be pushed about.
     """
-    with guarded():
-        if job := st.query_params.get("job"):
-            st.empty()
-            with st.container():
-                view.view(job)
-        else:
-            choice = st.container()
-            st.empty()
-            with choice:
-                _set_up()
+    if job := st.query_params.get("job"):
+        st.empty()
+        with st.container():
+            view.view(job)
+    else:
+        choice = st.container()
+        st.empty()
+        with choice:
+            _set_up()
 
 
 def _set_up() -> None:
-    head.lead(
+    lead(
         "What does a shared gradient give away?",
         "In federated learning, a client keeps its pictures and shares only the gradient that they cause. Choose "
         "the pictures, see what the server receives, and watch it turn the gradient back into pictures.",
@@ -124,18 +124,16 @@ def _check(network: Model, batch: Batch | OwnGradient | None, config: AttackConf
         observation = batch.find(shared.visitor())
         with shared.using:
             bn_targets(network, observation, config)
-        check_memory(network, batch.batch_size, config)
-        return
-    if not batch.members:
+    elif not batch.members:
         raise GradinvError("Choose at least one picture.")
-    if batch.problems:
+    elif batch.problems:
         raise GradinvError("Some pictures of the batch cannot be used; remove them first.")
-    if len(batch.members) > len(network.classes):
+    elif len(batch.members) > len(network.classes):
         raise GradinvError(
             f"A batch of {len(batch.members)} pictures has more labels than the {len(network.classes)} classes that "
             "can be restored; choose fewer."
         )
-    check_memory(network, len(batch.members), config)
+    check_memory(network, batch.batch_size, config)
 
 
 def _received(
@@ -153,19 +151,17 @@ def _received(
         st.markdown(f"**The gradient: {count / 1e6:.1f} million numbers**, here the size of each layer’s part")
         for text in texts:
             st.markdown(f":material/shield: {parse(text).note}")
-        st.plotly_chart(
+        chart(
             figures.gradient_norms(preview.norms),
-            key="norms",
-            config={"displayModeBar": False},
-            alt=f"Bar chart of the gradient norm of each of the {len(preview.norms)} layers of {network.name}",
+            "norms",
+            f"Bar chart of the gradient norm of each of the {len(preview.norms)} layers of {network.name}",
         )
     with right:
         read = [network.class_name(label) for label in preview.restored]
         told = preview.method, preview.confidence
         st.markdown("**The labels, read from the last layer**")
         predicted = isinstance(batch, Batch) and any(member.predicted for member in batch.members)
-        table = markup.restored(read, *told) if true is None else markup.labels(true, read, *told, predicted=predicted)
-        st.markdown(table, unsafe_allow_html=True)
+        html(markup.labels(true, read, *told, predicted=predicted))
         if true is not None and len(set(true)) < len(true) and method == "column-minimum":
             st.warning(
                 "Some pictures share a class. Column-minimum restores distinct labels, so at least one will be wrong; "
@@ -204,12 +200,12 @@ def _start_bar(
         if way_back():
             return
         if problem is None and config is not None and batch is not None:
-            size = batch.batch_size if isinstance(batch, OwnGradient) else len(batch.members)
             whose = "a gradient of " if isinstance(batch, OwnGradient) else ""
             with shared.using:
-                told = markup.about(pace.estimate(network, config, size))
+                told = markup.about(pace.estimate(network, config, batch.batch_size))
+            pictures = markup.count(batch.batch_size, "picture")
             st.markdown(
-                f"**{whose}{markup.count(size, 'picture')}** of {network.preprocessing.size} px · {network.name} · "
+                f"**{whose}{pictures}** of {network.preprocessing.size} px · {network.name} · "
                 f"{markup.count(config.seeds, 'seed')} × {markup.count(config.iterations, 'iteration')} · {told}",
                 help="A rough estimate: from the size of the work and how fast this machine is, and from earlier runs. "
                 "More visitors at once take longer.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from html import escape
@@ -16,8 +17,8 @@ from PIL import Image
 from gradinv import figures, metrics
 from gradinv.images import to_grid
 from gradinv.types import GradinvError
-from gradinv.web.parts import guess, head, markup, presenting, shared, solved, tour
-from gradinv.web.parts.guard import guarded
+from gradinv.web.parts import guess, markup, presenting, shared, solved, tour
+from gradinv.web.parts.elements import guarded, lead
 from gradinv.web.parts.showcase import PAIRS, Bundled, library, player
 from gradinv.web.parts.solved import MISFIT
 
@@ -70,26 +71,21 @@ def _facts(run: Bundled) -> tuple[dict[str, Any], list[bytes]]:
 
 def _misfit(run: Bundled) -> dict[str, Any]:
     """By step what the attack itself has to go by, and what that is called; None where it has nothing."""
-    steps = run.recording.steps
-    found: dict[str, dict[int, list[float | None]]] = {column: {step: [] for step in steps} for column in MISFIT}
-    for row in run.recording.curves:
-        for column in MISFIT:
-            if row["step"] in found[column] and column in row:
-                found[column][row["step"]].append(row[column])
-    means = {column: [metrics.mean(own[step]) for step in steps] for column, own in found.items()}
-    # Earlier versions recorded nan where no gradient was matched.
-    known = {c: [v if v is not None and math.isfinite(v) else None for v in own] for c, own in means.items()}
-    column = next((column for column, own in known.items() if any(value is not None for value in own)), "distance")
-    return {"distance": known[column], "measured": MISFIT[column][0]}
+    found: dict[str, list[float | None]] = {}
+    for column in MISFIT:
+        seeds: dict[int, list[float | None]] = defaultdict(list)
+        for row in run.recording.curves:
+            seeds[row["step"]].append(row.get(column))
+        means = [metrics.mean(seeds[step]) for step in run.recording.steps]
+        # Earlier versions recorded nan where no gradient was matched.
+        found[column] = [value if value is not None and math.isfinite(value) else None for value in means]
+    column = next((column for column, own in found.items() if any(value is not None for value in own)), "distance")
+    return {"distance": found[column], "measured": MISFIT[column][0]}
 
 
+@guarded()
 def page() -> None:
     """Everything on the page."""
-    with guarded():
-        _page()
-
-
-def _page() -> None:
     runs = library()
     presented = presenting.on() and not tour.on()  # a tour is presented with its words
     with st.container(key="scripts"):
@@ -99,7 +95,7 @@ def _page() -> None:
         with st.container(horizontal=True, horizontal_alignment="right"):
             presenting.way_out()
         return
-    head.lead(
+    lead(
         "Recorded runs",
         "What attacks rebuilt from shared gradients, step by step. Watch them, or guess what the pictures are "
         "before you see the originals.",
@@ -114,7 +110,8 @@ def _page() -> None:
         _guess()
         return
     run, beside = _asked("run") or next(iter(runs)), _asked("beside")
-    _check_step()
+    if not st.query_params.get("step", "0").isdecimal():
+        st.warning("The step in the address is not a whole number; the run plays from its start.")
     _choice(run, None if beside == run else beside)
     _about(_play(run, beside))
 
@@ -160,12 +157,6 @@ def _asked(parameter: str) -> str | None:
         st.warning(f"The address names a recorded run that is not there; it can name {', '.join(library())}.")
         return None
     return name
-
-
-def _check_step() -> None:
-    step = st.query_params.get("step")
-    if step is not None and not step.isdecimal():
-        st.warning("The step in the address is not a whole number; the run plays from its start.")
 
 
 def _choice(run: str, beside: str | None) -> None:

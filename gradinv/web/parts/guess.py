@@ -14,7 +14,7 @@ from gradinv import figures
 from gradinv.images import to_image
 from gradinv.sources import gallery
 from gradinv.web.parts import markup
-from gradinv.web.parts.guard import guarded
+from gradinv.web.parts.elements import guarded, html
 from gradinv.web.parts.markup import Row, Tile
 
 BLURS = (0.16, 0.1, 0.06, 0.03, 0.0)  # as shares of the picture's side, the first one worth most points
@@ -64,17 +64,17 @@ def new(run: str, count: int) -> Game:
 
 
 @st.fragment
+@guarded()
 def play(run: str, rebuilt: Tensor, originals: Tensor, classes: Sequence[str]) -> None:
     """The game with one run: its rebuilt pictures and their originals (B, 3, S, S) in the same order, and their
     classes."""
-    with guarded():
-        game: Game | None = st.session_state.get("game")
-        if game is None or game.run != run:
-            st.session_state.game = game = new(run, len(classes))
-        if game.at < len(game.places):
-            _question(game, rebuilt, classes)
-        else:
-            _score(game, rebuilt, originals, classes)
+    game: Game | None = st.session_state.get("game")
+    if game is None or game.run != run:
+        st.session_state.game = game = new(run, len(classes))
+    if game.at < len(game.places):
+        _question(game, rebuilt, classes)
+    else:
+        _score(game, rebuilt, originals, classes)
 
 
 def _question(game: Game, rebuilt: Tensor, classes: Sequence[str]) -> None:
@@ -82,10 +82,7 @@ def _question(game: Game, rebuilt: Tensor, classes: Sequence[str]) -> None:
     right = classes[place]
     worth = len(BLURS) - game.level
     said = markup.count(sum(game.points), "point")
-    st.markdown(
-        markup.progress(game.at / len(game.places), f"Picture {game.at + 1} of {len(game.places)}", f"{said} so far"),
-        unsafe_allow_html=True,
-    )
+    html(markup.progress(game.at / len(game.places), f"Picture {game.at + 1} of {len(game.places)}", f"{said} so far"))
     if game.answers:
         before, answer, won = classes[game.places[game.at - 1]], game.answers[-1], game.points[-1]
         told = f"{answer}, {markup.count(won, 'point')}" if won else f"it was {before}, not {answer}"
@@ -94,13 +91,12 @@ def _question(game: Game, rebuilt: Tensor, classes: Sequence[str]) -> None:
     blur = "from the gradient" if game.level == len(BLURS) - 1 else "from the gradient, and blurred for this game"
     with picture, st.container(key="guess-picture"):
         tile = Tile(blurred(rebuilt[place], game.level), f"A rebuilt picture, at level {game.level + 1} of clearness")
-        st.markdown(markup.board([Row("Rebuilt", [tile], blur)]), unsafe_allow_html=True)
+        html(markup.board([Row("Rebuilt", [tile], blur)]))
     with asked:
         st.markdown(f"**What was the client’s picture?** A right answer is worth {markup.count(worth, 'point')} now.")
-        for answer in choices(game.run, place, right, _names(classes)):
-            st.button(
-                answer, key=f"guess-{answer}", width="stretch", on_click=_set, args=(game.answered(answer, right),)
-            )
+        for answer in choices(game.run, place, right, [*classes, *(picture.name for picture in gallery())]):
+            given = game.answered(answer, right)
+            st.button(answer, key=f"guess-{answer}", width="stretch", on_click=_set, args=(given,))
         st.button(
             "Clearer, for a point less",
             key="guess-clearer",
@@ -122,17 +118,12 @@ def _score(game: Game, rebuilt: Tensor, originals: Tensor, classes: Sequence[str
         Tile(uri, f"Rebuilt: {name}", answer, markup.count(points, "point"), answer == name)
         for uri, name, answer, points in own
     ]
-    kept = [
-        Tile(uri, f"Original: {name}", name) for uri, name in zip(figures.tiles(originals[places]), names, strict=True)
-    ]
+    pairs = zip(figures.tiles(originals[places]), names, strict=True)
+    kept = [Tile(uri, f"Original: {name}", name) for uri, name in pairs]
     rows = [Row("Rebuilt", tiles, "and your answer"), Row("Originals", kept, "what the client kept")]
-    st.markdown(markup.board(rows, judged="answered"), unsafe_allow_html=True)
+    html(markup.board(rows, judged="answered"))
     following = new(game.run, len(classes))
     st.button("Play again", key="guess-again", icon=":material/replay:", on_click=_set, args=(following,))
-
-
-def _names(classes: Sequence[str]) -> list[str]:
-    return [*classes, *(picture.name for picture in gallery())]
 
 
 def _set(game: Game) -> None:

@@ -44,9 +44,8 @@ class Originals:
         return len(self.pixels)
 
     @property
-    def values(self) -> int:
-        """Batch size × pixels of an image."""
-        return self.pixels[:, 0].numel()
+    def side(self) -> int:
+        return self.pixels.shape[-1]
 
     def observed(self, model: Model, config: AttackConfig) -> Observation:
         """What the server receives of them, with the BN statistics that the attack assumes to leak."""
@@ -69,11 +68,6 @@ class Shared:
     batch_size: int
     side: int
     find: Callable[[], Observation]
-
-    @property
-    def values(self) -> int:
-        """Batch size × pixels of an image."""
-        return self.batch_size * self.side**2
 
     def observed(self, model: Model, config: AttackConfig) -> Observation:
         """The gradient as it came."""
@@ -212,7 +206,7 @@ class Inversion:
     def cost(self) -> int:
         """Batch size × pixels of an image × iterations that are left × seeds."""
         done = 0 if self.before is None else self.before.state.step
-        return self.client.values * (self.config.iterations - done) * self.config.seeds
+        return self.client.batch_size * self.client.side**2 * (self.config.iterations - done) * self.config.seeds
 
     def check(self) -> None:
         """Raises GradinvError for an empty batch or one without a label for each picture."""
@@ -340,11 +334,11 @@ class _Running:
             self._clock.add(snapshot.seconds, snapshot.step, first)
             self._publish(snapshot)
             if not all(layer.tiles for layer in self._solving.layers):
-                pairs = zip(self._solving.layers, snapshots.recovered.nodes, strict=True)
-                layers = tuple(
-                    layer if layer.tiles else replace(layer, tiles=self._tiles(node)) for layer, node in pairs
-                )
-                self._solving = replace(self._solving, layers=layers)
+                layers = [
+                    layer if layer.tiles else replace(layer, tiles=self._tiles(node))
+                    for layer, node in zip(self._solving.layers, snapshots.recovered.nodes, strict=True)
+                ]
+                self._solving = replace(self._solving, layers=tuple(layers))
             yield snapshot
 
     def _publish(self, snapshot: Snapshot, kept: Kept | None = None) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
+from typing import Any
 
 import streamlit as st
 import torch
 from PIL import Image, ImageOps
-from streamlit.delta_generator import DeltaGenerator
 from torch import Tensor
 
 from gradinv import figures, prior
@@ -31,6 +31,7 @@ from gradinv.sources import SAMPLES, Picture, gallery, pixels_of
 from gradinv.types import GradinvError, Observation
 from gradinv.web.parts import gradient, markup, shared, uploads
 from gradinv.web.parts.gradient import OwnGradient
+from gradinv.web.parts.shared import F
 
 NETWORKS = ("resnet18-tiny", "resnet50-tiny")
 MOST = 20  # pictures in a batch: to solve the features of more takes too long for a lesson
@@ -53,13 +54,8 @@ OFF = "off"
 SHARED = "samples"  # what the pool of the bundled photographs is called
 OWN = "own_pictures"  # in the session, and how the name of a pool begins that holds some
 
-LAYOUT = {
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-    "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0, "title": None},
-}
-"""Of the lessons' figures: they stand on a light and on a dark page alike."""
+LAYOUT = {**figures.LAYOUT, "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0, "title": None}}
+"""Of the lessons' figures."""
 
 
 # --- the pictures
@@ -68,11 +64,6 @@ LAYOUT = {
 def own(pool: str) -> bool:
     """Whether a pool of that name holds a visitor's own pictures."""
     return pool.startswith(OWN)
-
-
-def of_own(name: str, among: str, *_: object) -> bool:
-    """The same of what is asked of a network and a pool."""
-    return own(among)
 
 
 @dataclass(frozen=True)
@@ -270,12 +261,6 @@ def brought() -> OwnGradient | None:
     return held
 
 
-@st.cache_resource(max_entries=8, show_spinner="The server reads the gradient", scope="session")
-def attacked_own(key: str, name: str, texts: tuple[str, ...], seed: int, _observation: Observation) -> Attack:
-    """The attack on a gradient that the visitor brought, behind some defences."""
-    return attack(shared.model(name), defended(_observation, texts, seed))
-
-
 def _with_own(name: str, pool: Pool, sent: Sequence[uploads.Upload]) -> Pool:
     """A pool and some uploads behind it."""
     network = shared.model(name)
@@ -306,26 +291,24 @@ def _shuffle() -> None:
 def defences() -> tuple[str, ...]:
     """The defences that the sliders say, as `defenses.parse_all` reads them. All sliders are in the address."""
     with st.container(key="lesson-defences"):
-        columns = st.columns(len(STRENGTHS))
-        return _chosen({name: (column, OFF, name) for name, column in zip(STRENGTHS, columns, strict=True)}, True)
+        chosen = {}
+        for column, (name, (label, strengths)) in zip(st.columns(len(STRENGTHS)), STRENGTHS.items(), strict=True):
+            chosen[name] = column.select_slider(label, (OFF, *strengths), OFF, key=name, bind="query-params")
+    return _texts(chosen)
 
 
 def other_defences(present: Sequence[str]) -> tuple[str, ...]:
     """As `defences`, one slider below the other, at first the `present` ones; the address does not have them."""
-    strengths = dict(text.split(":", 1) for text in present)
-    places = {name: (st.container(), strengths.get(name, OFF), f"again-{name}") for name in STRENGTHS}
-    return _chosen(places, False)
+    at_first = dict(text.split(":", 1) for text in present)
+    chosen = {}
+    for name, (label, strengths) in STRENGTHS.items():
+        value = at_first.get(name, OFF)
+        chosen[name] = st.select_slider(label, (OFF, *strengths), value, key=f"again-{name}")
+    return _texts(chosen)
 
 
-def _chosen(places: Mapping[str, tuple[DeltaGenerator, str, str]], bound: bool) -> tuple[str, ...]:
-    """Draw the sliders: each one's place, its value at first, and its key."""
-    chosen = []
-    for name, (place, value, key) in places.items():
-        label, strengths = STRENGTHS[name]
-        strength = place.select_slider(label, (OFF, *strengths), value, key=key, bind="query-params" if bound else None)
-        if strength != OFF:
-            chosen.append(f"{name}:{strength}")
-    return tuple(chosen)
+def _texts(chosen: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name}:{strength}" for name, strength in chosen.items() if strength != OFF)
 
 
 def defended_by_address() -> bool:
@@ -344,14 +327,61 @@ def observed_final(network: Model, pool: Pool, places: Sequence[int]) -> Observa
     )
 
 
-@shared.kept(st.cache_resource, of_own, max_entries=2, show_spinner="The client computes its gradient")
-def observed(name: str, among: str, places: tuple[int, ...], _pool: Pool) -> Observation:
-    """What the client shares of a batch: the gradient of all layers. Kept for the last two batches, since it is as
-    large as the network."""
-    network = shared.model(name)
-    pixels = pixels_of([_pool.candidates[place] for place in places], network.preprocessing)
-    with shared.using:
-        return observe(network, pixels, _pool.labels(places))
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The gradient that a lesson is about, of a batch of the pool or brought by the visitor.
+
+    `key` tells it from others, and what comes of a `private` one is kept in the visit only. `final` gives the final
+    layer's gradient, `share` that of all layers; `truth` pixels (B, 3, S, S) in [0, 1] and labels (B,), None where
+    nobody here has them.
+    """
+
+    network: Model
+    key: tuple[object, ...]
+    private: bool
+    final: Callable[[], Observation]
+    share: Callable[[], Observation]
+    truth: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+
+def of_batch(network: Model, pool: Pool, places: tuple[int, ...]) -> Given:
+    """That of a batch of the pool."""
+
+    def truth() -> tuple[Tensor, Tensor]:
+        candidates = [pool.candidates[place] for place in places]
+        return pixels_of(candidates, network.preprocessing), pool.labels(places)
+
+    def share() -> Observation:
+        pixels, labels = truth()
+        with shared.using:
+            return observe(network, pixels, labels)
+
+    key = (network.name, network.preprocessing.size, pool.name, places)
+    return Given(network, key, own(pool.name), partial(observed_final, network, pool, places), share, truth)
+
+
+def of_visitor(brought: OwnGradient, network: Model) -> Given:
+    """One that the visitor brought. Raises GradinvError where it is not held any more."""
+    observation = brought.find(shared.visitor())
+    key = (network.name, network.preprocessing.size, brought.key)
+    return Given(network, key, True, lambda: observation, lambda: observation)
+
+
+def kept(cache: Any, **options: Any) -> Callable[[F], F]:
+    """As `shared.kept`, of a function whose first argument is what is given."""
+    hashed = {Given: lambda given: given.key}
+    return shared.kept(cache, lambda given, *_: given.private, hash_funcs=hashed, **options)
+
+
+def observed(given: Given) -> Observation:
+    """The gradient of all layers."""
+    return given.share() if given.truth is None else _observed(given)
+
+
+@kept(st.cache_resource, max_entries=2, show_spinner="The client computes its gradient")
+def _observed(given: Given) -> Observation:
+    """That of a batch, as large as the network: the last two are kept. One that was brought is held elsewhere."""
+    return given.share()
 
 
 def defended(observation: Observation, texts: Sequence[str], seed: int) -> Observation:
@@ -418,27 +448,16 @@ def readings(network: Model, observation: Observation, scale: float = 1.0) -> di
     }
 
 
-@shared.kept(st.cache_resource, of_own, max_entries=64, show_spinner="The server reads the gradient")
-def attacked(name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _pool: Pool) -> Attack:
-    """The attack on a batch behind some defences, which act on the gradients of all layers together."""
-    network = shared.model(name)
-    if not texts:
-        return attack(network, observed_final(network, _pool, places))
-    return attack(network, defended(observed(name, among, places, _pool), texts, seed))
+@kept(st.cache_resource, max_entries=64, show_spinner="The server reads the gradient")
+def attacked(given: Given, texts: tuple[str, ...], seed: int) -> Attack:
+    """The attack behind some defences, which act on the gradients of all layers together."""
+    return attack(given.network, defended(observed(given), texts, seed) if texts else given.final())
 
 
-@shared.kept(st.cache_data, of_own, max_entries=64, show_spinner=False)
-def painted(
-    name: str, among: str, places: tuple[int, ...], texts: tuple[str, ...], seed: int, _features: Tensor
-) -> tuple[str, ...]:
-    """What a learned prior makes of recovered features (K, D), as data URIs. What comes before tells them apart."""
-    return figures.tiles(prior.preview(shared.model(name), _features))
-
-
-@st.cache_data(max_entries=8, show_spinner=False, scope="session")
-def painted_own(key: str, name: str, texts: tuple[str, ...], seed: int, _features: Tensor) -> tuple[str, ...]:
-    """The same of a gradient that the visitor brought."""
-    return figures.tiles(prior.preview(shared.model(name), _features))
+@kept(st.cache_data, max_entries=64, show_spinner=False)
+def painted(given: Given, texts: tuple[str, ...], seed: int) -> tuple[str, ...]:
+    """What a learned prior makes of the features that the attack recovers behind the defences, as data URIs."""
+    return figures.tiles(prior.preview(given.network, attacked(given, texts, seed).features))
 
 
 def found(first: Sequence[int], places: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -128,14 +128,14 @@ def _tile(tile: Tile, judged: str) -> str:
     caption = ""
     if tile.caption or tile.note:
         note = f"<small>{escape(tile.note)}</small>" if tile.note else ""
-        caption = f"<figcaption>{_mark(tile.mark, judged)}{escape(tile.caption)}{note}</figcaption>"
+        marked = "" if tile.mark is None else mark(tile.mark, f"{judged} correctly:", f"{judged} wrongly:")
+        caption = f"<figcaption>{marked}{escape(tile.caption)}{note}</figcaption>"
     return f'<figure class="gi-tile">{picture}{caption}</figure>'
 
 
-def _mark(right: bool | None, judged: str = "restored") -> str:
-    if right is None:
-        return ""
-    sign, word, kind = ("✓", f"{judged} correctly:", "right") if right else ("✗", f"{judged} wrongly:", "wrong")
+def mark(right: bool, yes: str = "restored correctly:", no: str = "restored wrongly:") -> str:
+    """A check or a cross, with the words that say which to those who hear it."""
+    sign, word, kind = ("✓", yes, "right") if right else ("✗", no, "wrong")
     return f'<span class="gi-{kind}" role="img" aria-label="{word}">{sign}</span> '
 
 
@@ -150,32 +150,17 @@ def card(uri: str, alt: str, caption: str, credit: Credit | None, origin: str) -
 
 def credit_line(credit: Credit) -> str:
     """Author, licence with its link, and whether the picture was cropped."""
-    author = _link(credit.source, credit.author)
-    changed = ", cropped" if "crop" in credit.changes else ""
-    return f"{author}, {_link(credit.licence_url, credit.licence)}{changed}"
-
-
-def plain(text: str) -> str:
-    """A text as Markdown shows it letter by letter."""
-    return re.sub(r"([\\`*_\[\]<>$~|&]|:(?=\w)|^[#+-])", r"\\\1", text)
+    return _credited(credit, _link)
 
 
 def credit_words(credit: Credit) -> str:
     """As `credit_line`, in Markdown."""
+    return _credited(credit, _words)
+
+
+def _credited(credit: Credit, link: Callable[[str | None, str], str]) -> str:
     changed = ", cropped" if "crop" in credit.changes else ""
-    return f"{_words(credit.source, credit.author)}, {_words(credit.licence_url, credit.licence)}{changed}"
-
-
-def _words(address: str | None, text: str) -> str:
-    if address is None or not address.startswith("https://"):
-        return plain(text)
-    return f"[{plain(text)}](<{address}>)"
-
-
-def credits(pictures: Iterable[tuple[str, Credit]]) -> str:
-    """A list of all authors and licences."""
-    lines = "".join(f"<li>{escape(title)}: {credit_line(credit)}</li>" for title, credit in pictures)
-    return f'<ul class="gi-credits">{lines}</ul>'
+    return f"{link(credit.source, credit.author)}, {link(credit.licence_url, credit.licence)}{changed}"
 
 
 def _link(address: str | None, text: str) -> str:
@@ -184,43 +169,65 @@ def _link(address: str | None, text: str) -> str:
     return f'<a href="{escape(address)}" target="_blank" rel="noopener">{escape(text)}</a>'
 
 
+def _words(address: str | None, text: str) -> str:
+    if address is None or not address.startswith("https://"):
+        return plain(text)
+    return f"[{plain(text)}](<{address}>)"
+
+
+def plain(text: str) -> str:
+    """A text as Markdown shows it letter by letter."""
+    return re.sub(r"([\\`*_\[\]<>$~|&]|:(?=\w)|^[#+-])", r"\\\1", text)
+
+
+def credits(pictures: Iterable[tuple[str, Credit]]) -> str:
+    """A list of all authors and licences."""
+    lines = "".join(f"<li>{escape(title)}: {credit_line(credit)}</li>" for title, credit in pictures)
+    return f'<ul class="gi-credits">{lines}</ul>'
+
+
+def table(
+    head: str | Sequence[str], rows: Iterable[Sequence[str]], kind: str = "", foot: Sequence[str] = (), label: str = ""
+) -> str:
+    """A table whose cells are HTML. `head` are its columns' names, or its rows as HTML; the `label` names one that
+    scrolls for those who hear it."""
+
+    def row(cells: Iterable[str], tag: str = "td") -> str:
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+    top = head if isinstance(head, str) else row(map(explained, head), "th")
+    body = "".join(map(row, rows))
+    region = f' tabindex="0" role="region" aria-label="{label}"' if label else ""
+    return (
+        f'<div class="gi-scroll"{region}><table class="gi-table{kind and f" {kind}"}"><thead>{top}</thead>'
+        f"<tbody>{body}</tbody>{f'<tfoot>{row(foot)}</tfoot>' if foot else ''}</table></div>"
+    )
+
+
 def labels(
-    true: Sequence[str], restored: Sequence[str], method: str, confidence: float, *, predicted: bool = False
+    true: Sequence[str] | None, restored: Sequence[str], method: str, confidence: float, *, predicted: bool = False
 ) -> str:
     """Each true class beside what was restored, wrong ones last: the pairing that restoration itself allows.
 
-    Below them what read the labels, and what share of certainty in [0, 1] it claims. predicted: whether some classes
-    are only what the network took a picture for.
+    Below them what read the labels, and what share of certainty in [0, 1] it claims. `predicted`: whether some classes
+    are only what the network took a picture for. Where nobody knows the true ones, the restored ones alone.
     """
-    left, found, body = list(restored), 0, ""
+    read = "read from the gradient alone, before any picture is rebuilt. "
+    read += f"Read by {escape(method)}, which is {100 * confidence:.0f} % sure of them."
+    if true is None:
+        numbered = [(str(place), escape(name)) for place, name in enumerate(restored, 1)]
+        return f"{table(('Picture', 'Restored'), numbered)}<p>{count(len(restored), 'label')} {read}</p>"
+    left, missed, rows = list(restored), [], []
     for name in true:
         if name in left:
             left.remove(name)
-            found += 1
-            body += f"<tr><td>{escape(name)}</td><td>{_mark(True)}{escape(name)}</td></tr>"
-    missed = list(true)
-    for name in restored:
-        if name in missed:
-            missed.remove(name)
-    for name, wrong in zip(missed, left, strict=True):
-        body += f"<tr><td>{escape(name)}</td><td>{_mark(False)}{escape(wrong)}</td></tr>"
-    verdict = f"{found} of {len(true)} labels read from the gradient alone, before any picture is rebuilt."
-    verdict += f" Read by {escape(method)}, which is {100 * confidence:.0f} % sure of them."
-    return (
-        f'<div class="gi-scroll"><table class="gi-table"><thead><tr><th>{"Label given" if predicted else "True class"}'
-        f"</th><th>Restored</th></tr></thead><tbody>{body}</tbody></table></div><p>{verdict}</p>"
-    )
-
-
-def restored(names: Sequence[str], method: str, confidence: float) -> str:
-    """The classes that were restored where nobody knows the true ones; below them what read them, as in `labels`."""
-    body = "".join(f"<tr><td>{place}</td><td>{escape(name)}</td></tr>" for place, name in enumerate(names, 1))
-    verdict = f"{count(len(names), 'label')} read from the gradient alone, before any picture is rebuilt."
-    verdict += f" Read by {escape(method)}, which is {100 * confidence:.0f} % sure of them."
-    return (
-        '<div class="gi-scroll"><table class="gi-table"><thead><tr><th>Picture</th><th>Restored</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div><p>{verdict}</p>"
-    )
+            rows.append((escape(name), mark(True) + escape(name)))
+        else:
+            missed.append(name)
+    found = len(rows)
+    rows += [(escape(name), mark(False) + escape(wrong)) for name, wrong in zip(missed, left, strict=True)]
+    head = ("Label given" if predicted else "True class", "Restored")
+    return f"{table(head, rows)}<p>{found} of {len(true)} labels {read}</p>"
 
 
 def knowledge(more: Iterable[str] = ()) -> str:
@@ -241,18 +248,10 @@ def knowledge(more: Iterable[str] = ()) -> str:
 def results(rows: Sequence[Sequence[str]], mean: Sequence[str], kinds: Sequence[str]) -> str:
     """The final table: per picture class, restored label, PSNR and SSIM of each of the `kinds` and of the baseline."""
     under = "".join(f"<th>{explained(kind)}</th>" for kind in (*kinds, "constant colour"))
-    head = (
-        '<thead><tr><th rowspan="2">Class</th><th rowspan="2">Restored label</th>'
-        f'<th colspan="{len(kinds) + 1}">{explained("PSNR in dB")}</th>'
-        f'<th colspan="{len(kinds) + 1}">{explained("SSIM")}</th></tr>'
-        f"<tr>{under}{under}</tr></thead>"
-    )
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    foot = "<tfoot><tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in mean) + "</tr></tfoot>"
-    return (
-        f'<div class="gi-scroll" tabindex="0" role="region" aria-label="Final numbers">'
-        f'<table class="gi-table gi-numbers">{head}<tbody>{body}</tbody>{foot}</table></div>'
-    )
+    wide = "".join(f'<th colspan="{len(kinds) + 1}">{explained(name)}</th>' for name in ("PSNR in dB", "SSIM"))
+    head = f'<tr><th rowspan="2">Class</th><th rowspan="2">Restored label</th>{wide}</tr><tr>{under}{under}</tr>'
+    escaped = [[escape(cell) for cell in row] for row in rows]
+    return table(head, escaped, "gi-numbers", [escape(cell) for cell in mean], "Final numbers")
 
 
 def number(value: float, digits: int = 2) -> str:

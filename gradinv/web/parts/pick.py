@@ -7,7 +7,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import streamlit as st
 from torch import Tensor
@@ -17,6 +17,7 @@ from gradinv.models import Model
 from gradinv.sources import Credit, Picture, draw, find, gallery, known, search
 from gradinv.types import GradinvError
 from gradinv.web.parts import gradient, markup, shared, uploads
+from gradinv.web.parts.elements import html
 from gradinv.web.parts.gradient import OwnGradient
 
 Source = Literal["gallery", "folder", "samples", "upload", "gradient"]
@@ -65,13 +66,18 @@ class Batch:
     members: tuple[Member, ...]
     problems: tuple[str, ...]
 
+    @property
+    def batch_size(self) -> int:
+        return len(self.members)
+
 
 def chosen() -> list[Chosen]:
     """This visitor's choice, at first the pictures that the address names, else four that show well."""
     if "batch" not in st.session_state:
         keys = st.query_params.get("pictures", ".".join(FIRST)).split(".")
         pictures = {picture.key: picture for picture in gallery()}
-        st.session_state.batch = [_of_gallery(pictures[key]) for key in dict.fromkeys(keys) if key in pictures]
+        known = [pictures[key] for key in dict.fromkeys(keys) if key in pictures]
+        st.session_state.batch = [Chosen("gallery", picture.key, picture) for picture in known]
     batch: list[Chosen] = st.session_state.batch
     return batch
 
@@ -84,13 +90,9 @@ def begun() -> bool:
 def choose(batch: Sequence[Chosen]) -> None:
     """Make this the batch, and name its gallery pictures in the address."""
     if len(batch) > LARGEST:
-        st.session_state.notice = f"A batch takes at most {LARGEST} pictures here; the others were left out."
+        st.session_state.notice = [f"A batch takes at most {LARGEST} pictures here; the others were left out."]
     st.session_state.batch = list(batch[:LARGEST])
     st.query_params["pictures"] = ".".join(item.id for item in st.session_state.batch if item.source == "gallery")
-
-
-def _of_gallery(picture: Picture) -> Chosen:
-    return Chosen("gallery", picture.key, picture)
 
 
 def batch(network: Model) -> Batch:
@@ -147,7 +149,8 @@ def panel(network: Model, visitor: str) -> Batch | OwnGradient | None:
     with st.container(key="sources"):
         source = st.segmented_control(
             "Take the batch from",
-            [source for source in SOURCES if source != "folder" or _has_folder()],
+            # What may be wrong with a folder in ImageNet layout is said where it is chosen.
+            [source for source in SOURCES if source != "folder" or os.environ.get("GRADINV_IMAGENET")],
             format_func=SOURCES.__getitem__,
             default="gradient" if shares() else "gallery",
             required=True,
@@ -165,33 +168,29 @@ def panel(network: Model, visitor: str) -> Batch | OwnGradient | None:
     return found
 
 
-def _has_folder() -> bool:
-    """Whether a folder in ImageNet layout is named; what may be wrong with it is said where it is chosen."""
-    return bool(os.environ.get("GRADINV_IMAGENET"))
-
-
 def _strip(network: Model) -> Batch:
     found = batch(network)
     for problem in found.problems:
         st.warning(markup.plain(problem))
-    if len(found.members) + len(found.problems) == 0:
+    items = chosen()
+    if not items:
         st.info("The batch is empty. Choose pictures below, or draw some at random.")
     with st.container(horizontal=True, key="batch-strip", gap="small"):
         for member in found.members:
             _card(member, network)
+
+    def keep(label: str, kept: list[Chosen], **more: Any) -> None:
+        st.button(label, on_click=choose, args=(kept,), **more)
+
     with st.container(horizontal=True, key="strip-tools"):
-        if len(chosen()) > 1:
-            st.button(
-                "Remove all", key="remove-all", type="tertiary", icon=":material/delete:", on_click=choose, args=([],)
-            )
-        own = [item for item in chosen() if item.source == "upload"]
-        if own and len(own) < len(chosen()):
-            st.button(
-                "Only my uploads", key="only-uploads", type="tertiary", icon=":material/filter_alt:", on_click=choose,
-                args=(own,),
-            )  # fmt: skip
+        if len(items) > 1:
+            keep("Remove all", [], key="remove-all", type="tertiary", icon=":material/delete:")
+        own = [item for item in items if item.source == "upload"]
+        if own and len(own) < len(items):
+            keep("Only my uploads", own, key="only-uploads", type="tertiary", icon=":material/filter_alt:")
     if found.problems:
-        st.button("Remove what cannot be used", on_click=_keep_only, args=([m.chosen.id for m in found.members],))
+        usable = {member.chosen.id for member in found.members}
+        keep("Remove what cannot be used", [item for item in items if item.id in usable])
     return found
 
 
@@ -199,15 +198,14 @@ def _card(member: Member, network: Model) -> None:
     item = member.chosen
     with st.container(width=148, gap="xxsmall", key=f"card-{item.id}"):
         uri = shared.thumbnail(item.source, item.id, item.picture)
-        st.markdown(
+        html(
             markup.card(
                 uri,
                 f"Picture of the batch: {item.picture.title}",
                 f"predicted: {member.name}" if member.predicted else member.name,
                 member.credit,
                 "your upload" if item.source == "upload" else SOURCES[item.source],
-            ),
-            unsafe_allow_html=True,
+            )
         )
         if item.picture.wnid is None:
             st.selectbox(
@@ -234,14 +232,9 @@ def _remove(identity: str) -> None:
     choose([item for item in chosen() if item.id != identity])
 
 
-def _keep_only(identities: Sequence[str]) -> None:
-    choose([item for item in chosen() if item.id in identities])
-
-
 def _notice() -> None:
-    """What came of the last choice, where it was made: the batch above may be out of sight. Several are a list."""
-    told = st.session_state.pop("notice", None) or []
-    uploads.tell([told] if isinstance(told, str) else told)
+    """What came of the last choice, where it was made: the batch above may be out of sight."""
+    uploads.tell(st.session_state.pop("notice", []))
 
 
 def _draw_row(label: str, drawing: Callable[[int, int], tuple[list[Picture], str | None]], source: Source) -> None:
@@ -257,24 +250,22 @@ def _draw(drawing: Callable[[int, int], tuple[list[Picture], str | None]], sourc
     try:
         pictures, warning = drawing(st.session_state.draw_size, secrets.randbits(32))
     except GradinvError as error:
-        st.session_state.notice = str(error)
+        st.session_state.notice = [str(error)]
         return
     if warning:
-        st.session_state.notice = warning
+        st.session_state.notice = [warning]
     choose([Chosen(source, picture.key, picture) for picture in pictures])
 
 
 def _grid(pictures: Sequence[Picture], source: Source, label: str, key: str) -> None:
     """Thumbnails to pick from; a picked one is in the batch, wherever else it is shown."""
-    thumbnails, problems = {}, []
+    thumbnails = {}
     for picture in pictures:
         try:
             thumbnails[picture.key] = shared.thumbnail(source, picture.key, picture)
         except GradinvError as error:
-            problems.append(str(error))
+            st.warning(markup.plain(str(error)))
     by_key = {picture.key: picture for picture in pictures if picture.key in thumbnails}
-    for problem in problems:
-        st.warning(markup.plain(problem))
     st.session_state[key] = [item.id for item in chosen() if item.source == source and item.id in by_key]
 
     named = Counter(picture.name for picture in by_key.values())
@@ -377,7 +368,7 @@ def _add(picture: Picture) -> None:
         with st.spinner("Fetching the picture"):
             picture.open()
     except GradinvError as error:
-        st.session_state.notice = str(error)
+        st.session_state.notice = [str(error)]
         return
     if all(item.id != picture.key for item in chosen()):
         choose([*chosen(), Chosen("samples", picture.key, picture)])

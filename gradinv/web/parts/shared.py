@@ -90,14 +90,13 @@ def model(name: str, user: User = "page", size: int | None = None) -> Model:
 
 def warm(name: str) -> None:
     """Load the worker's model while the visitor still chooses, so that the first picture comes sooner."""
+
+    def load() -> None:
+        with contextlib.suppress(GradinvError):  # the job that needs it says so
+            model(name, "worker")
+
     if ("worker", name) not in _models:
-        threading.Thread(target=_load_quietly, args=(name,), name="gradinv-warm", daemon=True).start()
-
-
-def _load_quietly(name: str) -> None:
-    # Where it cannot be loaded, the job that needs it says so.
-    with contextlib.suppress(GradinvError):
-        model(name, "worker")
+        threading.Thread(target=load, name="gradinv-warm", daemon=True).start()
 
 
 def at_hand(name: str) -> bool:

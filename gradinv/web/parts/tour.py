@@ -14,6 +14,7 @@ from html import escape
 import streamlit as st
 
 from gradinv.web.parts import markup, presenting
+from gradinv.web.parts.elements import html
 from gradinv.web.parts.lessons import OFF
 
 PARAMETER, ON = "tour", "touring"  # in the address, and in the session
@@ -129,7 +130,7 @@ def banner(pages: Sequence[st.Page], page: st.Page) -> None:
     if page.title == OWN.page and "job" in st.query_params:
         step = OWN
     with st.container(horizontal=True, vertical_alignment="center", key="tour-bar"):
-        st.markdown(_place(number, step.title), unsafe_allow_html=True)
+        html(_place(number, step.title))
         if step is not OWN:  # whose page has a button for it
             st.button(
                 "Leave the presentation" if presenting.on() else "Present",

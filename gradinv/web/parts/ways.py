@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import streamlit as st
 import torch
@@ -16,15 +15,12 @@ from torch import Tensor
 
 from gradinv import figures, metrics, pace
 from gradinv.attack.inversion import invert
-from gradinv.client import observe
 from gradinv.config import AttackConfig
 from gradinv.models import Model
 from gradinv.network import Segment, parts_of
 from gradinv.recovery.recover import recover
-from gradinv.sources import pixels_of
-from gradinv.types import Observation, Recovered, Snapshot, SolvedNode
+from gradinv.types import Observation, Recovered, SolvedNode
 from gradinv.web.parts import lessons, markup, shared, solved
-from gradinv.web.parts.gradient import OwnGradient
 from gradinv.web.parts.inversion import Layer, Solving
 
 SEARCH = 100  # iterations of the search for pixels, where there is one
@@ -83,57 +79,27 @@ _guard = threading.Lock()
 _solving = threading.Lock()
 
 
-def way(
-    network: Model,
-    pool: lessons.Pool,
-    places: tuple[int, ...],
-    texts: tuple[str, ...],
-    seed: int,
-    search: bool = False,
-) -> Way | None:
-    """Solve the batch's gradient behind some defences, or take it from what was solved, and where that is asked for
-    `search` for pixels below. None as long as the visitor has not asked for what takes long."""
-
-    def solve(progress: Callable[[SolvedNode], None]) -> Way:
-        candidates = [pool.candidates[place] for place in places]
-        return attack(network, candidates, pool.labels(places), texts, seed, search=search, progress=progress)
-
-    key = (network.name, network.preprocessing.size, pool.name, places, texts, seed, search)
-    return _kept(key, lessons.own(pool.name), network, len(places), texts, solve)
-
-
-def way_of(own: OwnGradient, network: Model, texts: tuple[str, ...], seed: int) -> Way | None:
-    """The same of a gradient that the visitor brought, and always with a search."""
-    observation = own.find(shared.visitor())
-    key = (network.name, network.preprocessing.size, own.key, (), texts, seed, True)
-    return _kept(key, True, network, own.batch_size, texts, partial(blind, network, observation, texts, seed))
-
-
-def _kept(
-    key: tuple[object, ...],
-    private: bool,
-    network: Model,
-    batch_size: int,
-    texts: tuple[str, ...],
-    solve: Callable[[Callable[[SolvedNode], None]], Way],
-) -> Way | None:
-    """What `solve` gives, or gave before; what is `private` is kept in the visit only."""
-    kept = st.session_state.setdefault("own_ways", OrderedDict()) if private else _ways
+def way(given: lessons.Given, texts: tuple[str, ...], seed: int, search: bool = False) -> Way | None:
+    """Solve the gradient behind some defences, or take it from what was solved, and where that is asked for `search`
+    for pixels below. None as long as the visitor has not asked for what takes long."""
+    # What comes of a visitor's own is kept in the visit only.
+    kept = st.session_state.setdefault("own_ways", OrderedDict()) if given.private else _ways
+    key = (*given.key, texts, seed, search)
     with _guard:
         if key in kept:
             kept.move_to_end(key)
-            found: Way = kept[key]
-            return found
+            known: Way = kept[key]
+            return known
+    batch_size = given.final().batch_size
     with shared.using:
-        expected = pace.solving(network, batch_size)
-    asked = st.session_state.get("solve")
-    if expected > AT_ONCE and asked != key[:4]:
+        expected = pace.solving(given.network, batch_size)
+    if expected > AT_ONCE and st.session_state.get("solve") != given.key:
         st.info(f"Solving this takes {markup.about(expected)}.")
         if not st.button("Solve the layers", type="primary", icon=":material/play_arrow:", key=f"solve-{len(texts)}"):
             return None
-        st.session_state.solve = key[:4]
+        st.session_state.solve = given.key
     told = st.empty()
-    nodes = len(parts_of(network.network).nodes) - 1
+    nodes = len(parts_of(given.network.network).nodes) - 1
     told.markdown(markup.progress(0, "Solving the layers", "waiting for its turn"), unsafe_allow_html=True)
     done = 0
 
@@ -144,9 +110,10 @@ def _kept(
         told.markdown(shown, unsafe_allow_html=True)
 
     with _solving:  # one visitor after the other: each takes all of the machine
-        found = solve(progress)
+        truth = given.truth and given.truth()
+        found = attack(given.network, lessons.observed(given), texts, seed, truth, search=search, progress=progress)
     if found.layers:
-        pace.solved(network, batch_size, found.seconds)
+        pace.solved(given.network, batch_size, found.seconds)
     told.empty()
     with _guard:
         kept[key] = found
@@ -157,73 +124,48 @@ def _kept(
 
 def attack(
     network: Model,
-    candidates: Sequence[lessons.Candidate],
-    labels: Tensor,
+    observation: Observation,
     texts: Sequence[str],
     seed: int,
+    truth: tuple[Tensor, Tensor] | None = None,
     *,
     search: bool = False,
     progress: Callable[[SolvedNode], None] | None = None,
 ) -> Way:
-    """Share the gradient of some pictures behind some defences, and solve it as far as it goes."""
-    pixels = pixels_of(candidates, network.preprocessing)
-    with shared.using:
-        observation = observe(network, pixels, labels)
-    observation, config, found = _solve(network, observation, texts, seed, progress)
-    layers: tuple[Seen, ...] = ()
-    if names := [node.name for node in found.nodes]:
-        with torch.no_grad(), shared.using:
-            true = Segment(network.network, names[0], names)(network.preprocessing.normalise(pixels.to(network.device)))
-        order, _ = metrics.aligned(found.nodes[0].activation, true[names[0]].relu())
-        layers = tuple(_seen(node, node.activation[order], true[node.name].relu()) for node in found.nodes)
-    seconds = sum(node.seconds for node in found.nodes)
-    if not search:
-        return Way(layers, found.stopped, seconds)
-    last = _search(network, observation, config, found)
-    rebuilt = last.consensus[metrics.pair(last.consensus, last.labels, pixels, labels.tolist())]
-    quality, baseline = (
-        tuple(metrics.psnr(images, pixels).tolist()) for images in (rebuilt, metrics.constant_colour(pixels))
-    )
-    return Way(layers, found.stopped, seconds, figures.tiles(rebuilt), quality, baseline)
-
-
-def blind(
-    network: Model,
-    observation: Observation,
-    texts: Sequence[str],
-    seed: int,
-    progress: Callable[[SolvedNode], None] | None = None,
-) -> Way:
-    """Solve a gradient of which nobody has the pictures, behind some defences, and search for pixels below."""
-    observation, config, found = _solve(network, observation, texts, seed, progress)
-    layers = tuple(Seen(Layer.of(node)) for node in found.nodes)
-    last = _search(network, observation, config, found)
-    classes = tuple(network.class_name(label) for label in last.labels)
-    seconds = sum(node.seconds for node in found.nodes)
-    return Way(layers, found.stopped, seconds, figures.tiles(last.consensus), classes=classes)
-
-
-def _solve(
-    network: Model,
-    observation: Observation,
-    texts: Sequence[str],
-    seed: int,
-    progress: Callable[[SolvedNode], None] | None,
-) -> tuple[Observation, AttackConfig, Recovered]:
-    """The gradient behind some defences, the attack on it, and what is solved."""
+    """Solve a gradient behind some defences as far as it goes, and hold it against the `truth`, pixels (B, 3, S, S) in
+    [0, 1] and labels (B,), where somebody has it."""
     observation = lessons.defended(observation, texts, seed)
     # Behind a defence, testing corrections of the labels takes long and finds nothing.
     read = "ilrg" if texts else "auto"
     config = AttackConfig.preset("demo", network.name, labels=read, seeds=1, iterations=SEARCH)
-    return observation, config, recover(network, observation, config, progress=progress)
-
-
-def _search(network: Model, observation: Observation, config: AttackConfig, found: Recovered) -> Snapshot:
-    """Where a search for pixels below what was solved ends."""
+    found = recover(network, observation, config, progress=progress)
+    layers = _beside(network, found, truth[0]) if truth else tuple(Seen(Layer.of(node)) for node in found.nodes)
+    way = Way(layers, found.stopped, sum(node.seconds for node in found.nodes))
+    if not search:
+        return way
     # A network of its own: hooks on one hear every thread that runs it, and this takes long.
     own = replace(network, network=copy.deepcopy(network.network))
     *_, last = invert(own, observation, config, recovered=found)
-    return last
+    if truth is None:
+        classes = tuple(network.class_name(label) for label in last.labels)
+        return replace(way, rebuilt=figures.tiles(last.consensus), classes=classes)
+    pixels, labels = truth
+    rebuilt = last.consensus[metrics.pair(last.consensus, last.labels, pixels, labels.tolist())]
+    quality, baseline = (
+        tuple(metrics.psnr(images, pixels).tolist()) for images in (rebuilt, metrics.constant_colour(pixels))
+    )
+    return replace(way, rebuilt=figures.tiles(rebuilt), psnr=quality, baseline=baseline)
+
+
+def _beside(network: Model, found: Recovered, pixels: Tensor) -> tuple[Seen, ...]:
+    """The solved layers beside those of the pictures."""
+    if not found.nodes:
+        return ()
+    names = [node.name for node in found.nodes]
+    with torch.no_grad(), shared.using:
+        true = Segment(network.network, names[0], names)(network.preprocessing.normalise(pixels.to(network.device)))
+    order, _ = metrics.aligned(found.nodes[0].activation, true[names[0]].relu())
+    return tuple(_seen(node, node.activation[order], true[node.name].relu()) for node in found.nodes)
 
 
 def _seen(node: SolvedNode, found: Tensor, true: Tensor) -> Seen:

@@ -9,11 +9,11 @@ from typing import TypeVar
 import streamlit as st
 
 from gradinv.cli import say
-from gradinv.jobs import JobState
 from gradinv.web.parts import markup, presenting, solved
-from gradinv.web.parts.inversion import Inversion, Layer, Pictures, Progress, Solving
+from gradinv.web.parts.elements import html
+from gradinv.web.parts.inversion import Layer, Pictures
 from gradinv.web.parts.markup import Row, Tile
-from gradinv.web.run.facts import Facts, size_of, work_of
+from gradinv.web.run.facts import Run
 
 T = TypeVar("T")
 
@@ -31,17 +31,17 @@ PSNR_ALT = {
 }
 
 
-def ladder(work: Inversion, solving: Solving | None) -> None:
+def ladder(run: Run) -> None:
     """What is solved before the pixels, where that is asked for. Its place is kept before it is there."""
-    if work.config.needs_layers:
+    if run.work.config.needs_layers:
         with st.container(key="solved"):
-            st.markdown(solved.ladder(solving) if solving is not None else "", unsafe_allow_html=True)
+            html(solved.ladder(run.solving) if run.solving is not None else "")
 
 
-def laid_out(batch: int, board: Callable[[], T], side: Callable[[], None]) -> T:
+def laid_out(run: Run, board: Callable[[], T], side: Callable[[], None]) -> T:
     """Draw the pictures and the numbers: side by side while the batch is small, else the numbers above; → what the
     former gives. On a phone the pictures come first. From the top down, so that nothing moves what is there already."""
-    if batch <= BESIDE:
+    if run.size <= BESIDE:
         left, right = st.columns([5, 3], gap="large")
         with left:
             drawn = board()
@@ -55,17 +55,17 @@ def laid_out(batch: int, board: Callable[[], T], side: Callable[[], None]) -> T:
 def numbers(told: Sequence[tuple[str, str]]) -> None:
     """What is measured, each with its name."""
     with st.container(key="facts"):  # for which the style keeps the place
-        st.markdown(markup.facts(told), unsafe_allow_html=True)
+        html(markup.facts(told))
 
 
-def met(progress: Progress | None) -> str | None:
+def met(run: Run) -> str | None:
     """What to know of the curves of seeds that meet."""
-    return MEETING if progress is not None and progress.meetings else None
+    return MEETING if run.progress is not None and run.progress.meetings else None
 
 
-def hide(work: Inversion) -> bool:
+def hide(run: Run) -> bool:
     """The control that hides the originals or, in a presentation, reveals them; → whether they are hidden."""
-    if work.originals is None:
+    if run.work.originals is None:
         if presenting.on():
             st.markdown("Rebuilt from the gradient alone: nobody here has its pictures.")
         return False
@@ -80,70 +80,63 @@ def _reveal() -> None:
     st.session_state.revealed = not st.session_state.get("revealed", False)
 
 
-def draw(state: JobState, pictures: Pictures | None, hidden: bool, layer: Layer | None = None) -> None:
+def draw(run: Run, pictures: Pictures | None, hidden: bool, layer: Layer | None = None) -> None:
     """Draw the pictures, None as long as there are none, and what a `layer` holds of each."""
-    work, facts = work_of(state)
-    rows = rows_of(work, facts, pictures, hidden, layer)
+    rows, seeds = rows_of(run, pictures, hidden, layer), run.work.config.seeds
     drawn = len(rows)
-    if size_of(work) == 1 and work.config.seeds > 1:
+    if run.size == 1 and seeds > 1:
         # One picture: its seeds stand side by side instead of in a long column.
-        drawn = len(rows) - work.config.seeds
-        seeds = [replace(row.tiles[0], caption=row.name) for row in rows[drawn:]]
-        shown = markup.board(rows[:drawn]) + markup.board([Row("Seeds", seeds)])
+        drawn -= seeds
+        beside = [replace(row.tiles[0], caption=row.name) for row in rows[drawn:]]
+        shown = markup.board(rows[:drawn]) + markup.board([Row("Seeds", beside)])
     else:
         shown = markup.board(rows)
     # Named after what it will hold, for which the style keeps the place.
-    with st.container(key=f"board-{size_of(work)}x{min(drawn, 4)}rows"):
-        st.markdown(shown, unsafe_allow_html=True)
+    with st.container(key=f"board-{run.size}x{min(drawn, 4)}rows"):
+        html(shown)
 
 
-def rows_of(
-    work: Inversion, facts: Facts, pictures: Pictures | None, hidden: bool, layer: Layer | None = None
-) -> list[Row]:
+def rows_of(run: Run, pictures: Pictures | None, hidden: bool, layer: Layer | None = None) -> list[Row]:
     """The originals, unless they are `hidden`; what was painted and rebuilt; what a `layer` holds; and each seed."""
-    own = work.originals
-    rows = []
+    own, facts, config, size = run.work.originals, run.facts, run.work.config, run.size
+    seeds = range(1, config.seeds + 1) if config.seeds > 1 else ()
+    whole, note = markup.result(config.to_dict())
+    rows, notes = [], [""] * size
     if own is not None:
         true = [facts.classes[label] for label in own.labels]
         originals = [
-            Tile(None if hidden else uri, "Hidden original" if hidden else f"Original: {name}", "" if hidden else name)
+            Tile(None, "Hidden original") if hidden else Tile(uri, f"Original: {name}", name)
             for uri, name in zip(facts.originals, true, strict=True)
         ]
         rows.append(Row("Originals", originals, "what the client kept"))
-    below = [] if layer is None else [_held(layer)]
-    seeds = work.config.seeds
-    whole, note = markup.result(work.config.to_dict())
-    if own is not None:
         note += f"; {markup.BASELINE}"
+        psnr = pictures.psnr if pictures is not None else (None,) * size
+        notes = [markup.beside(*pair) for pair in zip(psnr, facts.baseline, strict=True)]
+    below = [] if layer is None else [_held(layer)]
     if pictures is None:
         # What will stand below the pictures has its place.
-        notes = [""] * size_of(work) if own is None else [markup.beside(None, value) for value in facts.baseline]
         first = [Tile(None, "Not there yet", "\u00a0", text) for text in notes]
-        waiting = [Tile(None, "Not there yet")] * size_of(work)
-        each = [Row(f"Seed {seed + 1}", waiting) for seed in range(seeds)] if seeds > 1 else []
-        return [*rows, Row(whole, first, note), *below, *each]
+        waiting = [Tile(None, "Not there yet")] * size
+        return [*rows, Row(whole, first, note), *below, *(Row(f"Seed {seed}", waiting) for seed in seeds)]
     names = [facts.classes[label] for label in pictures.restored]
-    right: Sequence[bool | None] = [None] * len(names)
-    if own is not None:
-        right = [a == b for a, b in zip(pictures.restored, own.labels, strict=True)]
+    right: Sequence[bool | None] = [None] * size
     if hidden:  # a restored label would end the guessing
-        names = [f"picture {place + 1}" for place in range(len(names))]
-    notes = [""] * len(names)
-    if own is not None:
-        notes = [markup.beside(value, constant) for value, constant in zip(pictures.psnr, facts.baseline, strict=True)]
+        names = [f"picture {place}" for place in range(1, size + 1)]
+    elif own is not None:
+        right = [a == b for a, b in zip(pictures.restored, own.labels, strict=True)]
     consensus = [
-        Tile(uri, f"Reconstruction of {name}", name, text, None if hidden else mark)
+        Tile(uri, f"Reconstruction of {name}", name, text, mark)
         for uri, name, text, mark in zip(pictures.consensus, names, notes, right, strict=True)
     ]
     if pictures.prior:
-        painted = [
-            Tile(uri, f"Painted by the learned prior: {name}") for uri, name in zip(pictures.prior, names, strict=True)
-        ]
-        rows.append(Row("Learned prior", painted, PAINTED))
+        painted = zip(pictures.prior, names, strict=True)
+        rows.append(
+            Row("Learned prior", [Tile(uri, f"Painted by the learned prior: {name}") for uri, name in painted], PAINTED)
+        )
     rows += [Row(whole, consensus, note), *below]
-    for seed, uris in enumerate(pictures.seeds if seeds > 1 else ()):
-        tiles = [Tile(uri, f"Seed {seed + 1}: {name}") for uri, name in zip(uris, names, strict=True)]
-        rows.append(Row(f"Seed {seed + 1}", tiles))
+    for seed, uris in zip(seeds, pictures.seeds, strict=False):
+        tiles = [Tile(uri, f"Seed {seed}: {name}") for uri, name in zip(uris, names, strict=True)]
+        rows.append(Row(f"Seed {seed}", tiles))
     return rows
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import streamlit as st
 
 from gradinv.defenses import parse
-from gradinv.jobs import JobState, manager
+from gradinv.jobs import manager
 from gradinv.prior import PAINTERS
 from gradinv.web.parts import lessons, shared
 from gradinv.web.parts.inversion import Inversion
-from gradinv.web.run.facts import work_of
+from gradinv.web.run.facts import Run
 
 FOLLOWING = "following"  # in the session: by a run's id the work that begins as soon as it has ended
 
@@ -21,11 +21,6 @@ def begin(work: Inversion) -> None:
     st.session_state.pop("revealed", None)
     st.query_params["job"] = manager().submit(work, shared.owner())
     st.rerun()
-
-
-def own(state: JobState) -> bool:
-    """Whether this visitor started the run: others who have its link watch, and neither stop it nor start it again."""
-    return state.owner == shared.owner()
 
 
 def way_back() -> bool:
@@ -44,17 +39,17 @@ def go_to(job: str) -> None:
     st.query_params["job"] = job
 
 
-def again(state: JobState) -> None:
+def again(run: Run) -> None:
     """The same batch, behind a defence or without one."""
-    work, _ = work_of(state)
-    if work.originals is None or not own(state):
+    state, work, client = run.state, run.work, run.work.originals
+    if client is None or not run.own:
         return
     with st.popover("The same batch, with a defence", icon=":material/shield:", width="stretch"):
         st.caption(
             "The client changes its gradient before it shares it, and the attack starts anew."
             + ("" if state.finished else " The present run is stopped for it.")
         )
-        texts = lessons.other_defences(work.originals.defences)
+        texts = lessons.other_defences(client.defences)
         notes = [parse(text).note for text in texts] or ["No defence is on."]
         st.markdown("\n".join(f"- {note}" for note in notes))
         st.button(
@@ -62,16 +57,16 @@ def again(state: JobState) -> None:
             key="again",
             type="primary",
             icon=":material/play_arrow:",
-            disabled=texts == work.originals.defences,
+            disabled=texts == client.defences,
             on_click=_follow,
-            args=(state.id, replace(work, client=replace(work.originals, defences=texts), before=None)),
+            args=(state.id, replace(work, client=replace(client, defences=texts), before=None)),
         )
 
 
-def with_prior(state: JobState) -> None:
+def with_prior(run: Run) -> None:
     """The same batch once more, with a learned prior, where there is one for it and it was left out."""
-    work, facts = work_of(state)
-    if own(state) and work.config.needs_layers and work.config.start == "random" and facts.model in PAINTERS:
+    config = run.work.config
+    if run.own and config.needs_layers and config.start == "random" and run.facts.model in PAINTERS:
         st.button(
             "The same, with a learned prior",
             key="with-prior",
@@ -80,7 +75,7 @@ def with_prior(state: JobState) -> None:
             help="A network that learned from public pictures paints a first guess of what was solved, and the search "
             "goes on from there. It adds what the gradient leaves open, so what it paints is no evidence.",
             on_click=_follow,
-            args=(state.id, replace(work, config=replace(work.config, start="decoder"), before=None)),
+            args=(run.state.id, replace(run.work, config=replace(config, start="decoder"), before=None)),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import streamlit as st
@@ -20,51 +20,48 @@ SHOWN = 40  # letters of a value that are repeated
 
 @dataclass(frozen=True)
 class Rule:
-    """What a parameter may be: `read` gives the value as the page's widget has it, None where it has none; `means` says
-    in words what it takes."""
+    """What a parameter may be: one of some `options`, else a number, `whole` or not."""
 
-    read: Callable[[str], str | None]
-    means: str
+    options: Sequence[str] = ()
+    least: float = -math.inf
+    most: float = math.inf
+    whole: bool = False
 
-
-def one_of(options: Sequence[str]) -> Rule:
-    """One of some words; a number may be written in another way, as 0.01 for 1e-2."""
-
-    def read(given: str) -> str | None:
-        if given in options:
+    def read(self, given: str) -> str | None:
+        """The value as the page's widget has it, None where it has none; a number may be written in another way, as
+        0.01 for 1e-2."""
+        if given in self.options:
             return given
         value = _number(given)
-        return next((option for option in options if value is not None and _number(option) == value), None)
+        if value is None or not math.isfinite(value):
+            return None
+        if self.options:
+            return next((option for option in self.options if _number(option) == value), None)
+        if not self.least <= value <= self.most or (self.whole and not value.is_integer()):
+            return None
+        return f"{value:.0f}" if self.whole else given
 
-    return Rule(read, f"one of {', '.join(options)}")
+    @property
+    def means(self) -> str:
+        """In words what it takes."""
+        if self.options:
+            return f"one of {', '.join(self.options)}"
+        if self.whole:
+            return f"a whole number from {self.least:,} to {self.most:,}"
+        return f"a number of at least {self.least:g}"
 
 
 def whole(least: int, most: int) -> Rule:
     """A whole number."""
-
-    def read(given: str) -> str | None:
-        value = _number(given)
-        return f"{value:.0f}" if value is not None and value.is_integer() and least <= value <= most else None
-
-    return Rule(read, f"a whole number from {least:,} to {most:,}")
-
-
-def at_least(least: float) -> Rule:
-    """A number."""
-
-    def read(given: str) -> str | None:
-        value = _number(given)
-        return given if value is not None and value >= least else None
-
-    return Rule(read, f"a number of at least {least:g}")
+    return Rule((), least, most, True)
 
 
 # Old addresses stay good.
 _RENAMED = {f"set_{old}": f"set_{new}" for old, new in RENAMED.items()}
-FLAG = one_of(("true", "false"))
-_DEFENCES = {name: one_of((lessons.OFF, *strengths)) for name, (_, strengths) in lessons.STRENGTHS.items()}
+FLAG = Rule(("true", "false"))
+_DEFENCES = {name: Rule((lessons.OFF, *strengths)) for name, (_, strengths) in lessons.STRENGTHS.items()}
 _LESSON = {
-    "network": one_of(lessons.NETWORKS),
+    "network": Rule(lessons.NETWORKS),
     "batch_size": whole(1, lessons.MOST),  # not "size": that is the side of Live's pictures
     "repeats": whole(1, lessons.REPEATS),
     "draw": whole(0, lessons.DRAWS),
@@ -74,12 +71,12 @@ _LESSON = {
 def _setting(item: dataclasses.Field[object]) -> Rule | None:
     told = item.metadata
     if told["choices"]:
-        return one_of(told["choices"])
+        return Rule(told["choices"])
     if isinstance(item.default, bool):
         return FLAG
     if isinstance(item.default, int):
         return whole(int(told["least"]), 2**53)
-    return at_least(told["least"]) if isinstance(item.default, float) else None
+    return Rule(least=told["least"]) if isinstance(item.default, float) else None
 
 
 def rules(page: str) -> dict[str, Rule]:
@@ -89,27 +86,23 @@ def rules(page: str) -> dict[str, Rule]:
         return {
             **{name: rule for name, rule in fields.items() if rule is not None},
             **_DEFENCES,
-            "model": one_of(settings.models()),
-            "size": one_of([str(size) for size in settings.MORE_SIZES]),
-            "preset": one_of(list(settings.PRESETS)),
-            "bn": one_of(list(settings.BN)),
-            "start_from": one_of(list(settings.START)),
+            "model": Rule(settings.models()),
+            "size": Rule([str(size) for size in settings.MORE_SIZES]),
+            "preset": Rule(list(settings.PRESETS)),
+            "bn": Rule(list(settings.BN)),
+            "start_from": Rule(list(settings.START)),
             "seeds": whole(1, settings.MOST_SEEDS),
             "iterations": whole(1, settings.MOST_ITERATIONS),
-            "source": one_of(list(pick.SOURCES)),
+            "source": Rule(list(pick.SOURCES)),
             "hide": FLAG,
         }
+    layer = {"batch_size": whole(1, layers.MOST), "side": Rule(layers.SIDES), "noise": Rule(layers.NOISE)}
     return {
-        "replay": {"mode": one_of(("watch", "guess"))},
+        "replay": {"mode": Rule(("watch", "guess"))},
         "labels": {**_LESSON, "truth": FLAG},
-        "batch": {**_LESSON, **_DEFENCES, "reveal": FLAG, "prior": FLAG, "among": one_of(batch.AMONG)},
+        "batch": {**_LESSON, **_DEFENCES, "reveal": FLAG, "prior": FLAG, "among": Rule(batch.AMONG)},
         "defences": {**_LESSON, **_DEFENCES, "truth": FLAG},
-        "layers": {
-            **_LESSON,
-            "batch_size": whole(1, layers.MOST),
-            "side": one_of(layers.SIDES),
-            "noise": one_of(layers.NOISE),
-        },
+        "layers": {**_LESSON, **layer},
     }.get(page, {})
 
 
@@ -128,7 +121,7 @@ def honoured(page: str, given: Mapping[str, str]) -> tuple[dict[str, str], list[
                 del kept[name]
             else:
                 kept[name] = found
-        elif _infinite(value):  # on which Streamlit's number inputs fail
+        elif math.isinf(_number(value) or 0):  # on which Streamlit's number inputs fail
             notices.append(f"The address asks for {name}={_short(value)}, which no setting takes.")
             del kept[name]
     if page == "live" and (names := given.get("pictures")):
@@ -153,17 +146,9 @@ def honour(page: str) -> None:
 
 def _number(text: str) -> float | None:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
-
-
-def _infinite(text: str) -> bool:
-    try:
-        return math.isinf(float(text))
-    except ValueError:
-        return False
 
 
 def _short(text: str) -> str:

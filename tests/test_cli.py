@@ -117,25 +117,6 @@ def test_json_is_all_that_stands_in_the_output(tmp_path, capfd):
     assert run["labels"]["true"] == run["labels"]["restored"] and isinstance(run["labels"]["true"][0], int)
 
 
-<<<<<<< HEAD
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_a_signal_keeps_the_run():
-    """SIGTERM; Ctrl-C is sent within this process below."""
-    args = ["goldfish", "tabby", *QUICK, "--iterations", "100000", "--every", "1"]
-    with begun(*args, records=3) as started:
-        started.terminate()
-        output, complaint = started.communicate(timeout=PATIENCE)
-    assert started.returncode == 143
-    opened = Recording.open("cut")
-    done = opened.run["iterations"]["done"]
-    assert opened.run["status"] == "stopped" and opened.run["metrics"] is not None
-    assert len(opened.steps) >= 3
-    assert f"after {done} of 100000" in (said := one_sentence(complaint)) and "gradinv invert --resume cut" in said
-    assert "PSNR constant" in output
-
-
-=======
->>>>>>> less-cli
 def test_help_and_the_version_are_quick_because_they_leave_torch_alone():
     """On a terminal without Greek letters, too."""
     script = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradinv import breaching
 from gradinv.client import observe
 from gradinv.models import Model
-from gradinv.types import GradinvError
+from gradinv.types import GradinvError, Observation
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("breaching") is None, reason="needs the package breaching (pip install 'gradinv[compare]')"
@@ -64,14 +64,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_the_package_is_missing_one_sentence_says_how(
-    small_model: Model, small_batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    small_model: Model, observation: Observation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "breaching", None)
-    pixels, labels = small_batch
-    with pytest.raises(
-        GradinvError, match=r"^The comparison needs the package breaching \(.*\); install it with: pip i"
-    ):
-        breaching.breaching_attack("invertinggradients", small_model, observe(small_model, pixels, labels), labels, 1)
+    said = r"^The comparison needs the package breaching \(.*\); install it with: pip i"
+    with pytest.raises(GradinvError, match=said):
+        breaching.breaching_attack("invertinggradients", small_model, observation, torch.tensor([4, 1, 2]), 1)
 
 
 @pytest.mark.usefixtures("fake")
@@ -103,22 +101,15 @@ def test_the_peer_is_given_what_ours_has_and_no_more(
 
 
 @pytest.mark.usefixtures("fake")
-def test_it_stops_within_one_iteration(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> None:
-    pixels, labels = small_batch
-    observation = observe(small_model, pixels, labels)
-    stop = threading.Event()
+def test_it_stops_within_one_iteration_and_a_single_one_has_no_time_of_its_own(
+    small_model: Model, observation: Observation, small_batch: tuple[Tensor, Tensor]
+) -> None:
+    stop, labels = threading.Event(), small_batch[1]
+    result = breaching.breaching_attack("invertinggradients", small_model, observation, labels, 1, stop=stop)
+    assert result.seconds_per_iteration is None and result.seconds > 0
     stop.set()
     with pytest.raises(breaching.Stopped):
         breaching.breaching_attack("invertinggradients", small_model, observation, labels, 10**9, stop=stop)
-
-
-@pytest.mark.usefixtures("fake")
-def test_a_single_iteration_has_no_time_of_its_own(small_model: Model, small_batch: tuple[Tensor, Tensor]) -> None:
-    pixels, labels = small_batch
-    result = breaching.breaching_attack(
-        "invertinggradients", small_model, observe(small_model, pixels, labels), labels, 1
-    )
-    assert result.seconds_per_iteration is None and result.seconds > 0
 
 
 @installed

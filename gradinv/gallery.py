@@ -82,11 +82,10 @@ class Gallery:
     ) -> Gallery:
         """All pictures in a folder and the folders in it (so also one in ImageNet layout), as the model sees them.
 
-        The features are kept in the folder `cache`, by default `galleries` under GRADINV_CACHE or else under this
-        platform's cache folder: of each model, preprocessing and folder, for each picture's name, size and time of
-        change. Pictures that cannot be decoded are left out, with a note. Raises GradinvError where the folder is not
-        there, cannot be listed or holds no readable picture. Ctrl-C keeps what is done and raises KeyboardInterrupt
-        with a sentence that says so.
+        The features are kept in `cache`, by default the cache folder `galleries`: of each model, preprocessing and
+        folder, for each picture's name, size and time of change. Pictures that cannot be decoded are left out, with a
+        note. Raises GradinvError where the folder cannot be listed or holds no readable picture. Ctrl-C keeps what is
+        done and raises KeyboardInterrupt with a sentence that says so.
         """
         folder = Path(folder).expanduser()
         files = _files(folder)
@@ -148,8 +147,8 @@ class Gallery:
 class Identified:
     """Of each image of a batch the pictures nearest to it: `similarity` and `places` in the gallery, both (B, top).
 
-    `residual` says how far to trust them: the share of the final layer's gradient that the recovered features leave
-    unexplained. Where it is `explained`, no more than rounding is left, and they are the client's own.
+    `residual` is the share of the final layer's gradient that the recovered features leave unexplained; where it is
+    `explained`, no more than rounding is left, and they are the client's own.
     """
 
     labels: RestoredLabels
@@ -205,10 +204,9 @@ def pooled(model: Model, pixels: Tensor) -> Tensor:
 def iip(model: Model, images: Tensor, own: Sequence[int], gallery: Gallery) -> Tensor:
     """Whether each reconstruction identifies its original among all pictures of the gallery: (B,) bool (Fig. 8).
 
-    True where the picture whose pooled features have the highest cosine similarity with those of the reconstruction is
-    its own original, `own` being the originals' places in the gallery (`gallery.index`). The mean over images is the
-    image identification precision. An image that is not finite identifies nothing. images: pixels (B, 3, S, S) of the
-    model's size. Raises GradinvError where places are missing or not in the gallery.
+    images: pixels (B, 3, S, S) of the model's size; own: the originals' places in the gallery (`Gallery.index`). By the
+    cosine similarity of pooled features; an image that is not finite identifies nothing. The mean is the image
+    identification precision. Raises GradinvError where places are missing or not in the gallery.
     """
     if len(own) != len(images) or not all(0 <= place < len(gallery.paths) for place in own):
         raise GradinvError(

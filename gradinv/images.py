@@ -22,15 +22,14 @@ SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 """What files in FORMATS are called, in small letters: what counts as a picture in a folder."""
 
 MAX_PIXELS = 50_000_000
-"""Larger pictures are refused before they are decoded: 50 megapixels are more than today's cameras commonly make, and
-take 150 MB as RGB. A compressed file of a few kilobytes can claim a thousand times that."""
+"""Larger pictures are refused before they are decoded: 50 megapixels take 150 MB as RGB, and a file of a few kilobytes
+can claim a thousand times that."""
 
 MAX_BYTES = 100_000_000
 """Larger files are refused unread: a photograph of 50 megapixels is smaller, also when losslessly compressed."""
 
 MAX_ASPECT = 20
-"""Thinner pictures are refused: the network sees a centre square, a twentieth of such a picture or less, and scaling
-the shorter side up to the network's size would make the longer one huge."""
+"""Thinner pictures are refused: scaling the shorter side up to the network's size would make the longer one huge."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -167,15 +166,15 @@ def _to_rgb(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
         notes.append(f"{name} has CMYK colours, which were converted to RGB without their colour profile.")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        if picture.getchannel("A").getextrema() == (0, 0):
+        alpha = picture.getchannel("A").getextrema()
+        if alpha == (0, 0):
             colours = picture.convert("RGB")
             if colours.getcolors(1) is not None:
                 raise GradinvError(f"{name} is wholly transparent and has one colour; choose another picture.")
             notes.append(f"{name} is wholly transparent; its colours were taken as if it were not.")
             return colours
-        if picture.getchannel("A").getextrema() != (255, 255):
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
+        if alpha != (255, 255):
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             notes.append(f"{name} is transparent in places; they were filled with white.")
     # A new image in any case: `convert` copies also where the mode is RGB already.
     return picture.convert("RGB")

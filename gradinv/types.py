@@ -387,9 +387,9 @@ class Snapshot:
     restored labels, one an image, `label_method` is what read them and `label_confidence` how far to trust them, in
     [0, 1], None where nobody says.
     `features_residual` is what the recovered features leave unexplained, None where the attack does without them.
-    `stepping` and `parallel_seeds` say how the steps were executed, "" where none was yet, and for how many seeds at a
-    time. `boundary` is down to where the network was solved: a node's name, "logits" or "loss". `prior` is what a
-    learned prior painted beforehand, None in a run without one. `meetings` are the steps after which the seeds meet.
+    `stepping` ("" before the first step) and `parallel_seeds` say how the steps were executed. `boundary` is down to
+    where the network was solved: a node's name, "logits" or "loss". `prior` is what a learned prior painted beforehand,
+    None in a run without one. `meetings` are the steps after which the seeds meet.
     """
 
     step: int

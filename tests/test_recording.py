@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import io
 import itertools
 import json
@@ -310,18 +309,18 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert store.read("run.json") == b"old" and store.names() == ["run.json"]
 
 
-def test_a_full_disk_fails_in_one_sentence_and_keeps_what_was_there(tmp_path, start):
+def test_a_full_disk_fails_and_keeps_what_was_there(start):
     class Full(MemoryStore):
         room = 12
 
         def write(self, name: str, data: bytes) -> None:
             if self.room == 0:
-                raise DirectoryStore(tmp_path)._unwritable(OSError(errno.ENOSPC, "No space left on device"))
+                raise GradinvError("The disk is full.")
             self.room -= 1
             super().write(name, data)
 
     made = start(full := Full())
-    with pytest.raises(GradinvError, match=r"^The disk of .* is full; free some space or choose another folder\.$"):
+    with pytest.raises(GradinvError, match="is full"):
         follow(made)
     assert made.run["status"] == "failed" and "is full" in made.run["error"]
     opened = Recording.open(full)
@@ -331,7 +330,7 @@ def test_a_full_disk_fails_in_one_sentence_and_keeps_what_was_there(tmp_path, st
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_real_full_device(tmp_path):
     (tmp_path / "curves.csv").symlink_to("/dev/full")
-    with pytest.raises(GradinvError, match="is full"):
+    with pytest.raises(GradinvError, match=r"^The disk of .* is full; free some space or choose another folder\.$"):
         DirectoryStore(tmp_path).append("curves.csv", b"1,2\n")
 
 

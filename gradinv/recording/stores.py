@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -45,21 +46,12 @@ class DirectoryStore:
         return str(self.path)
 
     def write(self, name: str, data: bytes) -> None:
-        target = self.path / name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with self._writing(name) as target:
             replace_whole(target, lambda part: part.write_bytes(data))
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def append(self, name: str, data: bytes) -> None:
-        target = self.path / name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("ab") as file:
-                file.write(data)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        with self._writing(name) as target, target.open("ab") as file:
+            file.write(data)
 
     def read(self, name: str) -> bytes:
         try:
@@ -77,10 +69,17 @@ class DirectoryStore:
         files = (path for path in self.path.rglob("*") if path.is_file() and not path.name.startswith("."))
         return sorted(path.relative_to(self.path).as_posix() for path in files)
 
-    def _unwritable(self, error: OSError) -> GradinvError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return GradinvError(f"The disk of {self.path} is full; free some space or choose another folder.")
-        return GradinvError(f"Nothing can be written to {self.path} ({reason(error).lower()}); choose another folder.")
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """The path of a file in a folder that is there; while open, what goes wrong is said in one sentence."""
+        try:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            yield self.path / name
+        except OSError as error:
+            said = f"Nothing can be written to {self.path} ({reason(error).lower()}); choose another folder."
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                said = f"The disk of {self.path} is full; free some space or choose another folder."
+            raise GradinvError(said) from error
 
 
 class MemoryStore:

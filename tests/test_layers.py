@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -71,11 +72,16 @@ def batch(model: Model, labels: list[int], seed: int = 0) -> tuple[Tensor, Obser
     return images, Observation(gradients, len(labels), model.preprocessing, model.name, model.sha256)
 
 
-def truth(model: Model, images: Tensor) -> dict[str, Tensor]:
+def judged(model: Model, images: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+    """Each node's pre-activations, and by way of them the logits."""
     nodes = parts_of(model.network).nodes
-    with torch.no_grad():
-        found = Segment(model.network, nodes[-1], nodes)(images)
-    return {name: value.relu() for name, value in found.items()}
+    found = Segment(model.network, nodes[-1], nodes)(images)
+    return found, model.network.fc(found[nodes[-1]].relu().mean((2, 3)))
+
+
+@torch.no_grad()
+def truth(model: Model, images: Tensor) -> dict[str, Tensor]:
+    return {name: value.relu() for name, value in judged(model, images)[0].items()}
 
 
 @pytest.fixture(scope="module")
@@ -91,37 +97,49 @@ def two(basic: Model) -> tuple[Tensor, Observation, Recovered, list[int]]:
     return images, observation, recovered, ordered(recovered)
 
 
-def ordered(recovered: Recovered, labels: list[int] | None = None) -> list[int]:
-    return [(labels or LABELS).index(label) for label in recovered.labels.tolist()]
+def ordered(recovered: Recovered, labels: list[int] = LABELS) -> list[int]:
+    return [labels.index(label) for label in recovered.labels.tolist()]
 
 
 def relative(found: Tensor, true: Tensor) -> Tensor:
     return (found.double() - true).flatten(1).norm(dim=1) / true.flatten(1).norm(dim=1)
 
 
-def paired(recovered: Recovered, true: Tensor, name: str = "") -> list[int]:
-    """Which true image each recovered one is: by its own highest node, where labels repeat."""
-    return [int(relative(node.expand_as(true), true).argmin()) for node in recovered.nodes[0].activation.double()]
+def paired(recovered: Recovered, true: dict[str, Tensor]) -> list[int]:
+    """Which true image each recovered one is, by the highest node: labels may repeat."""
+    highest = recovered.nodes[0]
+    images = true[highest.name]
+    return [int(relative(one.expand_as(images), images).argmin()) for one in highest.activation.double()]
+
+
+def ends_at_once(model: Model, observation: Observation, why: str) -> None:
+    recovered = recover(model, observation, AUTO)
+    assert recovered.nodes == () and recovered.features is not None
+    assert why in recovered.stopped
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "labels", "boundary"),
+    ("kind", "size", "labels", "boundary", "scale"),
     [
-        (BASIC, 64, [3, 7, 1], "auto"),
-        (BOTTLENECK, 64, [5, 2], "auto"),
-        (BASIC, 32, [4, 9], "auto"),
+        (BASIC, 64, [3, 3, 8], "auto", 3),
+        (BOTTLENECK, 32, [5, 2], "auto", 1),
+        (BASIC, 32, [4, 9], "auto", 1),
         # Of larger ones the layers below take long.
-        (BASIC, 128, [3, 7], "layer2.0.conv1"),
-        (BOTTLENECK, 96, [5, 2], "layer2.0.conv2"),
+        (BASIC, 128, [3, 7], "layer2.0.conv1", 1),
+        (BOTTLENECK, 96, [5, 2], "layer2.0.conv2", 1),
     ],
-    ids=["basic 64", "bottleneck 64", "basic 32", "basic 128", "bottleneck 96"],
+    ids=["basic 64, repeated labels, rescaled", "bottleneck 32", "basic 32", "basic 128", "bottleneck 96"],
 )
-def test_layers_are_exact_down_to_where_equations_end(kind, size, labels, boundary):
+def test_layers_are_exact_down_to_where_equations_end(kind, size, labels, boundary, scale):
     model = resnet(*kind, size)
     images, observation = batch(model, labels)
-    recovered = recover(model, observation, replace(AUTO, boundary=boundary))
-    order = [labels.index(label) for label in recovered.labels.tolist()]
+    scaled = {name: scale * value for name, value in observation.gradients.items()}
+    recovered = recover(model, replace(observation, gradients=scaled), replace(AUTO, boundary=boundary))
+    assert recovered.scale == pytest.approx(scale, rel=1e-5)
     true = truth(model, images)
+    order = paired(recovered, true)
+    assert sorted(order) == list(range(len(labels)))
+    assert [labels[image] for image in order] == recovered.labels.tolist()
     exact = [node for node in recovered.nodes if node.method == "exact"]
     assert len(exact) >= 5
     for node in exact:
@@ -160,26 +178,11 @@ def test_one_image_is_solved_down_to_the_stem(basic):
 
 def test_cotangents_are_those_of_the_loss(basic, two):
     images, _, recovered, order = two
-    nodes = parts_of(basic.network).nodes
-    # In the segment a node's value is its pre-activation; the loss of the whole network by way of it.
-    found = Segment(basic.network, nodes[-1], nodes)(images)
-    features = found[nodes[-1]].relu().mean((2, 3))
-    loss = F.cross_entropy(basic.network.fc(features), torch.tensor(LABELS))
+    found, logits = judged(basic, images)
+    loss = F.cross_entropy(logits, torch.tensor(LABELS))
     for node in recovered.nodes:
         (expected,) = torch.autograd.grad(loss, found[node.name], retain_graph=True)
         assert relative(node.cotangent, expected[order]).max() < 1e-5, node.name
-
-
-def test_repeated_labels_and_a_rescaled_gradient(basic):
-    images, observation = batch(basic, [3, 3, 8])
-    scaled = replace(observation, gradients={name: 3 * value for name, value in observation.gradients.items()})
-    recovered = recover(basic, scaled, AUTO)
-    assert sorted(recovered.labels.tolist()) == [3, 3, 8]
-    assert recovered.scale == pytest.approx(3, rel=1e-5)
-    true = truth(basic, images)
-    order = paired(recovered, true[recovered.nodes[0].name])
-    assert sorted(order) == [0, 1, 2]
-    assert relative(recovered.nodes[4].activation, true[recovered.nodes[4].name][order]).max() < 1e-6
 
 
 @pytest.mark.parametrize(("level", "size"), [(1e-5, 64), (1e-3, 32)])  # at 64 px many masks need mending: it takes long
@@ -202,13 +205,14 @@ def test_the_error_is_known_within_a_factor_of_two(basic, level, size):
         assert 0.4 < ratio < 2.5, (node.name, ratio)
 
 
-def test_half_precision_gradients_go_far(basic):
-    images, observation = batch(basic, [3, 7])
+def test_half_precision_gradients_go_far(basic, two):
+    images, observation, _, _ = two
     rounded = {name: value.half().double() for name, value in observation.gradients.items()}
-    recovered = recover(basic, replace(observation, gradients=rounded), AUTO)
-    order = ordered(recovered)
-    true = truth(basic, images)
-    assert len(recovered.nodes) >= 10
+    # Below that node it takes long.
+    until = replace(AUTO, boundary="layer1.0.conv1")
+    recovered = recover(basic, replace(observation, gradients=rounded), until)
+    true, order = truth(basic, images), ordered(recovered)
+    assert len(recovered.nodes) == 11
     for node in recovered.nodes:
         assert relative(node.activation, true[node.name][order]).median() < 3 * float(node.error.median()) < 1
 
@@ -222,10 +226,8 @@ def test_behind_a_defence_the_way_ends_with_a_sentence_and_tells_its_error(basic
     true = truth(basic, images)
     for node in recovered.nodes:
         # Labels may be wrong as well, so images are paired by what is nearest.
-        nearest = [
-            float(relative(image.double().expand_as(true[node.name]), true[node.name]).min())
-            for image in node.activation
-        ]
+        images = true[node.name]
+        nearest = [float(relative(one.double().expand_as(images), images).min()) for one in node.activation]
         assert sorted(nearest)[len(nearest) // 2] < 4 * float(node.error.median()), node.name
 
 
@@ -233,33 +235,23 @@ def test_features_without_zeros_are_refused():
     model = resnet(*BASIC, 64)
     with torch.no_grad():
         parts_of(model.network).blocks[-1].units[-1].bn.bias += 30
-    _, observation = batch(model, [3, 7, 1])
-    recovered = recover(model, observation, AUTO)
-    assert recovered.nodes == ()
-    assert "exactly 0" in recovered.stopped
-
-
-def test_train_mode_ends_above_batch_normalisation(basic):
-    with forward_mode(basic.network, "train"):
-        _, observation = batch(basic, [3, 7])
-    recovered = recover(basic, replace(observation, mode="train"), AUTO)
-    assert recovered.nodes == () and recovered.features is not None
-    assert "train mode" in recovered.stopped
+    ends_at_once(model, batch(model, [3, 7, 1])[1], "exactly 0")
 
 
 @pytest.mark.parametrize("changes", [{"groups": 2, "width_per_group": 32}, {"replace_stride_with_dilation": (0, 0, 1)}])
 def test_grouped_and_dilated_convolutions_are_refused(changes):
     model = resnet(*BOTTLENECK, 32, **changes)
-    _, observation = batch(model, [5])
-    recovered = recover(model, observation, AUTO)
-    assert recovered.nodes == () and recovered.features is not None
-    assert "grouped or dilated" in recovered.stopped
+    ends_at_once(model, batch(model, [5])[1], "grouped or dilated")
+
+
+def test_train_mode_ends_above_batch_normalisation(basic):
+    with forward_mode(basic.network, "train"):
+        _, observation = batch(basic, LABELS)
+    ends_at_once(basic, replace(observation, mode="train"), "train mode")
 
 
 def test_other_networks_keep_their_features(small_model, observation):
-    recovered = recover(small_model, observation, AUTO)
-    assert recovered.nodes == () and recovered.features is not None
-    assert "torchvision's ResNets" in recovered.stopped
+    ends_at_once(small_model, observation, "torchvision's ResNets")
 
 
 def test_a_node_as_the_boundary_is_reached_or_refused(basic):
@@ -282,19 +274,15 @@ def test_the_way_down_can_be_stopped_and_tells_each_node(basic):
             stop.set()
 
     recovered = recover(basic, observation, AUTO, stop=stop, progress=progress)
-    assert (
-        [node.name for node in recovered.nodes]
-        == [node.name for node in told]
-        == ["layer4.1.conv1", "layer4.0", "layer4.0.conv1"]
-    )
+    names = ["layer4.1.conv1", "layer4.0", "layer4.0.conv1"]
+    assert [node.name for node in recovered.nodes] == [node.name for node in told] == names
     assert "stopped" in recovered.stopped
 
 
-def test_the_way_ends_above_a_layer_that_memory_does_not_suffice_for(basic, monkeypatch):
-    observation = batch(basic, LABELS)[1]
+def test_the_way_ends_above_a_layer_that_memory_does_not_suffice_for(basic, two, monkeypatch):
     free = iter([2**40] * 5 + [2**20] * 9)
     monkeypatch.setattr(layers.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
-    found = recover(basic, observation, AUTO)
+    found = recover(basic, two[1], AUTO)
     assert len(found.nodes) == 5
     assert re.fullmatch(r"Solving layer3\.0 takes about [0-9.]+ GiB of memory and 0\.0 GiB are free\.", found.stopped)
 
@@ -310,10 +298,8 @@ def test_what_needs_no_layers_solves_none(basic, monkeypatch):
 def problem(basic: Model, two: tuple[Tensor, Observation, Recovered, list[int]]) -> tuple[Equations, Gate, Tensor]:
     """The last convolution of layer3 as the client has it: its equations, the gate behind it, its true input."""
     images, observation, _, order = two
-    nodes = parts_of(basic.network).nodes
-    found = Segment(basic.network, nodes[-1], nodes)(images)
-    loss = F.cross_entropy(basic.network.fc(found[nodes[-1]].relu().mean((2, 3))), torch.tensor(LABELS))
-    (cotangent,) = torch.autograd.grad(loss, found["layer3.1"])
+    found, logits = judged(basic, images)
+    (cotangent,) = torch.autograd.grad(F.cross_entropy(logits, torch.tensor(LABELS)), found["layer3.1"])
     block = next(block for block in parts_of(basic.network).blocks if block.name == "layer3.1")
     on = found["layer3.1"][order] > 0
     # What would pass where a unit is off is not in the cotangent: something of the usual size.
@@ -336,14 +322,13 @@ def wrong(gate: Gate, equations: Equations, entries: list[tuple[int, int, int, i
 
 def strongest(gate: Gate, count: int) -> list[tuple[int, int, int, int]]:
     """Entries through which much passes, of different channels."""
-    places = gate.full.abs().flatten().argsort(descending=True).tolist()
-    found: dict[int, tuple[int, int, int, int]] = {}
-    for place in places:
-        entry = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), gate.full.shape))
-        found.setdefault(entry[1], entry)
-        if len(found) == count:
-            break
-    return list(found.values())
+    sizes, places = gate.full.abs().permute(1, 0, 2, 3).flatten(1).max(1)
+    images, _, height, width = gate.full.shape
+    found = []
+    for channel in sizes.argsort(descending=True)[:count].tolist():
+        image, row, column = torch.unravel_index(places[channel], (images, height, width))
+        found.append((int(image), channel, int(row), int(column)))
+    return found
 
 
 def test_planted_wrong_mask_entries_are_mended_by_the_residual(problem):
@@ -399,8 +384,7 @@ def test_equations_hold_for_the_true_input(basic):
         torch.testing.assert_close(equations.matrix(6, 6) @ columns, equations.right_side())
         torch.testing.assert_close(equations.pulled_back(6, 6), pulled)
         taps = unit.conv.kernel_size[0] ** 2
-        touched = 72 if taps > 1 else 18
-        assert equations.count(6, 6) == (unit.conv.out_channels * taps if touched == 72 else 18)
+        assert equations.count(6, 6) == (unit.conv.out_channels * taps if taps > 1 else 18)
 
 
 def test_the_final_layer_is_refined_to_the_last_digit(basic):
@@ -410,9 +394,9 @@ def test_the_final_layer_is_refined_to_the_last_digit(basic):
     assert layer.refined(fit, labels).residual <= min(fit.residual, 1e-8)
 
 
-def test_a_wrong_layer_is_never_called_exact(basic, monkeypatch):
+def test_a_wrong_layer_is_never_called_exact(basic, two, monkeypatch):
     """Where masks cannot be mended, the residual tells."""
-    images, observation = batch(basic, [3, 7])
+    images, observation, _, _ = two
     original = layers.last_gate
 
     def spoilt(*args):

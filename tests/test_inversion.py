@@ -144,7 +144,7 @@ def test_stop_ends_within_one_evaluation(small_model, observation):
     stream = invert(small_model, observation, CONFIG, every=3, stop=stop)
     seen = [next(stream), next(stream)]
     stop.set()
-    seen += list(stream)
+    seen += stream
     assert [s.step for s in seen] == [0, 3] and not seen[-1].final
 
 
@@ -293,11 +293,11 @@ def test_an_objective_that_stops_being_finite_ends_the_run_with_a_sentence(small
 
 RESUMABLE = dataclasses.replace(
     CONFIG,
-    iterations=24,
+    iterations=12,
     noise=0.2,
     group=0.1,
     registration="affine",
-    registration_start=0.2,
+    registration_start=0.15,
     registration_interval=0.25,
     stages=(0.25, 0.25, 0.5),
     features=0.5,
@@ -310,7 +310,7 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(small_model, obser
     """Also in the last step before a stage begins and in the first one after, and between two registrations."""
     config = dataclasses.replace(RESUMABLE, **changes)
     whole = list(invert(small_model, observation, config, every=1))
-    for step in (0, 5, 6, 12, 24):
+    for step in (0, 2, 3, 6, 12):
         stream = invert(small_model, observation, config, every=1)
         for snapshot in stream:
             if snapshot.step == step:
@@ -321,7 +321,7 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(small_model, obser
         state = RunState.load(tmp_path / "state")
         assert state.step == step and state.seconds == snapshot.seconds
         resumed = list(invert(small_model, observation, config, every=1, resume=state))
-        assert [s.step for s in resumed] == list(range(step, 25))
+        assert [s.step for s in resumed] == list(range(step, 13))
         assert resumed[0].seconds >= state.seconds
         for again, first in zip(resumed, whole[step:], strict=True):
             assert torch.equal(again.seeds, first.seeds) and torch.equal(again.consensus, first.consensus)
@@ -335,7 +335,7 @@ def test_a_run_stopped_within_a_step_is_resumed(small_model, observation):
     """Whatever that step had begun (a stage, a registration) is done again or kept, never twice."""
     config = dataclasses.replace(RESUMABLE, stepping="eager")  # a recorded step does not call the network
     *_, whole = invert(small_model, observation, config)
-    for at in (2, 12, 13, 25, 40):
+    for at in (2, 6, 7, 13, 20):
         stop, calls = threading.Event(), itertools.count()
         forward = small_model.network.forward
 

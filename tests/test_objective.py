@@ -193,8 +193,6 @@ def test_inferred_statistics_are_the_batchs_own(small_model, small_batch):
 
 
 def test_statistics_that_cannot_be_inferred_are_one_sentence(small_model, small_batch):
-    with pytest.raises(GradinvError, match=r"did not share its running statistics .* in train mode, or take approx"):
-        objective_for(small_model, observe(small_model, *small_batch), small_batch[1], AttackConfig(bn="inferred"))
     for momentum in (None, 0.0):
         small_model.network.bn2.momentum = momentum
         observation = observe(small_model, *small_batch, mode="train")
@@ -237,12 +235,6 @@ def test_the_control_without_the_gradient_needs_nothing_but_its_own_terms(small_
     assert set(judgement.raw) == ({"tv"} if bn == "none" else {"bn", "tv"})
     (gradient,) = torch.autograd.grad(judgement.total, images)
     assert torch.isfinite(gradient).all() and gradient.any() and math.isnan(judgement.distance.item())
-
-
-def test_an_objective_without_terms_is_refused(small_model, small_batch):
-    config = AttackConfig(gradient=0.0, bn="none", tv=0.0, l2=0.0, group=0.0)
-    with pytest.raises(GradinvError, match="Every term of the objective has weight 0"):
-        objective_for(small_model, observe(small_model, *small_batch), small_batch[1], config)
 
 
 def test_known_norms_of_the_target_change_nothing():
@@ -329,38 +321,29 @@ def test_micro_batches_give_what_the_whole_batch_gives(small_model, small_batch,
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def test_terms_of_the_pixels_alone_need_no_second_pass(small_model, small_batch):
-    config = AttackConfig(gradient=0.0, bn="none", tv=1.0, l2=0.5, seeds=1)
-    observation = observe(small_model, *small_batch)
+def test_only_a_micro_batch_is_in_the_network_at_a_time_and_pixels_need_no_second_pass(
+    small_model, small_batch, observation
+):
     sizes: list[int] = []
-    handle = small_model.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    small_model.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     images = torch.randn(3, 3, 8, 8, requires_grad=True)
-    gradients = []
-    for size in (0, 2):
-        objective = objective_for(
-            small_model, observation, small_batch[1], dataclasses.replace(config, micro_batch=size)
-        )
-        gradients.append(torch.autograd.grad(objective(images, images.detach()).total, images)[0])
-    handle.remove()
-    torch.testing.assert_close(*gradients)
-    assert sizes == [3, 2, 1]
 
+    def gradient(size: int, **changes) -> torch.Tensor:
+        sizes.clear()
+        config = AttackConfig(micro_batch=size, **changes)
+        judgement = objective_for(small_model, observation, small_batch[1], config)(images, images.detach())
+        return torch.autograd.grad(judgement.total, images)[0]
 
-def test_only_a_micro_batch_is_in_the_network_at_a_time(small_model, small_batch):
-    sizes: list[int] = []
-    handle = small_model.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    observation = observe(small_model, *small_batch)
-    images = torch.randn(3, 3, 8, 8, requires_grad=True)
-    sizes.clear()
-    objective_for(small_model, observation, small_batch[1], AttackConfig(micro_batch=2))(images, images.detach())
+    gradient(2)
     assert sizes == [2, 1, 2, 1]
-    sizes.clear()
     for whole in (0, 3, 4):
-        objective_for(small_model, observation, small_batch[1], AttackConfig(micro_batch=whole))(
-            images, images.detach()
-        )
-    handle.remove()
-    assert sizes == [3, 3, 3]
+        gradient(whole)
+        assert sizes == [3]
+    pixels = {"gradient": 0.0, "bn": "none", "tv": 1.0, "l2": 0.5, "seeds": 1}
+    torch.testing.assert_close(gradient(2, **pixels), gradient(0, **pixels))
+    assert sizes == [3]
+    gradient(2, **pixels)
+    assert sizes == [2, 1]
 
 
 def test_micro_batches_are_refused_in_train_mode(small_model, small_batch):
@@ -384,10 +367,20 @@ def test_matching_can_stop_at_a_stage(small_model):
     assert matched_parameters(resnet, "maxpool") == names[:3]
 
 
-def test_exact_statistics_that_nobody_shared_are_refused(small_model, small_batch):
-    pixels, labels = small_batch
-    with pytest.raises(GradinvError, match="did not share its BN statistics"):
-        objective_for(small_model, observe(small_model, pixels, labels), labels, AttackConfig(bn="exact"))
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"gradient": 0.0, "bn": "none", "tv": 0.0, "l2": 0.0, "group": 0.0},
+            "Every term of the objective has weight 0",
+        ),
+        ({"bn": "exact"}, "did not share its BN statistics"),
+        ({"bn": "inferred"}, r"did not share its running statistics .* in train mode, or take approx"),
+    ],
+)
+def test_objectives_without_terms_or_what_they_need_are_refused(small_model, small_batch, observation, changes, why):
+    with pytest.raises(GradinvError, match=why):
+        objective_for(small_model, observation, small_batch[1], AttackConfig(**changes))
 
 
 def test_an_objective_goes_when_nobody_holds_it(small_model, small_batch):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -116,11 +115,8 @@ def test_without_a_bias_two_methods_are_left(small_model, small_batch):
             restore_labels(small_model, observation, method)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "method"),
-    # Zeros are judged in the same way for each named method; iLRG is the one that reads them in a way of its own.
-    [*itertools.product(["noise", "prune", "quantise"], METHODS), ("zero", "auto"), ("zero", "ilrg")],
-)
+@pytest.mark.parametrize("spoil", ["noise", "prune", "quantise", "zero"])
+@pytest.mark.parametrize("method", METHODS)
 def test_defended_gradients_lower_the_confidence(small_model, small_batch, spoil, method):
     observation = observe(small_model, *small_batch)
     generator = torch.Generator().manual_seed(0)

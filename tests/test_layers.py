@@ -122,13 +122,13 @@ def ends_at_once(model: Model, observation: Observation, why: str) -> None:
     ("kind", "size", "labels", "boundary", "scale"),
     [
         (BASIC, 64, [3, 3, 8], "auto", 3),
-        (BOTTLENECK, 32, [5, 2], "auto", 1),
+        (BOTTLENECK, 64, [5, 2], "auto", 1),
         (BASIC, 32, [4, 9], "auto", 1),
         # Of larger ones the layers below take long.
         (BASIC, 128, [3, 7], "layer2.0.conv1", 1),
         (BOTTLENECK, 96, [5, 2], "layer2.0.conv2", 1),
     ],
-    ids=["basic 64, repeated labels, rescaled", "bottleneck 32", "basic 32", "basic 128", "bottleneck 96"],
+    ids=["basic 64, repeated labels, rescaled", "bottleneck 64", "basic 32", "basic 128", "bottleneck 96"],
 )
 def test_layers_are_exact_down_to_where_equations_end(kind, size, labels, boundary, scale):
     model = resnet(*kind, size)

@@ -385,6 +385,19 @@ def test_a_finished_run_runs_again_with_a_learned_prior():
     assert recorded(app).run["config"]["start"] == "decoder" and "Learned prior" in text(app)
 
 
+def test_a_run_that_cannot_follow_leaves_the_finished_one_on_the_page(monkeypatch):
+    app = wait(start(pictures="goldfish.tabby", iterations="2"))
+    before = address(app)["job"]
+
+    def refused(*_: Any) -> str:
+        raise GradinvError("The queue is full; try again later.")
+
+    monkeypatch.setattr(jobs.JobManager, "submit", refused)
+    app = press(app, "The same, with a learned prior")
+    assert [error.value for error in app.error] == ["The queue is full; try again later."]
+    assert address(app)["job"] == before and "Finished" in text(app)
+
+
 def test_what_a_client_shares_behind_a_defence_is_what_the_server_reads():
     assert "2 of 2 labels" in text(visit(pictures="goldfish.tabby"))
     app = visit(pictures="goldfish.tabby", noise="1", preset="matching")

@@ -70,6 +70,7 @@ def test_a_term_has_the_same_colour_whichever_others_there_are() -> None:
     more = [{**row, "gradient.weighted": 1.0} for row in ROWS]
     colours = [{t.name: t.line.color for t in figures.loss_curves(rows).data} for rows in (ROWS, more)]
     assert colours[0]["total variation"] == colours[1]["total variation"] != colours[1]["gradient"]
+    assert len(figures.TERMS) <= len(set(figures.COLOURS)), "each term has one of its own"
 
 
 def test_psnr_curves_show_each_seed_the_consensus_and_the_baseline() -> None:

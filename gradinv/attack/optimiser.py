@@ -21,7 +21,7 @@ HISTORY = 20
 """How many steps L-BFGS derives its curvature from."""
 
 # A trial is accepted where the value falls by this share of what the slope promises (Armijo; Nocedal and Wright 2006,
-# Eqn 3.4), or stays the same to float32 rounding.
+# 3.4), or stays the same to float32 rounding.
 _SUFFICIENT = 1e-4
 _ROUNDING = 3e-7
 # How far the first step along the gradient goes, as the root mean square over the unknowns.

@@ -502,7 +502,8 @@ examples:
   gradinv invert --resume runs/old                     go on with a run that was stopped or killed
   torchrun --nproc-per-node=4 -m gradinv invert lion   the seeds shared out over four processes, each with a GPU if any
 
-exit codes: 0; 2 bad use; 1 the run failed; 130 stopped by Ctrl-C, with what was recorded kept
+exit codes: 0; 2 bad use; 1 the run failed; 130 stopped by Ctrl-C and 143 by SIGTERM, with what was
+recorded kept
 """
 
 RECOVER = """\
@@ -517,7 +518,8 @@ picture, then each layer below it for its input, as long as there are as many eq
   equations, unknowns   of each channel of the node, which is an activation behind a ReLU
   residual              the share of the equations' right side that is left unexplained
   error, worst          the estimated relative error, the median over the pictures and the largest
-  mended                the share of entries of the mask above that were wrong at first and were set right
+  mended                the share of entries of the mask above that were wrong at first and were set right by the
+                        residual
   true error            measured on the pictures, where they are known (median): the solver never sees them
 
 exit codes: 0; 2 bad use; 130 stopped by Ctrl-C, with the layers so far kept

@@ -164,7 +164,7 @@ def results_table(result: Mapping[str, Any], names: Sequence[str]) -> str:
         ]
         for row in rows
     ]
-    return table(header, cells, numbers=range(1, len(header)))
+    return table(header, cells, right=range(1, len(header)))
 
 
 def gains_table(result: Mapping[str, Any]) -> str:
@@ -179,7 +179,7 @@ def gains_table(result: Mapping[str, Any]) -> str:
                 lines.append((row["name"], row["judged"], name.upper(), shown, gain["over"]))
     if not lines:
         return ""
-    return table(("paired gain of", "by its", "in", "is", "over"), lines, numbers=[3])
+    return table(("paired gain of", "by its", "in", "is", "over"), lines, right=[3])
 
 
 def _cell(mean: float | None, error: float | None, digits: int) -> str:

@@ -81,7 +81,7 @@ def _table(model: Model, gallery: Gallery, found: Identified) -> str:
             head = (number, model.class_name(label)) if rank == 1 else ("", "")
             path = gallery.paths[place].relative_to(gallery.folder)
             rows.append((*head, rank, f"{similarity:.4f}", path))
-    return table(("#", "class", "rank", "similarity", "picture"), rows, numbers=(0, 2, 3))
+    return table(("#", "class", "rank", "similarity", "picture"), rows, right=(0, 2, 3))
 
 
 def _lacking(found: Identified) -> str:

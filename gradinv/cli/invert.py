@@ -242,9 +242,10 @@ def _beside_resume(args: argparse.Namespace) -> str:
 def _save(args: argparse.Namespace, task: _Run) -> int:
     """Write the observation and end."""
     task.observation.save(args.save_observation)
+    own = "" if task.model.name in MODELS else f" --model {args.model}"
     say(
         f"What the server receives is in {args.save_observation}; invert it with: gradinv invert --observation "
-        f"{args.save_observation}."
+        f"{args.save_observation}{own}."
     )
     answer(args, {**facts(task), "observation": args.save_observation})
     return 0

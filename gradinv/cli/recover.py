@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +70,9 @@ def _recover(task: Task, rows: _Rows, stop: threading.Event) -> Recovered:
                 f"in that is {first.scale:.4g}."
             )
 
-    found = recover(
+    return recover(
         task.model, task.observation, task.config, labels=task.given, stop=stop, progress=rows.show, told=told
     )
-    # A layer that was left half-way gives another reason.
-    return replace(found, stopped="The way down was stopped.") if stop.is_set() else found
 
 
 class _Rows:
@@ -126,7 +123,7 @@ class _Rows:
         say(self._line(cells))
 
     def _line(self, cells: Sequence[str]) -> str:
-        return aligned(cells, self._widths, numbers=range(3, len(self._header)))
+        return aligned(cells, self._widths, right=range(3, len(self._header)))
 
     def _measured(self, node: SolvedNode, truth: Tensor) -> Tensor:
         """‖x − x*‖ / ‖x*‖ of each image, (B,), in the order of the restored labels."""
@@ -134,8 +131,8 @@ class _Rows:
         if self._order is None:
             assert self._labels is not None
             # Which is whose is settled once, at the top, as for pictures: here of one row and three equal channels.
-            rows = (values[:, None, None].expand(-1, 3, -1, -1) for values in (found, true))
-            self._order = metrics.pair(next(rows), self.restored, next(rows), self._labels)
+            one, other = (values[:, None, None].expand(-1, 3, -1, -1) for values in (found, true))
+            self._order = metrics.pair(one, self.restored, other, self._labels)
         true = true[self._order.argsort()]
         return (found - true).norm(dim=1) / true.norm(dim=1).clamp(min=1e-30)  # nothing may be on
 

@@ -102,7 +102,7 @@ def _image_table(recording: Recording) -> str:
         footer += f"\n{listed([name.upper() for name in extra], 'and')}: distances of the consensus, smaller is nearer"
     if lpips_absent:
         footer += f"\n{metrics.lpips_absent(run['model']['image_size'])}"
-    return table(header, formatted, numbers=range(3, len(header))) + "\n" + footer + note
+    return table(header, formatted, right=range(3, len(header))) + "\n" + footer + note
 
 
 def _measured_on_frames(recording: Recording) -> dict[str, Any]:
@@ -141,4 +141,4 @@ def _term_table(recording: Recording) -> str:
         for name in names
     ]
     header = ("loss term, weighted", *(f"step {step}" for step in ends))
-    return table(header, values, numbers=range(1, 1 + len(ends)))
+    return table(header, values, right=range(1, 1 + len(ends)))

@@ -51,17 +51,17 @@ def figure(value: object, digits: int) -> str:
     return f"{value:.{digits}f}" if isinstance(value, float | int) else "–"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> str:
-    """Aligned columns, those of `numbers` to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
+    """Aligned columns, those of `right` to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return "\n".join(aligned(row, widths, numbers) for row in cells)
+    return "\n".join(aligned(row, widths, right) for row in cells)
 
 
-def aligned(cells: Sequence[str], widths: Sequence[int], numbers: Sequence[int] = ()) -> str:
-    """One row of a table: each cell as wide as its column, those of `numbers` to the right."""
+def aligned(cells: Sequence[str], widths: Sequence[int], right: Sequence[int] = ()) -> str:
+    """One row of a table: each cell as wide as its column, those of `right` to the right."""
     filled = (
-        cell.rjust(width) if column in numbers else cell.ljust(width)
+        cell.rjust(width) if column in right else cell.ljust(width)
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
     return "  ".join(filled).rstrip()

@@ -263,7 +263,8 @@ def describe(task: Task) -> None:
         f"The server receives the mean gradient of {len(observation.gradients)} parameters ({numbers:,} numbers, "
         f"norm {norm:.3g}) and the batch size {observation.batch_size}."
     )
-    say("It knows the weights and the preprocessing, but neither the pictures nor their labels.")
+    known = "not the pictures" if task.given is not None else "neither the pictures nor their labels"
+    say(f"It knows the weights and the preprocessing, but {known}.")
     if observation.mode == "train":
         say("The client's network is in train mode, in which batch normalisation takes the batch's own statistics.")
     repeats = 0 if labels is None else len(labels) - len(set(labels))

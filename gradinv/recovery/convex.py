@@ -67,7 +67,7 @@ def solve_convex(
     bundled networks its ratio to the true error was 0.75 to 2 for errors of 0.02 to 0.2, 1.2 to 3 where
     cotangents, activations or masks were wrong, and up to 20 (so too cautious) for errors of 1e-5.
 
-    Raises GradinvError where no gradient passes, or something given has another shape.
+    Raises GradinvError where no gradient passes.
     """
     if settled is None:
         settled = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -84,7 +84,7 @@ def _solve(problem: Problem, iterations: int, stop: Event) -> tuple[Tensor, Tens
     """The solution (n, C) and the relative error of each image (B,)."""
     search = _Search(problem, problem.targets, problem.start)
     while not search.misfit() < _ABSURD * problem.size and problem.noise < MOST_NOISE and not stop.is_set():
-        problem.assume(10 * problem.noise)
+        problem.assume(min(MOST_NOISE, 10 * problem.noise))
         search = _Search(problem, problem.targets, problem.start)
     done = 0
     readings = {0: (problem.start, math.inf)}
@@ -148,7 +148,7 @@ class _Search:
     def step(self) -> None:
         problem = self._problem
         wrong = problem.violations(self._residuals)
-        gradient = columns(problem.quick.transposed(wrong[:-1])) + problem.sign * wrong[-1]
+        gradient = columns(problem.quick.transposed(wrong[:-1])) + problem.positivity * wrong[-1]
         gradient += problem.ridge * self._dual
         moved = problem.covariance(gradient)
         slope = float((gradient * moved).sum())
@@ -165,7 +165,7 @@ class _Search:
         else:
             self._direction, self._direction_dual = -moved, -gradient
         self._gradient, self._slope = gradient, slope
-        change = [*problem.quick(problem.maps(self._direction)), problem.sign * self._direction]
+        change = [*problem.quick(problem.maps(self._direction)), problem.positivity * self._direction]
         length = self._length(change)
         self._sum += length * self._direction_dual
         self._dual += length * self._direction_dual

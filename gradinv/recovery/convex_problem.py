@@ -150,9 +150,9 @@ class Problem:
         self.size = math.sqrt(squares / max(1, self._count())) or 1.0
 
         self.exact, self.quick = layers(torch.float64), layers(torch.float32)
-        self.sign = math.sqrt(self.exact.power())  # x ≥ 0 weighs as much as the other equations
+        self.positivity = math.sqrt(self.exact.power())  # x ≥ 0 weighs as much as the other equations
 
-        self._whitened: Tensor | None = None  # (ARAᵀ + τ)^(−½) A R
+        self._whitened: Tensor | None = None  # L⁻¹AR, LLᵀ = ARAᵀ + τ
         self._quick_whitened: Tensor | None = None
         self._dense: Tensor | None = None  # T, where that is the cheaper form
         self._prior = _alike(height, width, rows.device)
@@ -239,7 +239,7 @@ class Problem:
 
     def forward(self, x: Tensor, targets: list[Tensor]) -> list[Tensor]:
         """The residuals at x (n, C), in float64."""
-        return [*(p - t for p, t in zip(self.exact(self.maps(x)), targets, strict=True)), self.sign * x]
+        return [*(p - t for p, t in zip(self.exact(self.maps(x)), targets, strict=True)), self.positivity * x]
 
     def mean_square(self, residuals: list[Tensor]) -> float:
         """The mean square of the layers' violated equations."""

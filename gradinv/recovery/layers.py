@@ -48,7 +48,8 @@ def solve_layers(
     """Solve the network's nodes from the last block downwards, as far as the gradient determines them.
 
     fit: the final layer's solution, in whose order the images stay; until: the lowest node that is wanted, None for as
-    many as there are. `progress` is called with each node, `stop` is looked at between two. → the nodes, the highest
+    many as there are. `progress` is called with each node, `stop` ends the way
+    between two, or within an iteration of the convex step. → the nodes, the highest
     first, float32 on the model's device, and a sentence that says why there are no more ("" where `until` was reached).
     Computed in float64 on the CPU. Raises GradinvError where the network has no such node.
     """

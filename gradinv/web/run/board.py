@@ -41,7 +41,7 @@ def ladder(run: Run) -> None:
 def laid_out(run: Run, board: Callable[[], T], side: Callable[[], None]) -> T:
     """Draw the pictures and the numbers: side by side while the batch is small, else the numbers above; → what the
     former gives. On a phone the pictures come first. From the top down, so that nothing moves what is there already."""
-    if run.size <= BESIDE:
+    if run.count <= BESIDE:
         left, right = st.columns([5, 3], gap="large")
         with left:
             drawn = board()
@@ -84,7 +84,7 @@ def draw(run: Run, pictures: Pictures | None, hidden: bool, layer: Layer | None 
     """Draw the pictures, None as long as there are none, and what a `layer` holds of each."""
     rows, seeds = rows_of(run, pictures, hidden, layer), run.work.config.seeds
     drawn = len(rows)
-    if run.size == 1 and seeds > 1:
+    if run.count == 1 and seeds > 1:
         # One picture: its seeds stand side by side instead of in a long column.
         drawn -= seeds
         beside = [replace(row.tiles[0], caption=row.name) for row in rows[drawn:]]
@@ -92,16 +92,16 @@ def draw(run: Run, pictures: Pictures | None, hidden: bool, layer: Layer | None 
     else:
         shown = markup.board(rows)
     # Named after what it will hold, for which the style keeps the place.
-    with st.container(key=f"board-{run.size}x{min(drawn, 4)}rows"):
+    with st.container(key=f"board-{run.count}x{min(drawn, 4)}rows"):
         html(shown)
 
 
 def rows_of(run: Run, pictures: Pictures | None, hidden: bool, layer: Layer | None = None) -> list[Row]:
     """The originals, unless they are `hidden`; what was painted and rebuilt; what a `layer` holds; and each seed."""
-    own, facts, config, size = run.work.originals, run.facts, run.work.config, run.size
+    own, facts, config, count = run.work.originals, run.facts, run.work.config, run.count
     seeds = range(1, config.seeds + 1) if config.seeds > 1 else ()
     whole, note = markup.result(config.to_dict())
-    rows, notes = [], [""] * size
+    rows, notes = [], [""] * count
     if own is not None:
         true = [facts.classes[label] for label in own.labels]
         originals = [
@@ -110,18 +110,18 @@ def rows_of(run: Run, pictures: Pictures | None, hidden: bool, layer: Layer | No
         ]
         rows.append(Row("Originals", originals, "what the client kept"))
         note += f"; {markup.BASELINE}"
-        psnr = pictures.psnr if pictures is not None else (None,) * size
+        psnr = pictures.psnr if pictures is not None else (None,) * count
         notes = [markup.beside(*pair) for pair in zip(psnr, facts.baseline, strict=True)]
     below = [] if layer is None else [_held(layer)]
     if pictures is None:
         # What will stand below the pictures has its place.
         first = [Tile(None, "Not there yet", "\u00a0", text) for text in notes]
-        waiting = [Tile(None, "Not there yet")] * size
+        waiting = [Tile(None, "Not there yet")] * count
         return [*rows, Row(whole, first, note), *below, *(Row(f"Seed {seed}", waiting) for seed in seeds)]
     names = [facts.classes[label] for label in pictures.restored]
-    right: Sequence[bool | None] = [None] * size
+    right: Sequence[bool | None] = [None] * count
     if hidden:  # a restored label would end the guessing
-        names = [f"picture {place}" for place in range(1, size + 1)]
+        names = [f"picture {place}" for place in range(1, count + 1)]
     elif own is not None:
         right = [a == b for a, b in zip(pictures.restored, own.labels, strict=True)]
     consensus = [

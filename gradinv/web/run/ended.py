@@ -124,7 +124,7 @@ def _outcome(run: Run, progress: Progress, recorded: Recording) -> None:
         ("Summary to print (HTML)", "print", "html", "text/html", lambda: _summary(run, progress, recorded, numbers)),
         ("Animation (GIF)", "animation", "gif", "image/gif", lambda: animation.gif(recorded)),
     ]  # fmt: skip
-    with st.container(horizontal=run.size > board.BESIDE):
+    with st.container(horizontal=run.count > board.BESIDE):
         for label, icon, suffix, kind, made in downloads:
             st.download_button(
                 label,
@@ -147,7 +147,7 @@ def _file_name(facts: Facts, recorded: Recording, progress: Progress) -> str:
 
 
 def _summary(run: Run, progress: Progress, recorded: Recording, numbers: Sequence[tuple[str, str]]) -> bytes:
-    title = f"gradinv: {markup.count(run.size, 'picture')} rebuilt from one gradient"
+    title = f"gradinv: {markup.count(run.count, 'picture')} rebuilt from one gradient"
     done = (ENDINGS[run.state.status].lower(), f"{progress.step:,} of {progress.steps:,} iterations")
     return summary.document(
         title,

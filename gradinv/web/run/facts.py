@@ -61,7 +61,7 @@ class Run:
         return cls(state, work, work.facts, None, update)
 
     @property
-    def size(self) -> int:
+    def count(self) -> int:
         """How many pictures the batch has."""
         return self.work.client.batch_size
 

@@ -9,6 +9,7 @@ import streamlit as st
 from gradinv import figures
 from gradinv.defenses import parse
 from gradinv.jobs import manager
+from gradinv.types import GradinvError
 from gradinv.web.parts import lessons, markup, pick, presenting, settings, showcase
 from gradinv.web.parts.elements import guarded, html, lead
 from gradinv.web.parts.inversion import Progress, Shared
@@ -29,7 +30,10 @@ def view(job: str) -> None:
         st.button("Start a new run", type="primary", on_click=_leave)
         return
     if state.finished and (following := st.session_state.get(FOLLOWING, {}).pop(job, None)) is not None:
-        begin(following)
+        try:
+            begin(following)
+        except GradinvError as error:  # as of a full queue; what has finished is shown below
+            st.error(str(error))
     run = Run.of(state)
     _head(run)
     if state.finished:
@@ -80,7 +84,7 @@ def _head(run: Run) -> None:
             origin = f" The client’s defence: {' '.join(parse(text).note for text in client.defences)}"
         lead(
             "From the gradient back to the pictures",
-            f"{facts.model}, {markup.count(run.size, 'picture')} of {facts.size} px, {what}.{origin}",
+            f"{facts.model}, {markup.count(run.count, 'picture')} of {facts.size} px, {what}.{origin}",
         )
         with st.container(horizontal=True, width="content"):
             st.button(
@@ -182,7 +186,7 @@ def _live_charts(run: Run) -> None:
     curves, meetings = (progress.curves, progress.meetings) if progress is not None else ((), ())
     # Another preset may have taken over, with other iterations.
     steps = progress.steps if progress is not None else config.iterations
-    charts = st.columns(2) if run.size > board.BESIDE else (st.container(), st.container())
+    charts = st.columns(2) if run.count > board.BESIDE else (st.container(), st.container())
     with charts[0]:
         if run.work.originals is None:
             name, alt = MISFIT[run.misfit]

@@ -34,6 +34,7 @@ from serving import chromium
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # of a process that a test starts
 PATIENCE = 900.0  # seconds after which something hangs; nothing depends on how fast it is
+LONG = ("test_distributed", "test_browser", "test_abuse", "test_evaluation", "test_train", "test_hosting")
 
 SIZE = 8
 CLASSES = 6
@@ -42,6 +43,11 @@ CLASSES = 6
 PLAIN = AttackConfig(
     match="cosine", gradient=1.0, bn="none", tv=0.02, tv_form="rgb", l2=0.0, group=0.0, noise=0.0, warmup=0
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 class SmallNetwork(nn.Module):

@@ -119,6 +119,9 @@ class _Way:
             for node in self._solved
         )
 
+    def _by_name(self) -> dict[str, SolvedNode]:
+        return {node.name: node for node in self._solved}
+
     def down(self) -> Iterator[SolvedNode]:
         """Each node as it is solved. Raises Unsolved where the way ends."""
         self._gate = self._outer = self._top()
@@ -261,7 +264,7 @@ class _Way:
     def _known(self, step: _Step, shape: tuple[int, int, int, int]) -> Known | None:
         """What a block's output says of its input where the shortcut is the identity: x = out − BN(conv(h)) where
         out > 0, with h the block's last inner node. None elsewhere, and where the output is not solved."""
-        solved = {node.name: node for node in self._solved}
+        solved = self._by_name()
         if not step.first or step.block.shortcut is not None or step.block.name not in solved:
             return None
         output, inner = solved[step.block.name], solved[step.block.units[-2].name]
@@ -341,7 +344,7 @@ class _Way:
     def _layers(self, step: _Step) -> tuple[list[Layer], Tensor | None, float] | None:
         """What the activations above say of the step's input, its mean, and the relative error of these activations;
         None where they are not known."""
-        solved = {node.name: node for node in self._solved}
+        solved = self._by_name()
         if step.first and step.block.name in solved:
             names = [name for name in step.block.nodes if name in solved]
             known = {name: solved[name].activation * solved[name].on for name in names}
